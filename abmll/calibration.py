@@ -1,0 +1,134 @@
+"""Calibration of the predictive distribution: temperature scaling and split conformal sets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+_RANGE = (0.05, 20.0)
+
+
+def temper(probabilities: Tensor, temperature: float) -> Tensor:
+    """Raises probabilities to 1/temperature and normalizes; the order of options stays.
+
+    Args:
+        probabilities: Shape (..., options); zeros stay zeros.
+        temperature: Above 1 less sure, below 1 surer.
+    """
+    return (probabilities.double().log() / temperature).softmax(dim=-1)
+
+
+def fit_temperature(probabilities: Sequence[Tensor], answers: Sequence[Tensor]) -> float:
+    """Fits a temperature to labelled predictions by minimizing NLL (Guo et al. 2017).
+
+    Groups (tasks) weigh equally, whatever their size. A convex problem in log-probabilities for a
+    single group's 1/T, solved by golden-section search on log T.
+
+    Args:
+        probabilities: For each group, predictive probabilities, shape (n, options).
+        answers: For each group, the right option's index, shape (n,).
+
+    Returns:
+        The temperature, within 0.05 to 20.
+
+    Raises:
+        ValueError: No group, or an empty one.
+    """
+    if not probabilities or any(len(p) == 0 for p in probabilities):
+        raise ValueError("fitting a temperature needs at least one group, none of them empty")
+    logs = [p.double().clamp_min(1e-12).log() for p in probabilities]
+
+    def loss(log_temperature: float) -> float:
+        inverse = math.exp(-log_temperature)
+        losses = [
+            -(log * inverse).log_softmax(dim=-1).gather(-1, y[:, None]).mean()
+            for log, y in zip(logs, answers, strict=True)
+        ]
+        return torch.stack(losses).mean().item()
+
+    low, high = math.log(_RANGE[0]), math.log(_RANGE[1])
+    ratio = (math.sqrt(5) - 1) / 2
+    left, right = high - ratio * (high - low), low + ratio * (high - low)
+    f_left, f_right = loss(left), loss(right)
+    for _ in range(60):
+        if f_left < f_right:
+            high, right, f_right = right, left, f_left
+            left = high - ratio * (high - low)
+            f_left = loss(left)
+        else:
+            low, left, f_left = left, right, f_right
+            right = low + ratio * (high - low)
+            f_right = loss(right)
+    return math.exp((low + high) / 2)
+
+
+def conformal_scores(probabilities: Tensor, answers: Tensor) -> Tensor:
+    """Nonconformity of the right answers, 1 - p(right answer), shape (n,)."""
+    return 1.0 - probabilities.gather(-1, answers[:, None]).squeeze(-1)
+
+
+def conformal_threshold(scores: Tensor, coverage: float) -> float:
+    """Threshold on nonconformity for split conformal prediction (Vovk et al. 2005).
+
+    Args:
+        scores: Nonconformity of calibration answers, shape (n,).
+        coverage: Wanted share of sets that contain the right answer, between 0 and 1.
+
+    Returns:
+        The ceil((n + 1) coverage)-th smallest score; 1 (every option) when n is too small for it.
+    """
+    if not 0 < coverage < 1:
+        raise ValueError(f"coverage must lie between 0 and 1, not {coverage}")
+    rank = math.ceil((len(scores) + 1) * coverage)
+    return 1.0 if rank > len(scores) else scores.double().sort().values[rank - 1].item()
+
+
+def prediction_set(probabilities: Tensor, threshold: float) -> Tensor:
+    """Which options belong to the set, shape (..., options): those with 1 - p at most the threshold.
+
+    The most probable option always belongs, so that no set is empty; coverage can only rise by it.
+    """
+    inside = (1.0 - probabilities) <= threshold + 1e-12
+    return inside | (probabilities == probabilities.amax(dim=-1, keepdim=True))
+
+
+class ShotCalibration(BaseModel, frozen=True):
+    """Calibration after adaptation with a number of shots.
+
+    Attributes:
+        shots: Labelled examples that the tasks were adapted with.
+        temperature: Applied to the predictive distribution.
+        conformal: Coverage (as text, "0.9") to threshold on nonconformity after tempering.
+        ece_before: Expected calibration error on the validation tasks before tempering.
+        ece_after: After it, on held-out folds of validation tasks.
+        questions: Validation answers that it was fitted on.
+    """
+
+    shots: int = Field(ge=0)
+    temperature: float = Field(gt=0)
+    conformal: dict[str, float]
+    ece_before: float
+    ece_after: float
+    questions: int
+
+
+class Calibration(BaseModel, frozen=True):
+    """How a posterior's confidence is made from its predictive distribution.
+
+    Attributes:
+        by_shots: One entry a number of shots, ascending.
+        fitted_on: Names of the validation tasks.
+        draws: Draws used in fitting.
+    """
+
+    by_shots: list[ShotCalibration] = Field(min_length=1)
+    fitted_on: list[str]
+    draws: int
+
+    def nearest(self, shots: int) -> ShotCalibration:
+        """Returns the entry whose number of shots is nearest on a log scale."""
+        return min(self.by_shots, key=lambda entry: abs(math.log1p(entry.shots) - math.log1p(shots)))

@@ -1,0 +1,67 @@
+"""Option scores of many questions under several draws of one posterior, with a transformers model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from abmll.draws import Signs, draw_signs, stack_signs
+from abmll.layers import Attached
+from abmll.posterior import Normalize, Posterior
+from abmll.scoring import Question, option_scores, pack
+
+
+def rows_of_draws(signs: dict[str, Signs], rows: int, device: torch.device) -> dict[str, Signs]:
+    """Repeats stacked signs for a draw-major batch: (draws, d) to (draws * rows, d)."""
+    return {
+        name: Signs(s.u.to(device).repeat_interleave(rows, 0), s.v.to(device).repeat_interleave(rows, 0))
+        for name, s in signs.items()
+    }
+
+
+@torch.inference_mode()
+def score_draws(
+    attached: Attached,
+    posterior: Posterior,
+    questions: Sequence[Question],
+    draws: Sequence[int],
+    seed: int,
+    *,
+    normalize: Normalize | None = None,
+    max_tokens: int = 4096,
+) -> Tensor:
+    """Scores every option of every question under each draw.
+
+    Args:
+        attached: The model.
+        posterior: On the model's device.
+        questions: Any number of them.
+        draws: Indices of the draws, as in ``draw_signs``; empty for the posterior mean alone.
+        seed: Seed of the draws.
+        normalize: How scores treat length; as the posterior was trained by default.
+        max_tokens: Padded tokens in one forward pass, over all draws.
+
+    Returns:
+        Scores in nats, shape (draws, questions, options) on the CPU; one "draw" for the mean.
+    """
+    device = next(attached.model.parameters()).device
+    width = max(len(question.options) for question in questions)
+    stacked = stack_signs([draw_signs(posterior, seed, index) for index in draws]) if draws else None
+    times = max(1, len(draws))
+    result = torch.full((times, len(questions), width), float("-inf"))
+    order = sorted(range(len(questions)), key=lambda i: questions[i].longest)
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and (stop + 1 - start) * times * questions[order[stop]].longest <= max_tokens:
+            stop += 1
+        chosen = order[start:stop]
+        batch = pack([questions[i] for i in chosen]).to(device).repeat(times)
+        signs = None if stacked is None else rows_of_draws(stacked, len(chosen), device)
+        with attached.using(posterior, signs) as model:
+            scores = option_scores(model, batch, normalize or posterior.config.normalize).cpu()
+        result[:, chosen, : scores.shape[-1]] = scores.view(times, len(chosen), -1)
+        start = stop
+    return result

@@ -1,0 +1,151 @@
+"""Draws from a posterior that are ordinary LoRA adapters.
+
+A dense sample M + S * E cannot be served as LoRA. With E = u v^T, u and v independent signs (Flipout,
+Wen et al. 2018), a draw is B A + diag(u) S diag(v): of low rank, with exactly the first two moments of
+the dense Gaussian for every layer, since E[v_j v_k] = E[u_j u_k] = 1 if j = k, else 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from abmll.posterior import LayerPosterior, Posterior
+
+
+@dataclass(frozen=True)
+class Signs:
+    """Sign vectors of one or more draws for one layer.
+
+    Attributes:
+        u: Shape (..., d_out), entries -1 or 1.
+        v: Shape (..., d_in), entries -1 or 1.
+    """
+
+    u: Tensor
+    v: Tensor
+
+
+def _random_signs(size: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    return torch.randint(0, 2, (size,), generator=generator).to(dtype) * 2 - 1
+
+
+def draw_signs(posterior: Posterior, seed: int, index: int) -> dict[str, Signs]:
+    """Returns the signs of draw ``index``: a function of (layer names and shapes, seed, index) alone.
+
+    The parameters do not enter, so that posteriors before and after adaptation share their noise and
+    differences between them are not noise.
+
+    Returns:
+        Module name to signs, u (d_out,), v (d_in,), in the parameters' dtype, on the CPU.
+    """
+    signs: dict[str, Signs] = {}
+    for name, layer in posterior.layers.items():
+        key = f"{seed}:{index}:{name}".encode()
+        layer_seed = int.from_bytes(hashlib.sha256(key).digest()[:7], "big")
+        generator = torch.Generator().manual_seed(layer_seed)
+        dtype = layer.a.dtype
+        u = _random_signs(layer.b.shape[0], generator, dtype)
+        signs[name] = Signs(u, _random_signs(layer.a.shape[1], generator, dtype))
+    return signs
+
+
+def stack_signs(signs: Sequence[Mapping[str, Signs]]) -> dict[str, Signs]:
+    """Stacks the signs of several draws: module name to u (draws, d_out), v (draws, d_in)."""
+    return {
+        name: Signs(torch.stack([draw[name].u for draw in signs]), torch.stack([draw[name].v for draw in signs]))
+        for name in signs[0]
+    }
+
+
+def scale_factors(layer: LayerPosterior) -> tuple[Tensor, Tensor]:
+    """Returns (B_S, A_S) with S = B_S A_S up to sign, shapes (d_out, k) and (k, d_in).
+
+    k is 1 for ``kronecker``, r_s + 1 for ``lowrank``, whose offset c is the outer product of two
+    constant vectors. Entries of B_S A_S may be negative: a draw's signs make |.| needless.
+    """
+    if layer.family == "kronecker":
+        return layer.scale["log_s"].exp()[:, None], layer.scale["log_t"].exp()[None, :]
+    a, b = layer.scale["a"], layer.scale["b"]
+    root = layer.offset**0.5
+    return torch.cat([b, b.new_full((b.shape[0], 1), root)], dim=1), torch.cat(
+        [a, a.new_full((1, a.shape[1]), root)], dim=0
+    )
+
+
+def draw_factors(layer: LayerPosterior, signs: Signs | None) -> tuple[Tensor, Tensor]:
+    """Returns a draw of one layer as LoRA factors (A, B), shapes (k, d_in) and (d_out, k).
+
+    Without signs, the mean.
+    """
+    if signs is None:
+        return layer.a, layer.b
+    b_scale, a_scale = scale_factors(layer)
+    a = torch.cat([layer.a, a_scale * signs.v], dim=0)
+    b = torch.cat([layer.b, b_scale * signs.u[:, None]], dim=1)
+    return a, b
+
+
+def draw(posterior: Posterior, seed: int, index: int | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Returns draw ``index`` as LoRA factors (A, B) by module name; the mean for ``index`` None."""
+    signs = None if index is None else draw_signs(posterior, seed, index)
+    return {
+        name: draw_factors(layer, None if signs is None else signs[name]) for name, layer in posterior.layers.items()
+    }
+
+
+def save_adapter(
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    posterior: Posterior,
+    folder: Path,
+    *,
+    rank: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Writes LoRA factors as a PEFT adapter (``adapter_model.safetensors``, ``adapter_config.json``).
+
+    Args:
+        factors: Module name to (A, B).
+        posterior: Whose configuration says base model and targets.
+        folder: Made if absent.
+        rank: Pads the factors with zeros to this rank.
+        dtype: Of the stored tensors.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    size = rank or max(a.shape[0] for a, _ in factors.values())
+    tensors: dict[str, Tensor] = {}
+    for name, (a, b) in factors.items():
+        padded_a, padded_b = a.new_zeros(size, a.shape[1]), b.new_zeros(b.shape[0], size)
+        padded_a[: a.shape[0]], padded_b[:, : b.shape[1]] = a.detach(), b.detach()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = padded_a.to("cpu", dtype).contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = padded_b.to("cpu", dtype).contiguous()
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": posterior.config.base_model,
+        "revision": posterior.config.base_revision,
+        "r": size,
+        "lora_alpha": size,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in posterior.layers}),
+        "inference_mode": True,
+        "fan_in_fan_out": False,
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def zero_factors(posterior: Posterior) -> dict[str, tuple[Tensor, Tensor]]:
+    """Returns factors of rank 1 whose update is zero: the base model, as an adapter."""
+    return {
+        name: (layer.a.new_zeros(1, layer.a.shape[1]), layer.b.new_zeros(layer.b.shape[0], 1))
+        for name, layer in posterior.layers.items()
+    }

@@ -1,0 +1,53 @@
+"""The errors that abmll raises; every message says what was wrong and what would be right."""
+
+from __future__ import annotations
+
+
+class AbmllError(Exception):
+    """Base of all errors that abmll raises on purpose.
+
+    Args:
+        message: What was wrong and what would be right.
+        field: The name of the input at fault, where there is one.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+
+
+class InvalidExamples(AbmllError):
+    """Labelled examples that cannot be used: empty, malformed, or an answer outside the options."""
+
+
+class InvalidRequest(AbmllError):
+    """A question that cannot be answered as asked: options, draws or lengths out of range."""
+
+
+class PromptTooLong(InvalidRequest):
+    """Prompt and option together exceed the model's context."""
+
+
+class InvalidPosterior(AbmllError):
+    """A stored posterior that is damaged: missing file, wrong shape or dtype, not finite."""
+
+
+class PosteriorMismatch(InvalidPosterior):
+    """A posterior made for another base model, or for layers that this model lacks."""
+
+
+class TaskNotFound(AbmllError):
+    """No posterior is stored under that task name."""
+
+
+class TaskConflict(AbmllError):
+    """The task cannot be changed now: it is reserved, or a job for it is under way."""
+
+
+class JobNotFound(AbmllError):
+    """No adaptation job has that id."""
+
+
+class EngineFailure(AbmllError):
+    """The engine is not able to answer at present."""

@@ -1,0 +1,207 @@
+"""The variational linear layer, and how a posterior is attached to a causal language model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from abmll.draws import Signs, scale_factors
+from abmll.errors import InvalidPosterior, PosteriorMismatch
+from abmll.posterior import LayerPosterior, Posterior, PosteriorConfig, init_layer
+
+_FINGERPRINT_ENTRIES = 1024
+
+
+class VariationalLinear(nn.Module):
+    """A frozen linear layer plus the Gaussian update that is attached at the moment.
+
+    The pass is z = W0 x + B (A x) + u * S (v * x) with signs u, v for each batch row (Flipout, Wen et
+    al. 2018; DESIGN section 2), computed from S's factors: no d_out x d_in tensor, forward or backward.
+    """
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.posterior: LayerPosterior | None = None
+        self.signs: Signs | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the layer to x, shape (rows, tokens, d_in); gives (rows, tokens, d_out).
+
+        Without a posterior, the base layer; without signs, the posterior's mean; with signs of shape
+        (rows, ...), one draw a row.
+        """
+        z = self.base(x)
+        layer, signs = self.posterior, self.signs
+        if layer is None:
+            return z
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(layer.a.dtype)
+            update = (x @ layer.a.T) @ layer.b.T
+            if signs is not None:
+                b_scale, a_scale = scale_factors(layer)
+                # (rows, d_in, k) and (rows, k, d_out): signs go on the factors, not on activations.
+                inward = a_scale.T * signs.v[:, :, None]
+                outward = b_scale.T * signs.u[:, None, :]
+                update = update + (x @ inward) @ outward
+        return z + update.to(z.dtype)
+
+
+class Attached:
+    """A causal language model whose targeted layers take a posterior.
+
+    Attributes:
+        model: The model; its own weights are frozen.
+        layers: Module name to the layer put in its place.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, VariationalLinear]) -> None:
+        self.model = model
+        self.layers = layers
+
+    @contextmanager
+    def using(
+        self, posterior: Posterior | None, signs: Mapping[str, Signs] | None = None
+    ) -> Generator[nn.Module, None, None]:
+        """Runs the model under a posterior while the context lasts; under the base weights for None.
+
+        Args:
+            posterior: Parameters, on the model's device.
+            signs: Module name to signs with one row a batch row; None for the mean.
+
+        Raises:
+            PosteriorMismatch: The posterior's layers are not this model's.
+        """
+        if posterior is not None and posterior.layers.keys() != self.layers.keys():
+            raise PosteriorMismatch(
+                f"the posterior is over {len(posterior.layers)} layers, the model has {len(self.layers)} attached"
+            )
+        try:
+            for name, layer in self.layers.items():
+                layer.posterior = None if posterior is None else posterior.layers[name]
+                layer.signs = None if signs is None else signs[name]
+            yield self.model
+        finally:
+            for layer in self.layers.values():
+                layer.posterior = layer.signs = None
+
+    def detach(self) -> nn.Module:
+        """Puts the original layers back and returns the model."""
+        for name, layer in self.layers.items():
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, layer.base)
+        return self.model
+
+
+def target_layers(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Linear]:
+    """Returns the model's linear layers whose last name is a target, in the model's order.
+
+    Raises:
+        PosteriorMismatch: A target matches no layer, or one that is not linear.
+    """
+    wanted = set(targets)
+    found: dict[str, nn.Linear] = {}
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] in wanted:
+            if not isinstance(module, nn.Linear):
+                raise PosteriorMismatch(f"{name} is a {type(module).__name__}; only linear layers can be targeted")
+            found[name] = module
+    missing = sorted(wanted - {name.rsplit(".", 1)[-1] for name in found})
+    if missing or not found:
+        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise PosteriorMismatch(f"the model has no layer {missing}; its linear layers are {linear}", field="targets")
+    return found
+
+
+def attach(model: nn.Module, targets: Iterable[str]) -> Attached:
+    """Freezes a model and puts a ``VariationalLinear`` in the place of each targeted layer.
+
+    Raises:
+        PosteriorMismatch: A target matches no linear layer.
+    """
+    layers: dict[str, VariationalLinear] = {}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name, base in target_layers(model, targets).items():
+        parent, _, child = name.rpartition(".")
+        layers[name] = VariationalLinear(base)
+        setattr(model.get_submodule(parent), child, layers[name])
+    return Attached(model, layers)
+
+
+def init_posterior(attached: Attached, config: PosteriorConfig, seed: int) -> Posterior:
+    """Returns the starting posterior for a model: mean zero, deviation ``config.scale_init``."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = {
+        name: init_layer(layer.base.out_features, layer.base.in_features, config, generator)
+        for name, layer in attached.layers.items()
+    }
+    prints = fingerprint(lambda key: attached.layers[key].base.weight, layers)
+    return Posterior(config.model_copy(update={"base_fingerprint": prints}), layers)
+
+
+def fingerprint(weight: Callable[[str], Tensor], names: Iterable[str]) -> str:
+    """Hash of the first entries of each targeted weight, as bf16, whatever the dtype it is loaded in.
+
+    Args:
+        weight: Gives a module's weight by module name.
+        names: The targeted modules.
+    """
+    state = hashlib.sha256()
+    for name in names:
+        tensor = weight(name).detach()
+        state.update(f"{name}{tuple(tensor.shape)}".encode())
+        rows = -(-_FINGERPRINT_ENTRIES // tensor.shape[1])
+        entries = tensor[:rows].flatten()[:_FINGERPRINT_ENTRIES].to("cpu", torch.bfloat16)
+        state.update(entries.view(torch.int16).numpy().tobytes())
+    return state.hexdigest()[:16]
+
+
+def checkpoint_fingerprint(folder: Path, names: Iterable[str]) -> str:
+    """``fingerprint`` of a model folder's safetensors files, without loading the model.
+
+    Raises:
+        PosteriorMismatch: A targeted weight is not in the folder.
+        InvalidPosterior: The folder has no safetensors file.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise InvalidPosterior(f"{folder} has no *.safetensors file; abmll reads no other weights")
+    where: dict[str, Path] = {}
+    for file in files:
+        with safe_open(file, "pt") as reader:
+            where |= dict.fromkeys(reader.keys(), file)
+
+    def weight(name: str) -> Tensor:
+        key = f"{name}.weight"
+        if key not in where:
+            raise PosteriorMismatch(f"the base model in {folder} has no weight {key}, which the posterior targets")
+        with safe_open(where[key], "pt") as reader:
+            return reader.get_tensor(key)
+
+    return fingerprint(weight, names)
+
+
+def check_base(posterior: Posterior, actual: str, model_name: str) -> None:
+    """Checks that a posterior was made for the base model in use.
+
+    Args:
+        posterior: The posterior.
+        actual: The fingerprint of the model in use, over the posterior's layers.
+        model_name: The model in use, for the message.
+
+    Raises:
+        PosteriorMismatch: The fingerprints differ.
+    """
+    expected = posterior.config.base_fingerprint
+    if expected is not None and expected != actual:
+        raise PosteriorMismatch(
+            f"the posterior was made for {posterior.config.base_model} (weights {expected}), "
+            f"but the base model in use is {model_name} (weights {actual}); serve it with its own base model"
+        )

@@ -1,0 +1,57 @@
+"""Measures of accuracy and calibration of labelled predictions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accuracy(probabilities: Tensor, answers: Tensor) -> float:
+    """Share of right answers. Shapes (n, options) and (n,)."""
+    return (probabilities.argmax(-1) == answers).double().mean().item()
+
+
+def negative_log_likelihood(probabilities: Tensor, answers: Tensor, floor: float = 1e-12) -> float:
+    """Mean -log p(right answer) in nats; probabilities under ``floor`` count as it."""
+    right = probabilities.double().gather(-1, answers[:, None]).clamp_min(floor)
+    return -right.log().mean().item()
+
+
+def brier(probabilities: Tensor, answers: Tensor) -> float:
+    """Mean squared distance to the one-hot answer, summed over options (Brier 1950): 0 to 2."""
+    truth = torch.nn.functional.one_hot(answers, probabilities.shape[-1])
+    return ((probabilities.double() - truth) ** 2).sum(-1).mean().item()
+
+
+def calibration_bins(confidence: Tensor, correct: Tensor, bins: int = 15) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups answers by confidence into bins of equal width.
+
+    Args:
+        confidence: Confidence of each answer, shape (n,).
+        correct: Whether it was right, shape (n,).
+        bins: Number of bins over [0, 1].
+
+    Returns:
+        Count, mean confidence and accuracy of each bin, shape (bins,) each; 0 in empty bins.
+    """
+    index = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
+    count = torch.zeros(bins, dtype=torch.float64).index_add(0, index, torch.ones_like(confidence, dtype=torch.float64))
+    sums = torch.zeros(bins, dtype=torch.float64)
+    safe = count.clamp_min(1)
+    mean = sums.index_add(0, index, confidence.double()) / safe
+    return count, mean, sums.index_add(0, index, correct.double()) / safe
+
+
+def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
+    """Mean |accuracy - confidence| over equal-width bins, weighted by count (Naeini et al. 2015)."""
+    count, mean, right = calibration_bins(confidence, correct, bins)
+    return ((count / count.sum()) * (mean - right).abs()).sum().item()
+
+
+def confidence_auroc(confidence: Tensor, correct: Tensor) -> float:
+    """AUROC of confidence for telling right from wrong answers; NaN where all are right or all wrong."""
+    from sklearn.metrics import roc_auc_score
+
+    if correct.all() or not correct.any():
+        return float("nan")
+    return float(roc_auc_score(correct.numpy(), confidence.double().numpy()))

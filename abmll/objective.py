@@ -1,0 +1,154 @@
+"""The variational objective of one task: expected data loss plus tempered KL to the prior."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from abmll.draws import Signs
+from abmll.kl import kl
+from abmll.layers import Attached
+from abmll.posterior import Posterior
+from abmll.predictive import option_log_probs
+from abmll.scoring import Question, option_scores, pack
+
+
+def row_signs(posterior: Posterior, rows: int, generator: torch.Generator) -> dict[str, Signs]:
+    """Returns fresh random signs for every batch row and layer: u (rows, d_out), v (rows, d_in)."""
+
+    def signs(size: int, like: Tensor) -> Tensor:
+        flips = torch.randint(0, 2, (rows, size), generator=generator)
+        return (flips * 2 - 1).to(like.device, like.dtype)
+
+    return {
+        name: Signs(signs(layer.b.shape[0], layer.b), signs(layer.a.shape[1], layer.a))
+        for name, layer in posterior.layers.items()
+    }
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A tokenized question with its right option.
+
+    Attributes:
+        question: The tokenized question.
+        answer: Index of the right option.
+    """
+
+    question: Question
+    answer: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of its packed row."""
+        return len(self.question.prompt) + sum(len(option) - 1 for option in self.question.options)
+
+
+def micro_batches(data: Sequence[Labelled], max_tokens: int) -> list[list[Labelled]]:
+    """Groups examples of similar length into passes of at most ``max_tokens`` padded tokens each."""
+    groups: list[list[Labelled]] = []
+    for item in sorted(data, key=lambda item: item.tokens):
+        if groups and (len(groups[-1]) + 1) * item.tokens <= max_tokens:
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    return groups
+
+
+def data_loss(
+    attached: Attached,
+    posterior: Posterior,
+    data: Sequence[Labelled],
+    generator: torch.Generator | None,
+) -> Tensor:
+    """-sum log p(y | x, phi) over the data in nats, with phi drawn afresh for each example.
+
+    A one-sample estimate of -E_q log p(D | phi) (arXiv 2508.14285, eq. 4, the data term).
+
+    Args:
+        attached: The model.
+        posterior: q, on the model's device.
+        data: The examples, scored in one pass.
+        generator: Source of the signs; None takes the posterior mean.
+
+    Returns:
+        A scalar, differentiable in the posterior's parameters.
+    """
+    device = next(attached.model.parameters()).device
+    batch = pack([item.question for item in data]).to(device)
+    signs = None if generator is None else row_signs(posterior, len(data), generator)
+    with attached.using(posterior, signs) as model:
+        log_probs = option_log_probs(option_scores(model, batch, posterior.config.normalize))
+    answers = torch.tensor([item.answer for item in data], device=device)
+    return -log_probs.gather(-1, answers[:, None]).sum()
+
+
+@dataclass(frozen=True)
+class TaskGradient:
+    """Gradients of one task's objective, per data point, and the parts of its value.
+
+    Attributes:
+        data: d(data term)/d phi, by parameter name.
+        kl_q: d(beta KL)/d phi.
+        kl_p: d(beta KL)/d theta.
+        data_nats: Data term in nats per data point.
+        kl_nats: beta KL in nats per data point.
+    """
+
+    data: dict[str, Tensor]
+    kl_q: dict[str, Tensor]
+    kl_p: dict[str, Tensor]
+    data_nats: float
+    kl_nats: float
+
+
+def task_gradient(
+    attached: Attached,
+    q: Posterior,
+    p: Posterior,
+    data: Sequence[Labelled],
+    *,
+    beta: float,
+    generator: torch.Generator | None,
+    max_tokens: int = 4096,
+) -> TaskGradient:
+    """Gradients of [ -E_q log p(D | phi) + beta KL(q || p) ] / |D| in phi and theta.
+
+    The data term is a sum over data points and KL a sum over weights; both are divided by |D| here, in
+    one place, so that rates do not depend on the number of data points.
+
+    Args:
+        attached: The model.
+        q: The task's posterior phi, float32.
+        p: The prior, theta.
+        data: The examples.
+        beta: Weight of KL.
+        generator: Source of the signs; None takes means.
+        max_tokens: Padded tokens in one forward pass.
+    """
+    leaves = {key: tensor.detach().requires_grad_() for key, tensor in q.tensors().items()}
+    phi = q.with_tensors(leaves)
+    total = torch.zeros(())
+    for group in micro_batches(data, max_tokens):
+        loss = data_loss(attached, phi, group, generator) / len(data)
+        loss.backward()
+        total = total + loss.detach().cpu()
+    data_gradient = {key: _gradient(leaf) for key, leaf in leaves.items()}
+    q_leaves = {key: tensor.detach().requires_grad_() for key, tensor in q.tensors().items()}
+    p_leaves = {key: tensor.detach().requires_grad_() for key, tensor in p.tensors().items()}
+    penalty = beta * kl(q.with_tensors(q_leaves), p.with_tensors(p_leaves)) / len(data)
+    penalty.backward()
+    return TaskGradient(
+        data_gradient,
+        {key: _gradient(leaf) for key, leaf in q_leaves.items()},
+        {key: _gradient(leaf) for key, leaf in p_leaves.items()},
+        total.item(),
+        penalty.item(),
+    )
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad

@@ -1,0 +1,208 @@
+"""Exact log-probabilities of answer options, all options of a question in one pass over its prompt.
+
+A row holds the prompt's tokens once, then each option's tokens but the last; a mask lets an option see
+the prompt and itself only, and its positions go on from the prompt's. The result is that of scoring
+prompt + option one by one, at the cost of the prompt plus the options' inner tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from abmll.errors import PromptTooLong
+from abmll.examples import Template
+from abmll.posterior import Normalize
+
+
+class Tokenizer(Protocol):
+    """What is needed of a transformers tokenizer."""
+
+    pad_token_id: int | None
+    eos_token_id: int | None
+
+    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]:
+        """Returns token ids."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = ...) -> str:
+        """Returns the text of token ids."""
+        ...
+
+
+@dataclass(frozen=True)
+class Question:
+    """A tokenized question.
+
+    Attributes:
+        prompt: Token ids of the templated prompt.
+        options: Token ids of each templated option; empty for free text.
+    """
+
+    prompt: tuple[int, ...]
+    options: tuple[tuple[int, ...], ...]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt with its longest option."""
+        return len(self.prompt) + max((len(option) for option in self.options), default=0)
+
+
+def tokenize(tokenizer: Tokenizer, template: Template, prompt: str, options: Sequence[str], context: int) -> Question:
+    """Tokenizes a question; prompt and options apart, so that an option is always the same tokens.
+
+    Args:
+        tokenizer: The base model's tokenizer.
+        template: The posterior's text format.
+        prompt: The question.
+        options: The answers; empty for free text.
+        context: The most tokens the model takes.
+
+    Raises:
+        PromptTooLong: Prompt and longest option exceed ``context``.
+    """
+    ids = tuple(tokenizer.encode(template.prompt(prompt), add_special_tokens=True))
+    encoded = tuple(tuple(tokenizer.encode(template.option(o), add_special_tokens=False)) for o in options)
+    question = Question(ids, encoded)
+    if question.longest > context:
+        raise PromptTooLong(
+            f"prompt and longest option are {question.longest} tokens; the model takes {context}: shorten the prompt",
+            field="prompt",
+        )
+    return question
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Questions packed for one forward pass.
+
+    Attributes:
+        ids: Token ids, shape (rows, tokens).
+        positions: Position ids, shape (rows, tokens).
+        mask: What each token may attend to, shape (rows, 1, tokens, tokens); None if plainly causal.
+        where: Flat indices into (rows, tokens) of the positions whose logits are needed, shape (n,).
+        of: For each scored token, its entry in ``where``, shape (m,).
+        token: For each scored token, its id, shape (m,).
+        slot: For each scored token, its option's flat index into (rows, options), shape (m,).
+        lengths: Tokens of each option, shape (rows, options); 0 where a row has fewer options.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor | None
+    where: Tensor
+    of: Tensor
+    token: Tensor
+    slot: Tensor
+    lengths: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Returns the batch on another device."""
+        mask = None if self.mask is None else self.mask.to(device)
+        tensors = {name: tensor.to(device) for name, tensor in vars(self).items() if name != "mask"}
+        return Batch(**tensors, mask=mask)
+
+    def repeat(self, times: int) -> Batch:
+        """Returns the batch ``times`` over, draw-major: row d * rows + i is question i of draw d."""
+        rows, tokens = self.ids.shape
+        steps = torch.arange(times, device=self.ids.device)[:, None]
+
+        def shifted(index: Tensor, step: int) -> Tensor:
+            return (index[None, :] + steps * step).flatten()
+
+        return Batch(
+            ids=self.ids.repeat(times, 1),
+            positions=self.positions.repeat(times, 1),
+            mask=None if self.mask is None else self.mask.repeat(times, 1, 1, 1),
+            where=shifted(self.where, rows * tokens),
+            of=shifted(self.of, len(self.where)),
+            token=self.token.repeat(times),
+            slot=shifted(self.slot, self.lengths.numel()),
+            lengths=self.lengths.repeat(times, 1),
+        )
+
+
+def pack(questions: Sequence[Question], pad: int = 0) -> Batch:
+    """Packs tokenized questions, padded on the right, into one batch on the CPU."""
+    inner = [[option[:-1] for option in question.options] for question in questions]
+    sizes = [len(q.prompt) + sum(map(len, tails)) for q, tails in zip(questions, inner, strict=True)]
+    rows, tokens = len(questions), max(sizes)
+    width = max(len(question.options) for question in questions)
+    ids = torch.full((rows, tokens), pad, dtype=torch.long)
+    positions = torch.zeros((rows, tokens), dtype=torch.long)
+    lengths = torch.zeros((rows, width), dtype=torch.long)
+    branched = any(tail for tails in inner for tail in tails)
+    mask = torch.zeros((rows, 1, tokens, tokens), dtype=torch.bool) if branched else None
+    causal = torch.ones((tokens, tokens), dtype=torch.bool).tril()
+    where: dict[int, int] = {}
+    of: list[int] = []
+    token: list[int] = []
+    slot: list[int] = []
+    for row, (question, tails) in enumerate(zip(questions, inner, strict=True)):
+        prompt = len(question.prompt)
+        ids[row, :prompt] = torch.tensor(question.prompt)
+        positions[row, :prompt] = torch.arange(prompt)
+        if mask is not None:
+            mask[row, 0, :prompt, :prompt] = causal[:prompt, :prompt]
+            mask[row, 0, sizes[row] :, 0] = True  # padding must attend to something, or softmax gives NaN
+        start = prompt
+        for number, (option, tail) in enumerate(zip(question.options, tails, strict=True)):
+            stop = start + len(tail)
+            lengths[row, number] = len(option)
+            if tail:
+                ids[row, start:stop] = torch.tensor(tail)
+                positions[row, start:stop] = torch.arange(prompt, prompt + len(tail))
+                assert mask is not None
+                mask[row, 0, start:stop, :prompt] = True
+                mask[row, 0, start:stop, start:stop] = causal[: len(tail), : len(tail)]
+            predictors = [prompt - 1, *range(start, stop)]
+            for predictor, token_id in zip(predictors, option, strict=True):
+                of.append(where.setdefault(row * tokens + predictor, len(where)))
+                token.append(token_id)
+                slot.append(row * width + number)
+            start = stop
+    needed = torch.tensor(list(where))
+    return Batch(ids, positions, mask, needed, torch.tensor(of), torch.tensor(token), torch.tensor(slot), lengths)
+
+
+def _logits(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Applies the output head as the model's own forward does, in float32 after the product."""
+    logits = model.get_output_embeddings()(hidden)  # pyright: ignore[reportCallIssue] -- a transformers model's method
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def token_log_probs(model: nn.Module, batch: Batch) -> Tensor:
+    """Returns log p(token | what stands before it) of each scored token, shape (m,), float32."""
+    dtype = next(model.parameters()).dtype
+    mask = batch.mask
+    if mask is not None:
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    decoder = model.get_decoder()  # pyright: ignore[reportCallIssue] -- a transformers model's method
+    hidden = decoder(input_ids=batch.ids, position_ids=batch.positions, attention_mask=mask, use_cache=False)
+    logits = _logits(model, hidden.last_hidden_state.flatten(0, 1)[batch.where])
+    normalizer = logits.logsumexp(dim=-1)
+    return logits[batch.of, batch.token] - normalizer[batch.of]
+
+
+def option_scores(model: nn.Module, batch: Batch, normalize: Normalize = "sum") -> Tensor:
+    """Scores every option of every question.
+
+    Args:
+        model: A causal language model of transformers, perhaps with a posterior attached.
+        batch: The packed questions.
+        normalize: ``sum``, the log-probability of the option's text; ``mean``, per token of it.
+
+    Returns:
+        Scores in nats, shape (rows, options), float32; -inf where a row has fewer options.
+    """
+    each = token_log_probs(model, batch)
+    scores = each.new_zeros(batch.lengths.numel()).index_add(0, batch.slot, each).view_as(batch.lengths)
+    if normalize == "mean":
+        scores = scores / batch.lengths.clamp_min(1)
+    return scores.masked_fill(batch.lengths == 0, float("-inf"))

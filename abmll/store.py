@@ -1,0 +1,251 @@
+"""Posteriors on disk: a folder that is written beside, fsynced and renamed, and checked when read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from abmll.calibration import Calibration
+from abmll.errors import AbmllError, InvalidPosterior
+from abmll.posterior import LayerPosterior, Posterior, PosteriorConfig
+
+FORMAT = 1
+
+
+class LayerShape(BaseModel, frozen=True):
+    """Dimensions of one layer."""
+
+    d_out: int = Field(gt=0)
+    d_in: int = Field(gt=0)
+
+
+class Record(BaseModel, frozen=True):
+    """What ``posterior.json`` says besides the configuration.
+
+    Attributes:
+        task: Name of the task; ``global`` for the global posterior.
+        version: Counts up from 1 within a task.
+        parent: Digest of the posterior that it was adapted from; None for a global one.
+        seed: Seed of its training.
+        shots: Labelled examples it was adapted with; 0 for a global one.
+        created: UTC time, ISO 8601.
+        training: Settings of the training that made it.
+        results: Figures that its training printed.
+    """
+
+    task: str = "global"
+    version: int = Field(default=1, ge=1)
+    parent: str | None = None
+    seed: int = 0
+    shots: int = Field(default=0, ge=0)
+    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    training: dict[str, Any] = Field(default_factory=dict)
+    results: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StoredPosterior:
+    """A posterior with its record and calibration.
+
+    Attributes:
+        posterior: The parameters, float32 on the CPU.
+        record: Where it comes from.
+        calibration: How its confidence is made; None if it was never calibrated.
+        digest: ``posterior.digest()``.
+    """
+
+    posterior: Posterior
+    record: Record
+    calibration: Calibration | None
+    digest: str
+
+
+class _File(BaseModel):
+    format: int
+    digest: str
+    config: PosteriorConfig
+    record: Record
+    layers: dict[str, LayerShape]
+
+
+def _card(posterior: Posterior, record: Record, calibration: Calibration | None) -> str:
+    config = posterior.config
+    lines = [
+        f"# Posterior of task `{record.task}`, version {record.version}",
+        "",
+        f"A Gaussian posterior over LoRA updates of `{config.base_model}`"
+        f"{f' at {config.base_revision}' if config.base_revision else ''}, "
+        "made by ABMLL (Zhang, Snell, Griffiths, arXiv 2508.14285).",
+        "",
+        f"- targets: {', '.join(config.targets)} ({len(posterior.layers)} layers, {posterior.weights:,} weights)",
+        f"- scale family: {config.family}; rank {config.rank}; {posterior.parameters:,} parameters; "
+        f"a draw is a LoRA adapter of rank {config.draw_rank}",
+        f"- made {record.created}, seed {record.seed}, {record.shots} labelled examples"
+        + (f", from posterior {record.parent}" if record.parent else ""),
+    ]
+    if calibration is None:
+        lines.append("- not calibrated: its confidence is the raw predictive probability")
+    lines += [
+        f"- after {entry.shots} shots: temperature {entry.temperature:.3f}, ECE on validation tasks "
+        f"{entry.ece_before:.3f} before and {entry.ece_after:.3f} after it ({entry.questions} answers)"
+        for entry in (calibration.by_shots if calibration else [])
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_posterior(
+    folder: Path, posterior: Posterior, record: Record, calibration: Calibration | None = None
+) -> StoredPosterior:
+    """Writes a posterior folder; a crash leaves the old folder or none, never a part of the new.
+
+    Args:
+        folder: The folder to make; one that exists is replaced.
+        posterior: The parameters.
+        record: Where it comes from.
+        calibration: How its confidence is made.
+
+    Raises:
+        InvalidPosterior: A parameter is not finite.
+        AbmllError: The disk is full or not writable; nothing is left behind.
+    """
+    tensors = {key: t.detach().to("cpu", torch.float32).contiguous() for key, t in posterior.tensors().items()}
+    _check_finite(tensors, "this posterior")
+    clean = posterior.with_tensors(tensors)
+    shapes = {n: LayerShape(d_out=layer.b.shape[0], d_in=layer.a.shape[1]) for n, layer in posterior.layers.items()}
+    digest = clean.digest()
+    file = _File(format=FORMAT, digest=digest, config=posterior.config, record=record, layers=shapes)
+    contents = {
+        "posterior.safetensors": save(tensors),
+        "posterior.json": (file.model_dump_json(indent=1) + "\n").encode(),
+        "CARD.md": _card(posterior, record, calibration).encode(),
+    }
+    if calibration is not None:
+        contents["calibration.json"] = (calibration.model_dump_json(indent=1) + "\n").encode()
+    replace_folder(folder, contents)
+    return StoredPosterior(clean, record, calibration, digest)
+
+
+def replace_folder(folder: Path, contents: dict[str, bytes]) -> None:
+    """Writes files into a folder beside ``folder`` and renames it there.
+
+    Raises:
+        AbmllError: Writing failed; nothing is left behind.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise AbmllError(f"cannot write to {folder.parent}: {error}; free space or choose another folder") from error
+    try:
+        partial.chmod(0o755)
+        for name, data in contents.items():
+            (partial / name).write_bytes(data)
+            _sync(partial / name)
+        _sync(partial)
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+            folder.rename(old / "was")
+            partial.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            partial.rename(folder)
+        _sync(folder.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise AbmllError(f"cannot write {folder}: {error}; free space or choose another folder") from error
+
+
+def _check_finite(tensors: dict[str, Tensor], where: str) -> None:
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise InvalidPosterior(f"{where}: parameter {key} has values that are not finite")
+
+
+def _expected_shapes(config: PosteriorConfig, shape: LayerShape) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
+        "mean.a": (config.rank, shape.d_in),
+        "mean.b": (shape.d_out, config.rank),
+    }
+    if config.family == "kronecker":
+        return shapes | {"scale.log_s": (shape.d_out,), "scale.log_t": (shape.d_in,)}
+    return shapes | {"scale.a": (config.scale_rank, shape.d_in), "scale.b": (shape.d_out, config.scale_rank)}
+
+
+def load_posterior(folder: Path) -> StoredPosterior:
+    """Reads a posterior folder and checks names, shapes, dtypes, finiteness and the content's hash.
+
+    Raises:
+        InvalidPosterior: The folder is absent or damaged; the message says where.
+    """
+    json_file, tensor_file = folder / "posterior.json", folder / "posterior.safetensors"
+    try:
+        file = _File.model_validate_json(json_file.read_bytes())
+        tensors = load(tensor_file.read_bytes())
+    except OSError as error:
+        raise InvalidPosterior(f"{folder} is not a posterior folder: {error}") from error
+    except (ValidationError, SafetensorError, ValueError) as error:
+        raise InvalidPosterior(f"the posterior in {folder} is damaged ({error}); restore it") from error
+    if file.format != FORMAT:
+        raise InvalidPosterior(f"{json_file} has format {file.format}; this version reads format {FORMAT}")
+    expected = {
+        f"{name}.{key}": want
+        for name, shape in file.layers.items()
+        for key, want in _expected_shapes(file.config, shape).items()
+    }
+    if expected.keys() != tensors.keys():
+        odd = sorted(expected.keys() ^ tensors.keys())[0]
+        raise InvalidPosterior(f"{tensor_file}: parameter {odd} is missing or not expected")
+    for key, want in expected.items():
+        tensor = tensors[key]
+        if tuple(tensor.shape) != want or tensor.dtype != torch.float32:
+            raise InvalidPosterior(
+                f"{tensor_file}: {key} is {tuple(tensor.shape)} {tensor.dtype}, not {want} torch.float32"
+            )
+    _check_finite(tensors, str(tensor_file))
+    offset = file.config.scale_init if file.config.family == "lowrank" else 0.0
+    layers: dict[str, LayerPosterior] = {}
+    for name, shape in file.layers.items():
+        keys = _expected_shapes(file.config, shape)
+        own = {key: tensors[f"{name}.{key}"] for key in keys}
+        scale = {key.removeprefix("scale."): t for key, t in own.items() if key.startswith("scale.")}
+        layers[name] = LayerPosterior(own["mean.a"], own["mean.b"], scale, offset)
+    posterior = Posterior(file.config, layers)
+    digest = posterior.digest()
+    if digest != file.digest:
+        raise InvalidPosterior(f"{tensor_file} does not match its posterior.json (hash {digest}, not {file.digest})")
+    return StoredPosterior(posterior, file.record, read_calibration(folder), digest)
+
+
+def read_calibration(folder: Path) -> Calibration | None:
+    """Reads ``calibration.json`` of a posterior folder; None where there is none.
+
+    Raises:
+        InvalidPosterior: The file is damaged.
+    """
+    path = folder / "calibration.json"
+    if not path.exists():
+        return None
+    try:
+        return Calibration.model_validate(json.loads(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise InvalidPosterior(f"{path} is damaged: {error}") from error
