@@ -1,0 +1,149 @@
+"""Adaptation: from the global posterior and a support set to a task posterior."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, Field, ValidationError
+
+from abmll.errors import InvalidExamples, InvalidPosterior
+from abmll.examples import Example
+from abmll.layers import Attached
+from abmll.objective import Labelled, task_gradient
+from abmll.posterior import Posterior
+from training.base_model import BaseModel as Base
+from training.episodes import label
+
+
+class AdaptConfig(BaseModel, frozen=True):
+    """Settings of the inner loop, the same in meta-training and in adaptation."""
+
+    steps: int = Field(default=10, ge=0, le=1000, description="K, gradient steps")
+    optimizer: Literal["adam", "sgd"] = "adam"
+    learning_rate: float = Field(default=5e-3, gt=0, description="alpha of the means")
+    scale_rate: float = Field(default=1e-2, ge=0, description="alpha of the scales' parameters")
+    beta: float = Field(default=1e-4, ge=0, description="weight of KL")
+    batch: int = Field(default=16, ge=1, description="support examples in a step; all of them if fewer")
+    max_tokens: int = Field(default=4096, ge=64, description="padded tokens in one forward pass")
+
+    @classmethod
+    def from_record(cls, training: Mapping[str, Any]) -> AdaptConfig:
+        """Returns the settings that a global posterior was meta-trained with.
+
+        Raises:
+            InvalidPosterior: The record's settings are malformed.
+        """
+        try:
+            return cls.model_validate(training.get("inner", {}))
+        except ValidationError as error:
+            raise InvalidPosterior(f"the posterior's record has malformed inner-loop settings: {error}") from error
+
+
+class InnerLoop:
+    """Gradient steps on one task's phi, begun at theta and held near it by KL.
+
+    phi^{k+1} = phi^k - alpha grad [ -E_q log p(support | phi) + beta KL(q(phi) || p(phi | theta)) ]
+    (arXiv 2508.14285, algorithm 1), with Adam's scaling of the gradient or without.
+    """
+
+    def __init__(self, attached: Attached, theta: Posterior, config: AdaptConfig) -> None:
+        self.attached, self.theta, self.config = attached, theta, config
+        self.leaves = {key: tensor.detach().clone() for key, tensor in theta.tensors().items()}
+        groups = [
+            {"params": [leaf for key, leaf in self.leaves.items() if ".mean." in key], "lr": config.learning_rate},
+            {"params": [leaf for key, leaf in self.leaves.items() if ".scale." in key], "lr": config.scale_rate},
+        ]
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.Adam(groups, betas=(0.9, 0.99)) if config.optimizer == "adam" else torch.optim.SGD(groups)
+        )
+
+    @property
+    def phi(self) -> Posterior:
+        """The task posterior at present."""
+        return self.theta.with_tensors(self.leaves)
+
+    def step(self, data: Sequence[Labelled], total: int, generator: torch.Generator) -> tuple[float, float]:
+        """Takes one step.
+
+        Args:
+            data: Part of the support set.
+            total: Size of the whole support set, which KL is spread over.
+            generator: Source of the signs.
+
+        Returns:
+            Data term and beta KL, nats per data point, before the step.
+        """
+        config = self.config
+        result = task_gradient(
+            self.attached,
+            self.phi,
+            self.theta,
+            data,
+            beta=config.beta * len(data) / total,
+            generator=generator,
+            max_tokens=config.max_tokens,
+        )
+        for key, leaf in self.leaves.items():
+            leaf.grad = result.data[key] + result.kl_q[key]
+        self.optimizer.step()
+        return result.data_nats, result.kl_nats
+
+
+def adapt_labelled(
+    attached: Attached,
+    theta: Posterior,
+    support: Sequence[Labelled],
+    config: AdaptConfig,
+    generator: torch.Generator,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Posterior:
+    """Runs the inner loop on tokenized examples; ``theta`` itself for no examples or no steps."""
+    loop = InnerLoop(attached, theta, config)
+    order = random.Random(int(torch.randint(0, 2**31, (), generator=generator)))
+    for step in range(config.steps if support else 0):
+        if on_step is not None:
+            on_step(step, config.steps)
+        batch = support if len(support) <= config.batch else order.sample(support, config.batch)
+        loop.step(batch, len(support), generator)
+    return loop.phi
+
+
+def adapt(
+    base: Base,
+    attached: Attached,
+    prior: Posterior,
+    examples: Sequence[Example],
+    config: AdaptConfig,
+    *,
+    seed: int = 0,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Posterior:
+    """Adapts a posterior to a task from labelled examples.
+
+    Args:
+        base: Model and tokenizer.
+        attached: The same model, attached.
+        prior: The global posterior theta, on the model's device.
+        examples: The support set.
+        config: Inner-loop settings.
+        seed: The same seed and examples give the same posterior.
+        on_step: Called before each step with (step, steps); what it raises ends the adaptation.
+
+    Returns:
+        The task posterior phi.
+
+    Raises:
+        InvalidExamples: There are no examples, or adaptation diverged on them.
+        PromptTooLong: An example exceeds the model's context.
+    """
+    if not examples:
+        raise InvalidExamples("adaptation needs at least one labelled example", field="examples")
+    support = label(base, prior.config.template, examples)
+    generator = torch.Generator().manual_seed(seed)
+    phi = adapt_labelled(attached, prior, support, config, generator, on_step)
+    if not all(torch.isfinite(tensor).all() for tensor in phi.tensors().values()):
+        raise InvalidExamples("adaptation diverged on these examples; lower learning_rate or steps", field="examples")
+    return phi

@@ -1,0 +1,246 @@
+"""Pre-training of the small Llama-architecture base model that abmll carries for offline use."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, Field
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from abmll.examples import Template
+from training.base.corpus import corpus_digest, encode_books, pretraining_tasks, task_document
+from training.base.embedding import cooccurrence, ppmi_embedding
+from training.base.tokenizer import END, as_transformers, tokenizer_texts, train_tokenizer
+from training.progress import Progress, track
+from training.splits import Split
+from training.tasks import Task
+
+SNAPSHOT_SECONDS = 300.0
+
+
+class PretrainConfig(BaseModel, frozen=True):
+    """Settings of pre-training; the defaults make the embedded default model."""
+
+    vocabulary: int = Field(default=12288, ge=512, le=65535)
+    width: int = 256
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    mlp_width: int = 640
+    context: int = 1024
+    row_tokens: int = Field(default=384, description="tokens in a training row")
+    batch_rows: int = Field(default=32, description="rows in a step")
+    micro_rows: int = Field(default=8, description="rows in a forward pass; small ones stay in the cache")
+    minutes: float = Field(default=60.0, description="wall-clock budget; the learning rate falls to zero at its end")
+    task_share: float = Field(default=0.5, ge=0, le=1, description="share of rows that hold task items")
+    permuted_share: float = Field(default=0.3, ge=0, le=1, description="share of task rows whose labels are permuted")
+    learning_rate: float = Field(default=2e-3, description="Muon's, in AdamW's scale")
+    embedding_rate: float = Field(default=1e-3, description="AdamW's, for embeddings and norms")
+    loss_positions: float = Field(default=0.3, description="share of book positions whose loss is computed")
+    window: int = Field(default=6, description="co-occurrence window of the embedding's start, in tokens")
+    book_limit: int | None = None
+    seed: int = 0
+
+
+def _model(config: PretrainConfig, embedding: Tensor) -> Any:
+    torch.manual_seed(config.seed)
+    model: Any = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocabulary,
+            hidden_size=config.width,
+            intermediate_size=config.mlp_width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            max_position_embeddings=config.context,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    )
+    with torch.no_grad():
+        # Unit rows times 0.8: an entry's root mean square is 0.05 at width 256, near the usual start.
+        model.get_input_embeddings().weight.copy_(0.8 * embedding)
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                projection.weight.div_(math.sqrt(2 * config.layers))
+    return model
+
+
+class _Rows:
+    """An endless stream of training rows: book pieces, and documents of items of one task."""
+
+    def __init__(
+        self, config: PretrainConfig, tokenizer: Tokenizer, books: np.ndarray, tasks: Sequence[Task], template: Template
+    ) -> None:
+        self.config, self.tokenizer, self.books, self.tasks, self.template = config, tokenizer, books, tasks, template
+        self.rng = random.Random(config.seed)
+        self.weights = [len(task.examples) ** 0.5 for task in tasks]
+        self.end: int = tokenizer.token_to_id(END) or 0
+
+    def _task_row(self, length: int) -> list[int]:
+        row: list[int] = []
+        while len(row) < length:
+            task = self.rng.choices(self.tasks, self.weights)[0]
+            permute = self.rng.random() < self.config.permuted_share
+            document = task_document(task, self.template, self.rng, items=24, permute=permute)
+            row += [self.end, *self.tokenizer.encode(document[: 6 * length], add_special_tokens=False).ids]
+        return row[:length]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (ids, is_task): shapes (rows, tokens + 1) int64 and (rows,) bool."""
+        length = self.config.row_tokens + 1
+        while True:
+            rows: list[list[int]] = []
+            flags: list[bool] = []
+            for _ in range(self.config.batch_rows):
+                is_task = self.rng.random() < self.config.task_share
+                if is_task:
+                    rows.append(self._task_row(length))
+                else:
+                    start = self.rng.randrange(len(self.books) - length)
+                    rows.append([int(token) for token in self.books[start : start + length]])
+                flags.append(is_task)
+            yield torch.tensor(rows), torch.tensor(flags)
+
+
+def _loss(model: Any, ids: Tensor, is_task: Tensor, share: float, amp: bool) -> tuple[Tensor, Tensor]:
+    """Mean token loss of task rows and of a random share of book positions: (total, per part)."""
+    device_type = ids.device.type
+    with torch.autocast(device_type, torch.bfloat16) if amp else nullcontext():
+        hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state
+        keep = torch.rand(hidden.shape[:2], device=ids.device) < torch.where(is_task, 1.0, share)[:, None]
+        logits = model.lm_head(hidden[keep])
+    nll = F.cross_entropy(logits.float(), ids[:, 1:][keep], reduction="none")
+    from_task = is_task[:, None].expand_as(keep)[keep]
+    parts = torch.stack([nll[~from_task].mean(), nll[from_task].mean()]).detach()
+    return nll.mean(), parts
+
+
+def _save(model: Any, tokenizer: Tokenizer, config: PretrainConfig, folder: Path) -> None:
+    saved: Any = LlamaForCausalLM(model.config)
+    saved = saved.to(torch.bfloat16)
+    saved.load_state_dict(model.state_dict())
+    saved.save_pretrained(folder)
+    as_transformers(tokenizer, config.context).save_pretrained(folder)
+
+
+def pretrain(
+    books: Path,
+    tasks: Sequence[Task],
+    split: Split,
+    out: Path,
+    config: PretrainConfig,
+    *,
+    device: str = "cpu",
+    progress: Progress = track,
+) -> Path:
+    """Trains tokenizer and model and saves them as a transformers model folder.
+
+    Args:
+        books: Folder of book shards.
+        tasks: All tasks; only those of training families are read, and of each only the half that
+            ``in_pretraining`` selects.
+        split: Says which families are for training.
+        out: The model folder to make. Intermediate files lie in ``<out>.work`` and are reused.
+        config: Settings.
+        device: Where to train.
+        progress: Shows progress.
+
+    Returns:
+        ``out``, holding model.safetensors (bf16), config, tokenizer and ``training.json``.
+    """
+    template = Template()
+    chosen = pretraining_tasks(tasks, split)
+    work = out.with_name(out.name + ".work")
+    work.mkdir(parents=True, exist_ok=True)
+    digest = f"{corpus_digest(books, chosen)}-{config.vocabulary}"
+    tokenizer_file = work / f"tokenizer-{digest}.json"
+    if tokenizer_file.is_file():
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    else:
+        texts = tokenizer_texts(books, chosen, template, book_limit=config.book_limit or 1_000_000)
+        tokenizer = train_tokenizer(texts, config.vocabulary)
+        tokenizer.save(str(tokenizer_file))
+    tokens = encode_books(books, tokenizer, work / f"books-{digest}.npy", config.book_limit)
+
+    embedding_file = work / f"embedding-{digest}-{config.width}-{config.window}.pt"
+    if embedding_file.is_file():
+        embedding = torch.load(embedding_file, weights_only=True)
+    else:
+        rng = random.Random(config.seed)
+        documents = [task_document(t, template, rng, len(t.examples), permute=False) for _ in range(3) for t in chosen]
+        encoded = tokenizer.encode_batch(documents, add_special_tokens=False)
+        extra = [np.asarray(encoding.ids, dtype=np.uint16) for encoding in encoded]
+        counts = cooccurrence(np.concatenate([tokens, *extra]), config.vocabulary, config.window)
+        embedding = ppmi_embedding(counts, config.width, seed=config.seed)
+        torch.save(embedding, embedding_file)
+
+    model = _model(config, embedding).to(device)
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=config.learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=config.embedding_rate, weight_decay=0.0, betas=(0.9, 0.98)),
+    ]
+    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    model.train()
+    # bf16 pays on a GPU; a CPU without matrix units runs it slower than fp32 (measured: 0.7 times).
+    amp = device != "cpu"
+    begin = time.monotonic()
+    seconds = config.minutes * 60
+    log: list[dict[str, float]] = []
+    mean_parts = torch.zeros(2)
+    step, snapshot = 0, 1
+    with progress("pretrain", total=seconds) as bar:
+        for ids, is_task in _Rows(config, tokenizer, tokens, chosen, template):
+            elapsed = time.monotonic() - begin
+            if elapsed >= seconds:
+                break
+            # Warm-up over 2 % of the budget, then flat, then linear to zero over the last half.
+            scale = min(1.0, elapsed / (0.02 * seconds) + 0.01, 2 * (1 - elapsed / seconds))
+            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate * scale
+            all_parts: list[Tensor] = []
+            for rows in torch.arange(len(ids)).split(config.micro_rows):
+                loss, parts = _loss(model, ids[rows].to(device), is_task[rows].to(device), config.loss_positions, amp)
+                (loss * len(rows) / len(ids)).backward()
+                all_parts.append(parts)
+            parts = torch.stack(all_parts).nanmean(0)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            step += 1
+            mean_parts = parts.cpu() if step == 1 else 0.95 * mean_parts + 0.05 * parts.cpu()
+            row = {
+                "step": step,
+                "seconds": round(elapsed, 1),
+                "tokens": step * config.batch_rows * config.row_tokens,
+                "books_nll": round(mean_parts[0].item(), 4),
+                "tasks_nll": round(mean_parts[1].item(), 4),
+            }
+            bar.update(elapsed, row)
+            if step % 20 == 0:
+                log.append(row)
+            if elapsed > snapshot * SNAPSHOT_SECONDS:
+                snapshot += 1
+                _save(model, tokenizer, config, work / "snapshot")
+    _save(model, tokenizer, config, out)
+    record = {"config": config.model_dump(), "tasks": [task.name for task in chosen], "log": log}
+    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return out

@@ -1,0 +1,330 @@
+"""The commands ``abmll pretrain``, ``train``, ``adapt`` and ``eval``.
+
+Signatures stand here; whatever needs torch is imported inside, so that ``--help`` stays quick.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from training.splits import Split
+    from training.tasks import Task
+
+_Tasks = Annotated[Path, typer.Option(help="Folder of tasks: JSON Lines files, with a manifest.json if you have one.")]
+_Model = Annotated[str | None, typer.Option(help="Base model: hub name or folder. Default: the embedded small model.")]
+_Revision = Annotated[str | None, typer.Option(help="Commit or tag of the base model on the hub.")]
+_Settings = Annotated[Path | None, typer.Option("--config", help="TOML file with further settings.")]
+_SplitFile = Annotated[Path | None, typer.Option(help="Split file to read; made from --seed and --pin if absent.")]
+_Pins = Annotated[list[str] | None, typer.Option("--pin", help="FAMILY=train|validation|test; may be repeated.")]
+_Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
+_Dtype = Annotated[str, typer.Option(help="Dtype of the frozen base weights: float32 or bfloat16.")]
+
+_PARTS: dict[str, tuple[Literal["train", "validation", "test"], ...]] = {
+    "train": ("train",),
+    "validation": ("validation",),
+    "test": ("test",),
+    "held-out": ("validation", "test"),
+}
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the training commands to the command line."""
+    app.command("pretrain")(pretrain_command)
+    app.command("train")(train_command)
+    app.command("adapt")(adapt_command)
+    app.command("eval")(eval_command)
+
+
+def _read_settings(path: Path | None) -> dict[str, Any]:
+    from abmll.errors import AbmllError
+
+    if path is None:
+        return {}
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise AbmllError(f"cannot read settings from {path}: {error}", field="config") from error
+
+
+def _device(wanted: str | None) -> str:
+    import torch
+
+    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    from abmll.errors import AbmllError
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in known:
+        raise AbmllError(f"dtype is {name!r}; give float32 or bfloat16", field="dtype")
+    return known[name]
+
+
+def _settings(model: Any, values: dict[str, Any]) -> Any:
+    from pydantic import ValidationError
+
+    from abmll.errors import AbmllError
+
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise AbmllError(f"setting {where}: {first['msg']} (got {first['input']!r})", field=where) from error
+
+
+def _split(tasks: list[Task], path: Path | None, seed: int, pins: list[str] | None, target: Path) -> Split:
+    from typing import get_args
+
+    from abmll.errors import AbmllError
+    from training.splits import Part, read_split, split_families, write_split
+
+    if path is not None and path.is_file():
+        split = read_split(path)
+    else:
+        pinned: dict[str, Part] = {}
+        for pin in pins or []:
+            family, _, part = pin.rpartition("=")
+            if not family or part not in get_args(Part):
+                raise AbmllError(f"--pin {pin!r} must be FAMILY=train, =validation or =test", field="pin")
+            pinned[family] = part  # pyright: ignore[reportArgumentType] -- checked above
+        split = split_families(tasks, seed, pinned=pinned)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_split(split, target)
+    return split
+
+
+def pretrain_command(
+    books: Annotated[Path, typer.Option(help="Folder of book shards (*.txt.xz).")],
+    tasks: _Tasks,
+    out: Annotated[Path, typer.Option(help="Model folder to make.")],
+    split: _SplitFile = None,
+    seed: Annotated[int, typer.Option(help="Seed of the split and of training.")] = 0,
+    pin: _Pins = None,
+    minutes: Annotated[float, typer.Option(help="Wall-clock budget.")] = 60.0,
+    config: _Settings = None,
+    device: _Device = None,
+) -> None:
+    """Train a small Llama-architecture base model and its tokenizer from scratch."""
+    from training.base.pretrain import PretrainConfig, pretrain
+    from training.tasks import load_tasks
+
+    loaded = load_tasks(tasks)
+    chosen = _split(loaded, split, seed, pin, out.with_name(out.name + ".split.json"))
+    settings = _settings(PretrainConfig, {"minutes": minutes, "seed": seed} | _read_settings(config))
+    pretrain(books, loaded, chosen, out, settings, device=_device(device))
+    typer.echo(f"wrote {out}")
+
+
+def train_command(
+    tasks: _Tasks,
+    out: Annotated[Path, typer.Option(help="Posterior folder to make; checkpoints lie in OUT.work.")],
+    model: _Model = None,
+    revision: _Revision = None,
+    split: _SplitFile = None,
+    seed: Annotated[int, typer.Option(help="Seed of split and training.")] = 0,
+    pin: _Pins = None,
+    family: Annotated[str, typer.Option(help="Scale family: kronecker or lowrank.")] = "kronecker",
+    targets: Annotated[str, typer.Option(help="Names of the targeted modules, joined by commas.")] = "q_proj,v_proj",
+    rank: Annotated[int, typer.Option(help="Rank of the mean.")] = 7,
+    steps: Annotated[int, typer.Option(help="Meta-training steps.")] = 400,
+    minutes: Annotated[float | None, typer.Option(help="Train by wall clock instead of steps.")] = None,
+    beta: Annotated[float, typer.Option(help="Weight of KL.")] = 1e-4,
+    config: _Settings = None,
+    books: Annotated[Path | None, typer.Option(help="Book shards to make pseudo-tasks from.")] = None,
+    pseudo: Annotated[int, typer.Option("--pseudo-tasks", help="Pseudo-tasks of each kind made from --books.")] = 30,
+    calibration_draws: Annotated[int, typer.Option(help="Draws in calibration.")] = 8,
+    context: Annotated[int | None, typer.Option(help="Longest prompt in tokens; the model's limit by default.")] = None,
+    dtype: _Dtype = "float32",
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute activations to save memory.")] = False,
+    device: _Device = None,
+) -> None:
+    """Meta-train a global posterior on training families and calibrate it on validation families."""
+    from abmll.layers import attach
+    from abmll.posterior import PosteriorConfig
+    from abmll.store import Record, save_posterior
+    from training.base.corpus import unseen_items
+    from training.base_model import load_base
+    from training.embedded import NAME, resolve
+    from training.evaluation import EvalConfig, calibrate, predict_tasks
+    from training.meta import MetaConfig, meta_train
+    from training.progress import track
+    from training.pseudo_tasks import pseudo_tasks
+    from training.report import grouped, markdown
+    from training.tasks import load_tasks
+
+    values = _read_settings(config)
+    inner = {"beta": beta} | values.pop("inner", {})
+    posterior_values = values.pop("posterior", {})
+    settings = _settings(MetaConfig, {"steps": steps, "minutes": minutes, "seed": seed, "inner": inner} | values)
+    loaded = load_tasks(tasks)
+    work = out.with_name(out.name + ".work")
+    chosen = _split(loaded, split, seed, pin, work / "split.json")
+    source = resolve(model)
+    base = load_base(
+        source,
+        revision=revision,
+        dtype=_dtype(dtype),
+        device=_device(device),
+        context=context,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    posterior_config = _settings(
+        PosteriorConfig,
+        {
+            "base_model": model or NAME,
+            "base_revision": revision,
+            "targets": tuple(targets.split(",")),
+            "family": family,
+            "rank": rank,
+        }
+        | posterior_values,
+    )
+    attached = attach(base.model, posterior_config.targets)
+    training_tasks = unseen_items(Path(source), chosen.select(loaded, "train"))
+    if books is not None:
+        training_tasks += pseudo_tasks(books, pseudo, seed)
+    theta = meta_train(base, attached, training_tasks, posterior_config, settings, work)
+    theta = theta.map(lambda tensor: tensor.to(base.device))
+    evaluation = EvalConfig(draws=calibration_draws, seed=seed)
+    validation = chosen.select(loaded, "validation")
+    calibration, results = None, {}
+    if validation:
+        predictions = predict_tasks(base, attached, theta, validation, settings.inner, evaluation, track)
+        calibration = calibrate(predictions, evaluation)
+        rows = grouped(predictions, calibration, lambda item: item.task.category)
+        results = {f"{name}/{shots}": scores.model_dump() for name, shots, scores in rows}
+        typer.echo(markdown(rows, "category (validation)"))
+    extra = {"split": chosen.model_dump(), "pseudo_tasks": pseudo if books is not None else 0}
+    record = Record(
+        seed=seed,
+        training=settings.model_dump(mode="json") | extra,
+        results=results,
+    )
+    stored = save_posterior(out, theta, record, calibration)
+    typer.echo(f"wrote {out}, posterior {stored.digest}")
+
+
+def adapt_command(
+    posterior: Annotated[Path, typer.Argument(help="Folder of the global posterior.")],
+    examples: Annotated[Path, typer.Option(help="JSON Lines file of labelled examples.")],
+    task: Annotated[str, typer.Option(help="Name of the new task.")],
+    out: Annotated[Path, typer.Option(help="Posterior folder to make.")],
+    model: _Model = None,
+    steps: Annotated[int | None, typer.Option(help="Gradient steps; as in meta-training by default.")] = None,
+    seed: int = 0,
+    dtype: _Dtype = "float32",
+    device: _Device = None,
+) -> None:
+    """Adapt a global posterior to a task from labelled examples."""
+    from abmll.errors import AbmllError
+    from abmll.store import Record, load_posterior, save_posterior
+    from training.adaptation import AdaptConfig, adapt
+    from training.progress import track
+    from training.tasks import read_examples
+
+    support = read_examples(examples)
+    stored = load_posterior(posterior)
+    inner = AdaptConfig.from_record(stored.record.training)
+    if steps is not None:
+        inner = _settings(AdaptConfig, inner.model_dump() | {"steps": steps})
+    if task == "global":
+        raise AbmllError("the task name 'global' means the global posterior; choose another", field="task")
+    base, attached, theta = _open(stored.posterior, model, dtype, device)
+    with track("adapt", total=inner.steps) as bar:
+        phi = adapt(
+            base, attached, theta, support, inner, seed=seed, on_step=lambda step, _: bar.update(step, {"step": step})
+        )
+    record = Record(
+        task=task, parent=stored.digest, seed=seed, shots=len(support), training={"inner": inner.model_dump()}
+    )
+    saved = save_posterior(out, phi, record, stored.calibration)
+    typer.echo(f"wrote {out}, posterior {saved.digest}")
+
+
+def eval_command(
+    tasks: _Tasks,
+    posterior: Annotated[Path | None, typer.Argument(help="Folder of a global posterior; default: embedded.")] = None,
+    model: _Model = None,
+    split: Annotated[Path | None, typer.Option(help="Split file; default: the posterior's own.")] = None,
+    part: Annotated[str, typer.Option(help="Families to evaluate: train, validation, test, held-out or all.")] = "test",
+    shots: Annotated[str, typer.Option(help="Numbers of shots, joined by commas.")] = "0,4,16",
+    draws: Annotated[int, typer.Option(help="Draws.")] = 8,
+    queries: Annotated[int, typer.Option(help="Items predicted in each task, at most.")] = 100,
+    supports: Annotated[int, typer.Option(help="Support sets of each task and number of shots.")] = 1,
+    seed: int = 0,
+    by: Annotated[str, typer.Option(help="Rows of the table: category, family or task.")] = "category",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the table here as JSON.")] = None,
+    dtype: _Dtype = "float32",
+    device: _Device = None,
+) -> None:
+    """Print accuracy and calibration of a posterior on tasks, before and after adaptation."""
+    from abmll.errors import AbmllError
+    from abmll.store import load_posterior
+    from training.adaptation import AdaptConfig
+    from training.embedded import POSTERIOR
+    from training.evaluation import EvalConfig, predict_tasks
+    from training.progress import track
+    from training.report import grouped, markdown
+    from training.splits import Split, read_split
+    from training.tasks import load_tasks
+
+    names = {
+        "category": lambda item: item.task.category,
+        "family": lambda item: item.task.family,
+        "task": lambda item: item.task.name,
+    }
+    if by not in names:
+        raise AbmllError(f"--by {by!r} must be category, family or task", field="by")
+    try:
+        numbers = tuple(sorted({int(number) for number in shots.split(",")}))
+    except ValueError as error:
+        raise AbmllError(f"--shots {shots!r} must be whole numbers joined by commas, such as 0,4,16") from error
+    stored = load_posterior(posterior or POSTERIOR)
+    loaded = load_tasks(tasks)
+    if part != "all":
+        own = stored.record.training.get("split")
+        if split is None and own is None:
+            raise AbmllError("the posterior carries no split; give --split FILE or --part all", field="split")
+        chosen = read_split(split) if split is not None else Split.model_validate(own)
+        parts = _PARTS.get(part)
+        if parts is None:
+            raise AbmllError(f"--part {part!r} must be train, validation, test, held-out or all", field="part")
+        loaded = [task for name in parts for task in chosen.select(loaded, name)]
+    if not loaded:
+        raise AbmllError(f"no task belongs to the part {part!r}", field="part")
+    config = _settings(
+        EvalConfig, {"shots": numbers, "draws": draws, "queries": queries, "supports": supports, "seed": seed}
+    )
+    base, attached, theta = _open(stored.posterior, model, dtype, device)
+    inner = AdaptConfig.from_record(stored.record.training)
+    predictions = predict_tasks(base, attached, theta, loaded, inner, config, track)
+    rows = grouped(predictions, stored.calibration, names[by])
+    typer.echo(markdown(rows, by))
+    if json_file is not None:
+        table = [{by: name, "shots": k, **scores.model_dump()} for name, k, scores in rows]
+        json_file.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+def _open(posterior: Any, model: str | None, dtype: str, device: str | None) -> tuple[Any, Any, Any]:
+    """Loads a posterior's base model, checks that it is the one, and attaches."""
+    from abmll.layers import attach, check_base, fingerprint
+    from training.base_model import load_base
+    from training.embedded import resolve
+
+    name = model or posterior.config.base_model
+    base = load_base(
+        resolve(name), revision=posterior.config.base_revision, dtype=_dtype(dtype), device=_device(device)
+    )
+    attached = attach(base.model, posterior.config.targets)
+    check_base(posterior, fingerprint(lambda key: attached.layers[key].base.weight, attached.layers), name)
+    return base, attached, posterior.map(lambda tensor: tensor.to(base.device))

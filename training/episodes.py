@@ -1,0 +1,102 @@
+"""Episodes of meta-training: a support and a query set of one task, and variations of tasks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from pydantic import BaseModel, Field
+
+from abmll.errors import InvalidExamples
+from abmll.examples import Example, Template
+from abmll.objective import Labelled
+from abmll.scoring import tokenize
+from training.base_model import BaseModel as Base
+from training.tasks import Task
+
+
+class EpisodeConfig(BaseModel, frozen=True):
+    """How episodes are drawn."""
+
+    shots: tuple[int, ...] = Field(
+        default=(0, 1, 2, 4, 8, 16, 16), description="sizes of the support set, one drawn an episode"
+    )
+    queries: int = Field(default=16, ge=1, description="items of the query set")
+    subset: float = Field(default=0.5, ge=0, le=1, description="chance that a task keeps only some of its labels")
+    max_chars: int | None = Field(default=None, ge=1, description="leave out items with longer text, to save time")
+    permute: float = Field(default=0.3, ge=0, le=1, description="chance that a task's labels swap their meanings")
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Support and query examples of one task, or of a variation of it."""
+
+    task: str
+    support: tuple[Example, ...]
+    query: tuple[Example, ...]
+
+
+def draw_support(task: Task, shots: int, rng: random.Random) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Splits a task's examples at random into ``shots`` for support and the rest.
+
+    Raises:
+        InvalidExamples: The task has too few examples.
+    """
+    if shots >= len(task.examples):
+        raise InvalidExamples(f"task {task.name} has {len(task.examples)} examples, too few for {shots} shots")
+    shuffled = list(task.examples)
+    rng.shuffle(shuffled)
+    return tuple(shuffled[:shots]), tuple(shuffled[shots:])
+
+
+def _vary(task: Task, config: EpisodeConfig, rng: random.Random) -> Task:
+    """Perhaps keeps some labels only, perhaps permutes their texts.
+
+    Tasks whose labels contradict each other cannot be memorized by theta, so adaptation must be learned
+    (Yin et al. 2020, meta-learning without memorization).
+    """
+    if not task.fixed_labels:
+        return task
+    options = list(task.examples[0].options)
+    kept = list(range(len(options)))
+    if len(options) > 2 and rng.random() < config.subset:
+        kept = sorted(rng.sample(kept, rng.randint(2, len(options))))
+    texts = [options[i] for i in kept]
+    if rng.random() < config.permute:
+        rng.shuffle(texts)
+    place = {label: position for position, label in enumerate(kept)}
+    examples = tuple(
+        Example(example.prompt, tuple(texts), place[example.answer])
+        for example in task.examples
+        if example.answer in place
+    )
+    return replace(task, examples=examples) if len(examples) >= 8 else task
+
+
+def sample_episode(tasks: Sequence[Task], config: EpisodeConfig, rng: random.Random) -> Episode:
+    """Draws an episode: a family by the root of its number of tasks, a task of it, a variation, items."""
+    families: dict[str, list[Task]] = {}
+    for task in tasks:
+        families.setdefault(task.family, []).append(task)
+    names = sorted(families)
+    family = rng.choices(names, [len(families[name]) ** 0.5 for name in names])[0]
+    task = _vary(rng.choice(families[family]), config, rng)
+    shots = min(rng.choice(config.shots), len(task.examples) // 2)
+    support, rest = draw_support(task, shots, rng)
+    return Episode(task.name, support, rest[: config.queries])
+
+
+def keep_items(tasks: Sequence[Task], keep: Callable[[Task, Example], bool]) -> list[Task]:
+    """Returns the tasks with only the items that ``keep`` accepts; tasks left with under 8 are dropped."""
+    kept = [replace(task, examples=tuple(e for e in task.examples if keep(task, e))) for task in tasks]
+    return [task for task in kept if len(task.examples) >= 8]
+
+
+def label(base: Base, template: Template, examples: Sequence[Example]) -> list[Labelled]:
+    """Tokenizes examples.
+
+    Raises:
+        PromptTooLong: An example exceeds the model's context.
+    """
+    return [Labelled(tokenize(base.tokenizer, template, e.prompt, e.options, base.context), e.answer) for e in examples]

@@ -1,0 +1,206 @@
+"""Evaluation: adapt to each task at several numbers of shots, predict its other items, count."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from abmll import metrics
+from abmll.calibration import (
+    Calibration,
+    ShotCalibration,
+    conformal_scores,
+    conformal_threshold,
+    fit_temperature,
+    prediction_set,
+    temper,
+)
+from abmll.draw_scores import score_draws
+from abmll.layers import Attached
+from abmll.posterior import Posterior
+from abmll.predictive import predictive
+from training.adaptation import AdaptConfig, adapt_labelled
+from training.base_model import BaseModel as Base
+from training.episodes import draw_support, label
+from training.progress import Progress, silent
+from training.tasks import Task
+
+
+class EvalConfig(BaseModel, frozen=True):
+    """Settings of an evaluation."""
+
+    shots: tuple[int, ...] = (0, 4, 16)
+    queries: int = Field(default=100, ge=1, description="items predicted in each task, at most")
+    supports: int = Field(default=1, ge=1, description="support sets drawn for each task and number of shots")
+    draws: int = Field(default=8, ge=1)
+    seed: int = 0
+    coverage: tuple[float, ...] = (0.8, 0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class TaskPredictions:
+    """Predictions on one task with one support set.
+
+    Attributes:
+        task: The task.
+        shots: Size of the support set.
+        probabilities: Predictive probabilities before tempering, shape (queries, options).
+        epistemic: Mutual information in nats, shape (queries,).
+        answers: The right options, shape (queries,).
+        chance: Share of the most frequent answer of the task.
+    """
+
+    task: Task
+    shots: int
+    probabilities: Tensor
+    epistemic: Tensor
+    answers: Tensor
+    chance: float
+
+
+def predict_task(
+    base: Base,
+    attached: Attached,
+    theta: Posterior,
+    task: Task,
+    shots: int,
+    inner: AdaptConfig,
+    config: EvalConfig,
+    repeat: int = 0,
+) -> TaskPredictions:
+    """Adapts to a random support set of a task and predicts other items of it.
+
+    The query items are the same for every number of shots, so that differences are not noise.
+    """
+    rng = random.Random(f"{config.seed}:{repeat}:{task.name}")
+    largest = min(max(config.shots), len(task.examples) // 2)
+    pool, rest = draw_support(task, largest, rng)
+    support = label(base, theta.config.template, pool[:shots])
+    query = label(base, theta.config.template, rest[: config.queries])
+    generator = torch.Generator().manual_seed(config.seed)
+    phi = adapt_labelled(attached, theta, support, inner, generator)
+    questions = [item.question for item in query]
+    scores = score_draws(attached, phi, questions, range(config.draws), config.seed)
+    result = predictive(scores)
+    answers = torch.tensor([item.answer for item in query])
+    return TaskPredictions(task, shots, result.probabilities, result.epistemic, answers, task.majority_share)
+
+
+def predict_tasks(
+    base: Base,
+    attached: Attached,
+    theta: Posterior,
+    tasks: Sequence[Task],
+    inner: AdaptConfig,
+    config: EvalConfig,
+    progress: Progress = silent,
+) -> list[TaskPredictions]:
+    """Runs ``predict_task`` for every task, number of shots and support set."""
+    jobs = [(task, shots, r) for task in tasks for shots in config.shots for r in range(config.supports)]
+    results: list[TaskPredictions] = []
+    with progress("evaluate", total=len(jobs)) as bar:
+        for number, (task, shots, repeat) in enumerate(jobs, start=1):
+            results.append(predict_task(base, attached, theta, task, shots, inner, config, repeat))
+            bar.update(number, {"tasks": (number - 1) // (len(config.shots) * config.supports) + 1})
+    return results
+
+
+class Scores(BaseModel, frozen=True):
+    """Measures of a set of predictions, each a mean over tasks."""
+
+    accuracy: float
+    chance: float
+    ece: float
+    nll: float
+    brier: float
+    auroc: float
+    coverage_90: float | None = None
+    set_size_90: float | None = None
+    epistemic: float
+    tasks: int
+
+
+def _mean(values: Sequence[float]) -> float:
+    kept = [value for value in values if not math.isnan(value)]
+    return sum(kept) / len(kept) if kept else float("nan")
+
+
+def score(predictions: Sequence[TaskPredictions], calibration: Calibration | None) -> Scores:
+    """Measures predictions, tempered by ``calibration`` where given.
+
+    ECE is taken over the pooled answers of the predictions (a task's hundred answers are too few for 15
+    bins: their noise alone would show as miscalibration); all other measures are means over tasks.
+    """
+    rows: list[dict[str, float]] = []
+    confidences: list[Tensor] = []
+    corrects: list[Tensor] = []
+    for item in predictions:
+        probabilities, sets = item.probabilities, None
+        if calibration is not None:
+            entry = calibration.nearest(item.shots)
+            probabilities = temper(probabilities, entry.temperature)
+            if "0.9" in entry.conformal:
+                sets = prediction_set(probabilities, entry.conformal["0.9"])
+        confidence = probabilities.amax(-1)
+        correct = probabilities.argmax(-1) == item.answers
+        confidences.append(confidence)
+        corrects.append(correct)
+        row = {
+            "accuracy": metrics.accuracy(probabilities, item.answers),
+            "chance": item.chance,
+            "nll": metrics.negative_log_likelihood(probabilities, item.answers),
+            "brier": metrics.brier(probabilities, item.answers),
+            "auroc": metrics.confidence_auroc(confidence, correct),
+            "epistemic": item.epistemic.mean().item(),
+        }
+        if sets is not None:
+            row["coverage_90"] = sets.gather(-1, item.answers[:, None]).double().mean().item()
+            row["set_size_90"] = sets.sum(-1).double().mean().item()
+        rows.append(row)
+    means = {key: _mean([row[key] for row in rows if key in row]) for key in rows[0]}
+    ece = metrics.expected_calibration_error(torch.cat(confidences), torch.cat(corrects))
+    return Scores(**means, ece=ece, tasks=len({item.task.name for item in predictions}))
+
+
+def calibrate(predictions: Sequence[TaskPredictions], config: EvalConfig) -> Calibration:
+    """Fits temperature and conformal thresholds for each number of shots on validation tasks.
+
+    ``ece_after`` is honest: each family's answers are tempered by a fit to the other families.
+    """
+    entries: list[ShotCalibration] = []
+    for shots in sorted({item.shots for item in predictions}):
+        group = [item for item in predictions if item.shots == shots]
+        temperature = fit_temperature([i.probabilities for i in group], [i.answers for i in group])
+        tempered = [temper(item.probabilities, temperature) for item in group]
+        nonconformity = torch.cat([conformal_scores(p, i.answers) for p, i in zip(tempered, group, strict=True)])
+        entries.append(
+            ShotCalibration(
+                shots=shots,
+                temperature=temperature,
+                conformal={str(level): conformal_threshold(nonconformity, level) for level in config.coverage},
+                ece_before=score(group, None).ece,
+                ece_after=_held_out_ece(group),
+                questions=len(nonconformity),
+            )
+        )
+    return Calibration(by_shots=entries, fitted_on=sorted({item.task.name for item in predictions}), draws=config.draws)
+
+
+def _held_out_ece(group: Sequence[TaskPredictions]) -> float:
+    confidences: list[Tensor] = []
+    corrects: list[Tensor] = []
+    for family in sorted({item.task.family for item in group}):
+        inside = [item for item in group if item.task.family == family]
+        others = [item for item in group if item.task.family != family] or inside
+        temperature = fit_temperature([i.probabilities for i in others], [i.answers for i in others])
+        for item in inside:
+            probabilities = temper(item.probabilities, temperature)
+            confidences.append(probabilities.amax(-1))
+            corrects.append(probabilities.argmax(-1) == item.answers)
+    return metrics.expected_calibration_error(torch.cat(confidences), torch.cat(corrects))

@@ -1,0 +1,109 @@
+"""Splits of tasks by family: made once with a seed, written down, and read by everything after."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from abmll.errors import AbmllError
+from training.tasks import Task
+
+Part = Literal["train", "validation", "test"]
+
+
+class Split(BaseModel, frozen=True):
+    """Which family belongs to which part.
+
+    Attributes:
+        seed: The seed that the split was drawn with.
+        families: Family name to part.
+    """
+
+    seed: int
+    families: dict[str, Part]
+
+    def select(self, tasks: Sequence[Task], part: Part) -> list[Task]:
+        """Returns the tasks whose family is in ``part``.
+
+        Raises:
+            AbmllError: A task's family is not in the split.
+        """
+        unknown = sorted({task.family for task in tasks} - self.families.keys())
+        if unknown:
+            raise AbmllError(f"the split does not know the family {unknown[0]!r}; make a new split", field="split")
+        return [task for task in tasks if self.families[task.family] == part]
+
+
+def split_families(
+    tasks: Sequence[Task],
+    seed: int,
+    *,
+    validation: float = 0.2,
+    test: float = 0.2,
+    pinned: Mapping[str, Part] | None = None,
+) -> Split:
+    """Draws a split by family, spreading each category's families over the parts.
+
+    Args:
+        tasks: All tasks.
+        seed: Seed of the draw.
+        validation: Share of families for validation.
+        test: Share of families for test.
+        pinned: Families (exact name) whose part is given.
+
+    Returns:
+        The split. Pinned families count towards the shares.
+
+    Raises:
+        AbmllError: A pinned family does not exist, or the shares leave nothing to train on.
+    """
+    if validation < 0 or test < 0 or validation + test >= 1:
+        raise AbmllError("validation and test shares must be at least 0 and sum to less than 1", field="split")
+    pinned = dict(pinned or {})
+    categories = {task.family: task.category for task in tasks}
+    absent = sorted(pinned.keys() - categories.keys())
+    if absent:
+        raise AbmllError(f"no task has the pinned family {absent[0]!r}; families: {sorted(categories)}", field="pin")
+    families: dict[str, Part] = dict(pinned)
+    free = sorted(family for family in categories if family not in pinned)
+    rng = random.Random(seed)
+    rng.shuffle(free)
+    # Families of a category lie next to each other and are dealt in turn, so that each part gets some.
+    free.sort(key=lambda family: categories[family])
+    quota = {"validation": validation * len(categories), "test": test * len(categories)}
+    taken = {part: sum(1 for p in pinned.values() if p == part) for part in get_args(Part)}
+    for position, family in enumerate(free):
+        remaining = len(free) - position
+        draw = rng.random() * remaining
+        part: Part = "train"
+        for candidate in ("validation", "test"):
+            want = max(0.0, quota[candidate] - taken[candidate])
+            if draw < want:
+                part = cast(Part, candidate)
+                break
+            draw -= want
+        families[family] = part
+        taken[part] += 1
+    return Split(seed=seed, families=dict(sorted(families.items())))
+
+
+def write_split(split: Split, path: Path) -> None:
+    """Writes a split as JSON."""
+    path.write_text(split.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def read_split(path: Path) -> Split:
+    """Reads a split.
+
+    Raises:
+        AbmllError: The file is missing or not a split.
+    """
+    try:
+        return Split.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, json.JSONDecodeError, ValidationError) as error:
+        raise AbmllError(f"{path} is not a split file: {error}", field="split") from error

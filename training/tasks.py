@@ -1,0 +1,197 @@
+"""Tasks: named sets of labelled examples, read from JSONL folders or from Hugging Face datasets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from abmll.errors import AbmllError, InvalidExamples
+from abmll.examples import Example, check_options, resolve_answer
+
+
+@dataclass(frozen=True)
+class Task:
+    """A set of examples that share one rule.
+
+    Attributes:
+        name: Unique within a collection.
+        family: Tasks of one family share items or style and must stay in the same split.
+        category: Kind of task, for reports (intent, topic, ...).
+        examples: The labelled examples.
+        fixed_labels: Whether all examples have the same options in the same order.
+    """
+
+    name: str
+    family: str
+    category: str
+    examples: tuple[Example, ...]
+    fixed_labels: bool
+
+    @property
+    def majority_share(self) -> float:
+        """Accuracy of always giving the most frequent answer, by text with fixed labels, else by position."""
+        counts: dict[int, int] = {}
+        for example in self.examples:
+            counts[example.answer] = counts.get(example.answer, 0) + 1
+        return max(counts.values()) / len(self.examples)
+
+
+def _example(record: Any, where: str) -> Example:
+    if not isinstance(record, dict):
+        raise InvalidExamples(f'{where}: an item must be an object {{"input", "options", "answer"}}', field=where)
+    text = record.get("input", record.get("prompt"))
+    options = record.get("options")
+    if not isinstance(text, str) or not text.strip():
+        raise InvalidExamples(f"{where}: 'input' must be a text that is not empty", field=where)
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise InvalidExamples(f"{where}: 'options' must be a list of texts", field=where)
+    try:
+        check_options(options)
+        answer = resolve_answer(record.get("answer"), options, "answer")  # pyright: ignore[reportArgumentType] -- checked there
+    except AbmllError as error:
+        raise InvalidExamples(f"{where}: {error.message}", field=where) from error
+    return Example(text, tuple(options), answer)
+
+
+def read_examples(path: Path) -> tuple[Example, ...]:
+    """Reads labelled examples from a JSON Lines file.
+
+    Args:
+        path: One object a line: ``{"input": str, "options": [str, ...], "answer": int or str}``.
+
+    Raises:
+        InvalidExamples: The file is missing, empty, or a line is malformed; the message names the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidExamples(f"cannot read examples from {path}: {error}", field=str(path)) from error
+    examples: list[Example] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path.name} line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InvalidExamples(f"{where}: not valid JSON ({error})", field=where) from error
+        examples.append(_example(record, where))
+    if not examples:
+        raise InvalidExamples(f"{path} holds no examples; give one JSON object a line", field=str(path))
+    return tuple(examples)
+
+
+def _make_task(name: str, family: str, category: str, examples: tuple[Example, ...]) -> Task:
+    fixed = all(example.options == examples[0].options for example in examples)
+    return Task(name, family, category, examples, fixed)
+
+
+def load_tasks(folder: Path) -> list[Task]:
+    """Loads every task of a folder, sorted by name.
+
+    A ``manifest.json`` (``{"tasks": [{"name", "file", "family", "category"}, ...]}``) names families
+    and categories; without one, every ``*.jsonl`` file of the folder is a family of its own.
+
+    Raises:
+        InvalidExamples: The folder has no tasks, or one is malformed.
+    """
+    manifest = folder / "manifest.json"
+    if manifest.is_file():
+        try:
+            entries = json.loads(manifest.read_text(encoding="utf-8"))["tasks"]
+            rows = [(e["name"], e["family"], e["category"], folder / e["file"]) for e in entries]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise InvalidExamples(
+                f'{manifest} must be {{"tasks": [{{"name", "file", "family", "category"}}, ...]}}: {error!r}',
+                field=str(manifest),
+            ) from error
+    else:
+        rows = [(path.stem, path.stem, "task", path) for path in sorted(folder.glob("*.jsonl"))]
+    if not rows:
+        raise InvalidExamples(f"{folder} has neither a manifest.json nor any .jsonl file", field=str(folder))
+    tasks = [_make_task(name, family, category, read_examples(path)) for name, family, category, path in rows]
+    return sorted(tasks, key=lambda task: task.name)
+
+
+@dataclass(frozen=True)
+class DatasetColumns:
+    """Where a Hugging Face dataset keeps what an example needs.
+
+    Attributes:
+        text: Columns that make up the question, joined by newlines as ``column: value`` when several.
+        label: Column of the answer: an index into the options, or the answer's text.
+        options: Column holding each row's own options; None when the label column is a ``ClassLabel``,
+            whose names are the options, or when the distinct label texts are.
+    """
+
+    text: Sequence[str]
+    label: str
+    options: str | None = None
+
+
+def load_hub_task(
+    path: str,
+    columns: DatasetColumns,
+    *,
+    name: str | None = None,
+    config: str | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    family: str | None = None,
+    category: str = "task",
+    revision: str | None = None,
+) -> Task:
+    """Loads a task with the ``datasets`` library, by hub name or local path.
+
+    Args:
+        path: Dataset name on the hub, or a builder name or folder that ``datasets.load_dataset`` takes.
+        columns: Which columns hold question, answer and options.
+        name: Task name; the dataset's by default.
+        config: Dataset configuration.
+        split: Which split to read.
+        limit: At most this many examples, from the start.
+        family: Family name; the task's name by default.
+        category: Category for reports.
+        revision: Commit or tag on the hub.
+
+    Raises:
+        InvalidExamples: A named column is missing or holds no usable labels.
+    """
+    import datasets
+
+    data = datasets.load_dataset(path, config, split=split, revision=revision)
+    if not isinstance(data, datasets.Dataset):
+        raise InvalidExamples(f"{path} split {split!r} is not a map-style dataset", field="split")
+    wanted = [*columns.text, columns.label, *([columns.options] if columns.options else [])]
+    missing = [column for column in wanted if column not in data.column_names]
+    if missing:
+        raise InvalidExamples(f"{path} has no column {missing[0]!r}; it has {data.column_names}", field=missing[0])
+    if limit is not None:
+        data = data.select(range(min(limit, len(data))))
+    rows: Iterable[dict[str, Any]] = data  # pyright: ignore[reportAssignmentType] -- datasets types rows as Any
+    feature = data.features[columns.label]
+    names: list[str] | None = None
+    if columns.options is None:
+        if isinstance(feature, datasets.ClassLabel):
+            names = [label.replace("_", " ") for label in feature.names]
+        else:
+            names = sorted({str(row[columns.label]) for row in rows})
+    examples: list[Example] = []
+    for number, row in enumerate(rows):
+        text = (
+            str(row[columns.text[0]])
+            if len(columns.text) == 1
+            else "\n".join(f"{column}: {row[column]}" for column in columns.text)
+        )
+        options = names if names is not None else row[columns.options or ""]
+        answer = row[columns.label]
+        if names is not None and not isinstance(feature, datasets.ClassLabel):
+            answer = str(answer)
+        examples.append(_example({"input": text, "options": list(options), "answer": answer}, f"{path} row {number}"))
+    if not examples:
+        raise InvalidExamples(f"{path} split {split!r} is empty", field="split")
+    task_name = name or path.rstrip("/").split("/")[-1]
+    return _make_task(task_name, family or task_name, category, tuple(examples))
