@@ -68,11 +68,11 @@ def check_options(options: Sequence[str]) -> None:
         seen.add(text)
 
 
-def resolve_answer(answer: str | int, options: Sequence[str], where: str) -> int:
+def resolve_answer(answer: object, options: Sequence[str], where: str) -> int:
     """Returns the index of ``answer`` in ``options``, given as an index or as the option's text.
 
     Args:
-        answer: Index from 0, or the option's text.
+        answer: Index from 0, or the option's text; anything else is refused.
         options: The question's options.
         where: Name of the field, for the message.
 

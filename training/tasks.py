@@ -22,6 +22,8 @@ class Task:
         category: Kind of task, for reports (intent, topic, ...).
         examples: The labelled examples.
         fixed_labels: Whether all examples have the same options in the same order.
+        source: Where the examples come from, if known.
+        licence: Their licence, if known.
     """
 
     name: str
@@ -29,6 +31,8 @@ class Task:
     category: str
     examples: tuple[Example, ...]
     fixed_labels: bool
+    source: str = ""
+    licence: str = ""
 
     @property
     def majority_share(self) -> float:
@@ -50,7 +54,7 @@ def _example(record: Any, where: str) -> Example:
         raise InvalidExamples(f"{where}: 'options' must be a list of texts", field=where)
     try:
         check_options(options)
-        answer = resolve_answer(record.get("answer"), options, "answer")  # pyright: ignore[reportArgumentType] -- checked there
+        answer = resolve_answer(record.get("answer"), options, "answer")
     except AbmllError as error:
         raise InvalidExamples(f"{where}: {error.message}", field=where) from error
     return Example(text, tuple(options), answer)
@@ -84,16 +88,19 @@ def read_examples(path: Path) -> tuple[Example, ...]:
     return tuple(examples)
 
 
-def _make_task(name: str, family: str, category: str, examples: tuple[Example, ...]) -> Task:
+def _make_task(
+    name: str, family: str, category: str, examples: tuple[Example, ...], source: str = "", licence: str = ""
+) -> Task:
     fixed = all(example.options == examples[0].options for example in examples)
-    return Task(name, family, category, examples, fixed)
+    return Task(name, family, category, examples, fixed, source, licence)
 
 
 def load_tasks(folder: Path) -> list[Task]:
     """Loads every task of a folder, sorted by name.
 
     A ``manifest.json`` (``{"tasks": [{"name", "file", "family", "category"}, ...]}``) names families
-    and categories; without one, every ``*.jsonl`` file of the folder is a family of its own.
+    and categories (``source_repo`` and ``licence`` may be given too); without one, every ``*.jsonl`` file
+    of the folder is a family of its own.
 
     Raises:
         InvalidExamples: The folder has no tasks, or one is malformed.
@@ -102,17 +109,27 @@ def load_tasks(folder: Path) -> list[Task]:
     if manifest.is_file():
         try:
             entries = json.loads(manifest.read_text(encoding="utf-8"))["tasks"]
-            rows = [(e["name"], e["family"], e["category"], folder / e["file"]) for e in entries]
+            tasks = [
+                _make_task(
+                    entry["name"],
+                    entry["family"],
+                    entry["category"],
+                    read_examples(folder / entry["file"]),
+                    entry.get("source_repo", ""),
+                    entry.get("licence", ""),
+                )
+                for entry in entries
+            ]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InvalidExamples(
                 f'{manifest} must be {{"tasks": [{{"name", "file", "family", "category"}}, ...]}}: {error!r}',
                 field=str(manifest),
             ) from error
     else:
-        rows = [(path.stem, path.stem, "task", path) for path in sorted(folder.glob("*.jsonl"))]
-    if not rows:
+        paths = sorted(folder.glob("*.jsonl"))
+        tasks = [_make_task(path.stem, path.stem, "task", read_examples(path)) for path in paths]
+    if not tasks:
         raise InvalidExamples(f"{folder} has neither a manifest.json nor any .jsonl file", field=str(folder))
-    tasks = [_make_task(name, family, category, read_examples(path)) for name, family, category, path in rows]
     return sorted(tasks, key=lambda task: task.name)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from abmll.examples import Template
+from training.base.card import model_card
 from training.base.corpus import corpus_digest, encode_books, pretraining_tasks, task_document
 from training.base.embedding import cooccurrence, ppmi_embedding
 from training.base.tokenizer import END, as_transformers, tokenizer_texts, train_tokenizer
@@ -243,4 +244,7 @@ def pretrain(
     _save(model, tokenizer, config, out)
     record = {"config": config.model_dump(), "tasks": [task.name for task in chosen], "log": log}
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    card = model_card(chosen, parameters, config.model_dump(), log[-1] if log else {})
+    (out / "README.md").write_text(card, encoding="utf-8")
     return out
