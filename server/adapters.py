@@ -1,0 +1,138 @@
+"""Draws on disk as LoRA adapters, kept within a budget of bytes and never taken from a request in flight."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from abmll.draws import draw, save_adapter
+from abmll.errors import InvalidPosterior
+from server.engine import Served
+
+
+@dataclass
+class Adapter:
+    """One draw, or the mean, as an adapter folder.
+
+    Attributes:
+        name: Unique for posterior, seed and draw; prefix caches are keyed by it.
+        number: Unique positive integer.
+        path: The folder.
+        key: The posterior's key.
+        size: Bytes on disk.
+        users: Requests in flight that need it.
+    """
+
+    name: str
+    number: int
+    path: Path
+    key: str
+    size: int
+    users: int = 0
+
+
+class AdapterCache:
+    """Writes adapters when first needed and gives up the least recently used ones past a budget.
+
+    Args:
+        folder: Where the adapter folders lie; best in memory (tmpfs).
+        rank: Every adapter is padded to this rank.
+        dtype: Dtype of the stored factors.
+        budget: Bytes to keep; in-flight adapters may exceed it for a while.
+        forget: Called with an adapter's number when it is given up, before its folder is removed.
+    """
+
+    def __init__(
+        self, folder: Path, rank: int, dtype: torch.dtype, budget: int, forget: Callable[[int], Awaitable[object]]
+    ) -> None:
+        self.folder, self.rank, self.dtype, self.budget, self._forget = folder, rank, dtype, budget, forget
+        self.loads = self.hits = self.evictions = 0
+        self._adapters: OrderedDict[str, Adapter] = OrderedDict()
+        self._making: dict[str, asyncio.Future[Adapter]] = {}
+        self._released: set[str] = set()
+        self._next = 1
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    @asynccontextmanager
+    async def holding(
+        self, served: Served, seed: int, draws: Sequence[int | None]
+    ) -> AsyncGenerator[list[Adapter], None]:
+        """Gives the adapters of several draws and keeps them while the context lasts.
+
+        Args:
+            served: The posterior.
+            seed: Seed of the draws.
+            draws: Indices; None stands for the mean.
+
+        Raises:
+            InvalidPosterior: A draw is not finite.
+        """
+        held: list[Adapter] = []
+        try:
+            for index in draws:
+                adapter = await self._get(served, seed, index)
+                adapter.users += 1
+                held.append(adapter)
+            yield held
+        finally:
+            for adapter in held:
+                adapter.users -= 1
+            await self._shrink()
+
+    async def release(self, key: str) -> None:
+        """Gives up a posterior's adapters, those in flight as soon as they are done."""
+        self._released.add(key)
+        await self._shrink()
+
+    async def _get(self, served: Served, seed: int, index: int | None) -> Adapter:
+        name = f"{served.key}-mean" if index is None else f"{served.key}-{seed}-{index}"
+        self._released.discard(served.key)
+        while name in self._making:
+            await asyncio.wait([self._making[name]])
+        if name in self._adapters:
+            self.hits += 1
+            self._adapters.move_to_end(name)
+            return self._adapters[name]
+        future: asyncio.Future[Adapter] = asyncio.get_running_loop().create_future()
+        self._making[name] = future
+        number, self._next = self._next, self._next + 1
+        try:
+            adapter = await asyncio.to_thread(self._write, name, number, served, seed, index)
+            self._adapters[name] = adapter
+            self.loads += 1
+            return adapter
+        finally:
+            del self._making[name]
+            future.cancel()
+
+    def _write(self, name: str, number: int, served: Served, seed: int, index: int | None) -> Adapter:
+        factors = draw(served.posterior, seed, index)
+        # An engine takes whatever it is given: a NaN would show only as nonsense in answers.
+        for module, (a, b) in factors.items():
+            if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+                raise InvalidPosterior(f"draw {index} of posterior {served.key} is not finite at {module}")
+        path = self.folder / f"{number}-{name}"
+        save_adapter(factors, served.posterior, path, rank=self.rank, dtype=self.dtype)
+        size = sum(file.stat().st_size for file in path.iterdir())
+        return Adapter(name, number, path, served.key, size)
+
+    async def _shrink(self) -> None:
+        total = sum(adapter.size for adapter in self._adapters.values())
+        for name in list(self._adapters):
+            adapter = self._adapters.get(name)
+            if adapter is None or adapter.users or (adapter.key not in self._released and total <= self.budget):
+                continue
+            del self._adapters[name]
+            total -= adapter.size
+            self.evictions += 1
+            await self._forget(adapter.number)
+            await asyncio.to_thread(shutil.rmtree, adapter.path, ignore_errors=True)

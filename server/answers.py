@@ -1,0 +1,213 @@
+"""From a question to a reply: tokens, engine, predictive distribution, calibration."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from abmll.calibration import ShotCalibration, prediction_set, temper
+from abmll.errors import InvalidExamples, InvalidRequest, PromptTooLong
+from abmll.examples import Example, Template, check_options, resolve_answer
+from abmll.predictive import predictive
+from abmll.scoring import Question, tokenize
+from abmll.store import StoredPosterior
+from server.clock import Clock, EngineTime, start_clock
+from server.engine import Engine, Served
+from server.schemas import (
+    MAX_EXAMPLES,
+    ExampleIn,
+    GenerateReply,
+    GenerateRequest,
+    PosteriorId,
+    Timing,
+    Uncertainty,
+)
+from server.sequences import sequence_predictive
+from server.settings import Settings
+from server.store import TaskStore
+
+COVERAGE = "0.9"
+# Longer texts are tokenized beside the event loop: a tokenizer reads about a million characters a second.
+_LONG = 20_000
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a question's two kinds, options and free text, are answered with."""
+
+    answer: str
+    answer_index: int | None
+    probabilities: list[float] | None
+    confidence: float
+    raw_confidence: float
+    calibrated: bool
+    prediction_set: list[str] | None
+    uncertainty: Uncertainty
+    standard_error: float
+
+
+def check_prompt(prompt: str, field: str = "prompt") -> None:
+    """Checks that a prompt says something.
+
+    Raises:
+        InvalidRequest: It is blank.
+    """
+    if not prompt.strip():
+        raise InvalidRequest(f"{field} is empty; give a question", field=field)
+
+
+def read_examples(given: Sequence[ExampleIn], tokenizer: Any, template: Template, context: int) -> list[Example]:
+    """Checks labelled examples; every error names the example and the field.
+
+    Raises:
+        InvalidExamples: Too few or too many, blank, or labelled with an answer outside the options.
+        PromptTooLong: One exceeds the model's context.
+    """
+    if not 1 <= len(given) <= MAX_EXAMPLES:
+        raise InvalidExamples(f"examples has {len(given)} entries; give 1 to {MAX_EXAMPLES}", field="examples")
+    examples: list[Example] = []
+    for number, example in enumerate(given):
+        where = f"examples[{number}]"
+        try:
+            check_prompt(example.prompt)
+            check_options(example.options)
+            tokenize(tokenizer, template, example.prompt, example.options, context)
+        except PromptTooLong as error:
+            raise PromptTooLong(f"{where}: {error.message}", field=f"{where}.prompt") from error
+        except InvalidRequest as error:
+            raise InvalidExamples(f"{where}: {error.message}", field=f"{where}.{error.field}") from error
+        answer = resolve_answer(example.answer, example.options, f"{where}.answer")
+        examples.append(Example(example.prompt, tuple(example.options), answer))
+    return examples
+
+
+class Answerer:
+    """Answers questions with an engine and the store's posteriors.
+
+    Args:
+        settings: Defaults and limits.
+        engine: A started engine.
+        tokenizer: The base model's.
+        store: Where the posteriors are.
+    """
+
+    def __init__(self, settings: Settings, engine: Engine, tokenizer: Any, store: TaskStore) -> None:
+        self.settings, self.engine, self.tokenizer, self.store = settings, engine, tokenizer, store
+
+    async def answer(self, request: GenerateRequest, request_id: str) -> GenerateReply:
+        """Answers one question.
+
+        Raises:
+            InvalidRequest: The question cannot be answered as asked.
+            TaskNotFound: There is no such task.
+            EngineFailure: The engine cannot answer at present.
+        """
+        begun, clock = time.perf_counter(), start_clock()
+        draws = self._check(request)
+        stored = await asyncio.to_thread(self.store.current, request.task)
+        question = await self._tokenize(stored, request)
+        if request.options is None:
+            answer = await self._free_text(stored, question, request, draws, clock)
+        else:
+            answer = await self._choose(stored, question, request, request.options, draws, clock)
+        total = time.perf_counter() - begun
+        return GenerateReply(
+            request_id=request_id,
+            task=request.task,
+            posterior=PosteriorId(id=stored.digest, version=stored.record.version, task=request.task),
+            options=request.options,
+            draws=draws,
+            timing=Timing(total_ms=1e3 * total, engine_ms=1e3 * clock.engine, queue_ms=1e3 * clock.queued),
+            **vars(answer),
+        )
+
+    def _check(self, request: GenerateRequest) -> int:
+        check_prompt(request.prompt)
+        if request.options is not None:
+            check_options(request.options)
+        draws = self.settings.draws if request.draws == "auto" else request.draws
+        if not 1 <= draws <= self.settings.max_draws:
+            raise InvalidRequest(f"draws is {draws}; give 1 to {self.settings.max_draws}, or 'auto'", field="draws")
+        return draws
+
+    async def _tokenize(self, stored: StoredPosterior, request: GenerateRequest) -> Question:
+        template, options = stored.posterior.config.template, request.options or []
+        # A free-text answer, and its end, take part of the context.
+        room = self.engine.context - (request.max_tokens + 1 if request.options is None else 0)
+        if room < 1:
+            raise InvalidRequest(
+                f"max_tokens is {request.max_tokens}, but prompt and answer share {self.engine.context} tokens",
+                field="max_tokens",
+            )
+        if len(request.prompt) + sum(map(len, options)) < _LONG:
+            return tokenize(self.tokenizer, template, request.prompt, options, room)
+        return await asyncio.to_thread(tokenize, self.tokenizer, template, request.prompt, options, room)
+
+    async def _choose(
+        self,
+        stored: StoredPosterior,
+        question: Question,
+        request: GenerateRequest,
+        options: list[str],
+        draws: int,
+        clock: Clock,
+    ) -> _Answer:
+        served = Served(stored.digest, stored.posterior)
+        with EngineTime(clock):
+            scores = await self.engine.score(served, question, range(draws), request.seed, request.normalize)
+        result = predictive(scores)
+        index = int(result.answer)
+        entry = _calibration(stored)
+        probabilities = result.probabilities if entry is None else temper(result.probabilities, entry.temperature)
+        return _Answer(
+            answer=options[index],
+            answer_index=index,
+            probabilities=probabilities.tolist(),
+            confidence=probabilities[index].item(),
+            raw_confidence=result.probabilities[index].item(),
+            calibrated=entry is not None,
+            prediction_set=_set(probabilities, options, entry),
+            uncertainty=Uncertainty(
+                total=result.total.item(), aleatoric=result.aleatoric.item(), epistemic=result.epistemic.item()
+            ),
+            standard_error=result.standard_error.item(),
+        )
+
+    async def _free_text(
+        self, stored: StoredPosterior, question: Question, request: GenerateRequest, draws: int, clock: Clock
+    ) -> _Answer:
+        """Decodes under the posterior mean, and scores what was decoded, its end included, under the draws."""
+        served = Served(stored.digest, stored.posterior)
+        end: int | None = self.tokenizer.eos_token_id
+        with EngineTime(clock):
+            tokens = await self.engine.generate(served, question.prompt, request.max_tokens)
+            scored = [*tokens, end] if len(tokens) < request.max_tokens and end is not None else tokens
+            log_probs = await self.engine.score_tokens(served, question.prompt, scored, range(draws), request.seed)
+        result = sequence_predictive(log_probs)
+        return _Answer(
+            answer=self.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+            answer_index=None,
+            probabilities=None,
+            confidence=result.per_token,
+            raw_confidence=result.probability,
+            calibrated=False,
+            prediction_set=None,
+            uncertainty=Uncertainty(total=result.total, aleatoric=result.aleatoric, epistemic=result.epistemic),
+            standard_error=result.standard_error,
+        )
+
+
+def _calibration(stored: StoredPosterior) -> ShotCalibration | None:
+    return None if stored.calibration is None else stored.calibration.nearest(stored.record.shots)
+
+
+def _set(probabilities: torch.Tensor, options: Sequence[str], entry: ShotCalibration | None) -> list[str] | None:
+    if entry is None or COVERAGE not in entry.conformal:
+        return None
+    inside = prediction_set(probabilities, entry.conformal[COVERAGE]).tolist()
+    return [option for option, member in zip(options, inside, strict=True) if member]

@@ -1,0 +1,187 @@
+"""The FastAPI app."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, RedirectResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from abmll.errors import EngineFailure, TaskConflict
+from server.answers import read_examples
+from server.errors import install
+from server.metrics import Measured, Metrics
+from server.schemas import (
+    AdaptRequest,
+    ErrorReply,
+    GenerateReply,
+    GenerateRequest,
+    Health,
+    JobReply,
+    TaskReply,
+    TaskSummary,
+)
+from server.service import Service
+from server.settings import Settings
+from server.store import GLOBAL, check_name
+from server.tasks import describe, summarize
+
+logger = logging.getLogger(__name__)
+
+_DESCRIPTION = """
+Answers of a language model with a calibrated confidence, and with its doubt split into what more data
+would remove (*epistemic*) and what it would not (*aleatoric*). A task is taught with a few labelled
+examples: `POST /adapt`, then `POST /generate` with its name.
+"""
+_REASONS = {
+    400: "The body is not JSON.",
+    404: "No such task or job.",
+    409: "The task is reserved, or a job for it is under way.",
+    413: "Prompt and answer exceed the model's context.",
+    422: "A field is missing, unknown, of the wrong type, or out of range.",
+    500: "The server failed, or a stored posterior is damaged.",
+    503: "The engine cannot answer at present; ask again later.",
+}
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": ErrorReply, "description": _REASONS[status]} for status in statuses}
+
+
+def create_app(settings: Settings, on_failure: Callable[[Exception], None] = lambda _: None) -> FastAPI:
+    """Builds the app; its lifespan starts the engine and the adaptation process.
+
+    Args:
+        settings: The settings.
+        on_failure: Called with the error if the engine's start fails.
+
+    Raises:
+        AbmllError: The global posterior or the store cannot be used.
+    """
+    service, metrics = Service(settings, on_failure), Metrics()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+        await service.start()
+        try:
+            yield
+        finally:
+            await service.close()
+
+    app = FastAPI(title="abmll", summary="Answers with a calibrated confidence", description=_DESCRIPTION,
+                  lifespan=lifespan)  # fmt: skip
+    app.add_middleware(Measured, metrics=metrics)
+    install(app)
+    metrics.watch(
+        lambda: None if service.engine is None else service.engine.state(),
+        lambda: (service.registry.counts(), service.registry.time_spent()),
+        lambda: len(service.store.names()),
+        settings.engine,
+    )
+    app.state.service = service
+    _add_questions(app, service, metrics)
+    _add_adaptation(app, service)
+    _add_tasks(app, service)
+    _add_operation(app, service, metrics)
+    return app
+
+
+def _add_questions(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    @app.post("/generate", tags=["questions"], responses=_errors(400, 404, 413, 422, 500, 503))
+    async def generate(question: GenerateRequest, response: Response) -> GenerateReply:  # pyright: ignore[reportUnusedFunction] -- a route
+        """Answers a question under draws from a task's posterior."""
+        request_id = uuid.uuid4().hex[:16]
+        reply = await service.answerer.answer(question, request_id)
+        metrics.observe(reply)
+        response.headers["X-Request-ID"] = request_id
+        return reply
+
+
+def _add_adaptation(app: FastAPI, service: Service) -> None:
+    @app.post("/adapt", status_code=202, tags=["adaptation"], responses=_errors(400, 409, 413, 422, 503))
+    async def adapt(task: AdaptRequest) -> JobReply:  # pyright: ignore[reportUnusedFunction] -- a route
+        """Queues a job that makes a task's posterior from labelled examples."""
+        check_name(task.task)
+        answerer = service.answerer
+        template = service.prior.posterior.config.template
+        job = await run_in_threadpool(
+            lambda: service.registry.submit(
+                task.task,
+                read_examples(task.examples, answerer.tokenizer, template, answerer.engine.context),
+                task.steps,
+                task.seed,
+            )
+        )
+        if service.supervisor is not None:
+            service.supervisor.wake()
+        return JobReply.of(job)
+
+    @app.get("/adapt", tags=["adaptation"])
+    def list_jobs() -> Sequence[JobReply]:  # pyright: ignore[reportUnusedFunction] -- a route
+        """Lists the newest hundred jobs, newest first."""
+        return [JobReply.of(job) for job in service.registry.list()]
+
+    @app.get("/adapt/{job}", tags=["adaptation"], responses=_errors(404))
+    def get_job(job: str) -> JobReply:  # pyright: ignore[reportUnusedFunction] -- a route
+        """Tells a job's status and progress."""
+        return JobReply.of(service.registry.get(job))
+
+    @app.delete("/adapt/{job}", tags=["adaptation"], responses=_errors(404))
+    def cancel_job(job: str) -> JobReply:  # pyright: ignore[reportUnusedFunction] -- a route
+        """Cancels a job that is queued or running; one that has ended stays as it is."""
+        return JobReply.of(service.registry.cancel(job))
+
+
+def _add_tasks(app: FastAPI, service: Service) -> None:
+    @app.get("/tasks", tags=["tasks"])
+    def list_tasks() -> Sequence[TaskSummary]:  # pyright: ignore[reportUnusedFunction] -- a route
+        """Lists all tasks, `global` first."""
+        store = service.store
+        return [summarize(name, store.versions(name)) for name in store.names()]
+
+    @app.get("/tasks/{name}", tags=["tasks"], responses=_errors(404))
+    def get_task(name: str) -> TaskReply:  # pyright: ignore[reportUnusedFunction] -- a route
+        """Tells a task's calibration and history."""
+        return describe(name, service.store.versions(name))
+
+    @app.delete("/tasks/{name}", status_code=204, tags=["tasks"], responses=_errors(404, 409, 422))
+    async def delete_task(name: str) -> None:  # pyright: ignore[reportUnusedFunction] -- a route
+        """Removes a task with all its versions."""
+        if name == GLOBAL:
+            raise TaskConflict("the global posterior cannot be deleted", field="name")
+        if await run_in_threadpool(lambda: service.registry.active(name)):
+            raise TaskConflict(f"a job for task {name!r} is under way; cancel it first", field="name")
+        digests = await run_in_threadpool(lambda: service.store.delete(name))
+        for digest in digests:
+            if service.engine is not None:
+                await service.engine.release(digest)
+
+
+def _add_operation(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    @app.get("/healthz", tags=["operation"])
+    async def healthz() -> Health:  # pyright: ignore[reportUnusedFunction] -- a route
+        """Says 200 while the process lives."""
+        return Health(status="ok")
+
+    @app.get("/readyz", tags=["operation"], response_model=Health, responses=_errors(503))
+    async def readyz(_: Request) -> Response:  # pyright: ignore[reportUnusedFunction] -- a route
+        """Says 200 while questions are answered, else 503."""
+        if service.ready:
+            return JSONResponse({"status": "ready"})
+        service.answerer  # noqa: B018 -- raises while the engine starts
+        raise EngineFailure("the engine is not healthy; see the server's log")
+
+    @app.get("/metrics", tags=["operation"], response_class=Response)
+    def read_metrics() -> Response:  # pyright: ignore[reportUnusedFunction] -- a route
+        """Gives Prometheus metrics, vLLM's own included."""
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> RedirectResponse:  # pyright: ignore[reportUnusedFunction] -- a route
+        return RedirectResponse("/docs")

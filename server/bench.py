@@ -1,0 +1,254 @@
+"""Speed of the real server over HTTP, beside a loop over PEFT adapters: ``python -m server.bench``."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+DRAWS, CLIENTS = 8, 16
+_TEXT = (
+    "please tell me when the next train leaves for the city and whether i can still buy a ticket at the station "
+    "because my friend wants to bring her music and a small dog while the weather may turn cold before evening "
+    "so we would rather book a table at the hotel pay with a card and listen to the news about the bank"
+)
+_WORDS = _TEXT.split()
+# Options of one token each, and of several, in the embedded model's vocabulary.
+WORKLOADS = {
+    "labels": ["music", "weather", "train", "bank"],
+    "phrases": ["play some music", "ask for the weather", "buy a train ticket", "pay the bank"],
+}
+
+
+def prompts(count: int, seed: int) -> list[str]:
+    """Returns made-up questions of about 64 tokens; only their length matters here."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(_WORDS, k=60)) for _ in range(count)]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def running_server(engine: str, extra: Sequence[str]) -> Generator[tuple[str, float], None, None]:
+    """Starts ``abmll serve`` on a free port; yields its address and the seconds until it was ready."""
+    port = _free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        command = [sys.executable, "-m", "server.cli", "serve", "--engine", engine, "--port", str(port)]
+        command += ["--store", str(Path(folder) / "store"), *extra]
+        begin = time.perf_counter()
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                command, stdout=stream, stderr=stream, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+            )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            while True:
+                if process.poll() is not None or time.perf_counter() - begin > 300:
+                    raise RuntimeError(f"the server did not become ready:\n{log.read_text()[-3000:]}")
+                try:
+                    if httpx.get(f"{url}/readyz", timeout=2).status_code == 200:
+                        break
+                except httpx.HTTPError:
+                    pass
+                time.sleep(0.05)
+            yield url, time.perf_counter() - begin
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _body(prompt: str, options: list[str]) -> dict[str, Any]:
+    return {"prompt": prompt, "options": options, "draws": DRAWS, "seed": 0}
+
+
+def latency(url: str, options: list[str], count: int) -> dict[str, float]:
+    """Milliseconds of one client asking ``count`` questions in turn: p50, p95, and outside the engine."""
+    with httpx.Client(base_url=url, timeout=60) as client:
+        totals: list[float] = []
+        outside: list[float] = []
+        for number, prompt in enumerate(prompts(count + 5, seed=1)):
+            begin = time.perf_counter()
+            reply = client.post("/generate", json=_body(prompt, options)).raise_for_status().json()
+            elapsed = 1000 * (time.perf_counter() - begin)
+            if number >= 5:
+                totals.append(elapsed)
+                outside.append(elapsed - reply["timing"]["engine_ms"])
+    cuts = statistics.quantiles(totals, n=20)
+    return {"p50": statistics.median(totals), "p95": cuts[-1], "outside": statistics.median(outside)}
+
+
+async def _ask_all(url: str, questions: Sequence[str], options: list[str]) -> float:
+    queue = list(questions)
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+
+        async def work() -> None:
+            while queue:
+                reply = await client.post("/generate", json=_body(queue.pop(), options))
+                reply.raise_for_status()
+
+        begin = time.perf_counter()
+        await asyncio.gather(*(work() for _ in range(CLIENTS)))
+        return len(questions) / (time.perf_counter() - begin)
+
+
+class PeftLoop:
+    """The usual way: load the draws as PEFT adapters, switch between them, prompts in batches."""
+
+    def __init__(self, posterior_folder: Path, model: str) -> None:
+        import torch
+        from peft import PeftModel
+
+        from abmll.draws import draw, save_adapter
+        from abmll.store import load_posterior
+        from training.base_model import load_base
+
+        posterior = load_posterior(posterior_folder).posterior
+        self.torch, self.template = torch, posterior.config.template
+        base = load_base(model)
+        self.tokenizer = base.tokenizer
+        with tempfile.TemporaryDirectory() as folder:
+            for index in range(DRAWS):
+                save_adapter(draw(posterior, 0, index), posterior, Path(folder) / str(index))
+            lora: Any = PeftModel.from_pretrained(base.model, str(Path(folder) / "0"), adapter_name="0")
+            for index in range(1, DRAWS):
+                lora.load_adapter(str(Path(folder) / str(index)), adapter_name=str(index))
+        self.model = lora.eval()
+
+    def answer(self, questions: Sequence[str], options: list[str]) -> Any:
+        """Option log-probabilities, shape (draws, questions, options)."""
+        torch = self.torch
+        encoded = [self.tokenizer.encode(self.template.option(o), add_special_tokens=False) for o in options]
+        single = all(len(option) == 1 for option in encoded)
+        rows: list[list[int]] = []
+        starts: list[int] = []
+        for question in questions:
+            prompt = self.tokenizer.encode(self.template.prompt(question))
+            for option in [[]] if single else encoded:
+                rows.append(prompt + option)
+                starts.append(len(prompt))
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        results: list[Any] = []
+        with torch.inference_mode():
+            for index in range(DRAWS):
+                self.model.set_adapter(str(index))
+                logits = self.model(input_ids=ids, attention_mask=mask).logits
+                if single:
+                    last = torch.tensor(starts) - 1
+                    picked = logits[torch.arange(len(rows)), last].log_softmax(-1)
+                    results.append(picked[:, [option[0] for option in encoded]])
+                    continue
+                scores: list[Any] = []
+                for row, start in enumerate(starts):
+                    option = encoded[row % len(encoded)]
+                    log_probs = logits[row, start - 1 : start - 1 + len(option)].log_softmax(-1)
+                    scores.append(log_probs[torch.arange(len(option)), torch.tensor(option)].sum())
+                results.append(torch.stack(scores).view(len(questions), len(encoded)))
+        return torch.stack(results)
+
+    def rate(self, questions: Sequence[str], options: list[str]) -> float:
+        """Answers per second, in batches of as many prompts as the server has clients."""
+        begin = time.perf_counter()
+        for start in range(0, len(questions), CLIENTS):
+            self.answer(questions[start : start + CLIENTS], options)
+        return len(questions) / (time.perf_counter() - begin)
+
+
+def throughput(url: str, loop: PeftLoop, options: list[str], count: int, rounds: int) -> tuple[float, float]:
+    """Answers per second of server and PEFT loop over the same new prompts: medians of alternating rounds."""
+    served: list[float] = []
+    looped: list[float] = []
+    for number in range(rounds + 1):
+        questions = prompts(count, seed=100 + number)
+        one, other = asyncio.run(_ask_all(url, questions, options)), loop.rate(questions, options)
+        if number:
+            served.append(one)
+            looped.append(other)
+    return statistics.median(served), statistics.median(looped)
+
+
+def adaptation_seconds(url: str) -> float:
+    """Seconds from POST /adapt with 16 examples until the task can be asked."""
+    options = WORKLOADS["labels"]
+    examples = [
+        {"prompt": prompt, "options": options, "answer": number % 4} for number, prompt in enumerate(prompts(16, 7))
+    ]
+    with httpx.Client(base_url=url, timeout=60) as client:
+        begin = time.perf_counter()
+        reply = client.post("/adapt", json={"task": f"bench-{int(begin)}", "examples": examples})
+        job = reply.raise_for_status().json()["job"]
+        while (state := client.get(f"/adapt/{job}").json())["status"] not in ("done", "failed", "cancelled"):
+            time.sleep(0.05)
+        if state["status"] != "done":
+            raise RuntimeError(f"adaptation ended {state['status']}: {state['error']}")
+        client.post("/generate", json=_body("now", options) | {"task": state["task"]}).raise_for_status()
+        return time.perf_counter() - begin
+
+
+def _timed(function: Callable[[], float]) -> list[float]:
+    return [function(), function()]
+
+
+def main() -> None:
+    """Prints the tables."""
+    from training.embedded import POSTERIOR, resolve
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--engines", nargs="+", default=["torch", "vllm"])
+    parser.add_argument("--count", type=int, default=96, help="questions in a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    loop = PeftLoop(POSTERIOR, resolve(None))
+    print(f"machine: {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    results: dict[str, dict[str, Any]] = {}
+    for engine in arguments.engines:
+        with running_server(engine, []) as (url, ready):
+            row: dict[str, Any] = {"ready_s": ready}
+            for name, options in WORKLOADS.items():
+                row[f"latency_{name}"] = latency(url, options, 60)
+                row[f"rate_{name}"] = throughput(url, loop, options, arguments.count, arguments.rounds)
+            row["adapt_s"] = _timed(lambda url=url: adaptation_seconds(url))
+        results[engine] = row
+    print(f"\n/generate over HTTP, embedded model, {DRAWS} draws, 4 options; ms for one client")
+    print("| engine | ready s | options | p50 | p95 | outside the engine | answers/s, 16 clients | PEFT loop | ratio |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for engine, row in results.items():
+        for name in WORKLOADS:
+            lat, (served, looped) = row[f"latency_{name}"], row[f"rate_{name}"]
+            print(
+                f"| {engine} | {row['ready_s']:.1f} | {name} | {lat['p50']:.0f} | {lat['p95']:.0f} | "
+                f"{lat['outside']:.1f} | {served:.1f} | {looped:.1f} | {served / looped:.2f} |"
+            )
+    print("\n/adapt with 16 examples, request to first answer, seconds (first, second)")
+    for engine, row in results.items():
+        print(f"- {engine}: " + ", ".join(f"{value:.1f}" for value in row["adapt_s"]))
+    print(json.dumps(results), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

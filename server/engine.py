@@ -1,0 +1,90 @@
+"""What a serving engine does: log-probabilities of answers under draws of a posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from abmll.posterior import Normalize, Posterior
+from abmll.scoring import Question
+
+
+@dataclass(frozen=True)
+class Served:
+    """A posterior as engines know it.
+
+    Attributes:
+        key: Content hash of the posterior (``Posterior.digest``): equal keys, equal parameters. Names of
+            adapters are made from it, so that a new version never meets an old version's prefix cache.
+        posterior: The parameters, float32 on the CPU.
+    """
+
+    key: str
+    posterior: Posterior
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """What an engine reports of itself.
+
+    Attributes:
+        healthy: Whether it can answer now.
+        adapters: Adapters (or draws) resident at present.
+        loads: Adapters (or draws) made and loaded since the start.
+        hits: Times that a needed one was resident already.
+        evictions: Adapters given up for others since the start.
+        queued: Questions waiting.
+    """
+
+    healthy: bool
+    adapters: int
+    loads: int
+    hits: int
+    evictions: int
+    queued: int
+
+
+class Engine(Protocol):
+    """One base model, asked under draws of any number of posteriors over its layers.
+
+    Draw ``index`` of a posterior with ``seed`` is that of ``abmll.draws.draw``; both engines return the
+    same numbers (within 1e-3 nats). All methods may be called concurrently from one event loop.
+    """
+
+    name: str
+    context: int
+
+    async def start(self) -> None:
+        """Loads the model and warms up; the engine answers at full speed when this returns."""
+        ...
+
+    async def close(self) -> None:
+        """Frees everything; requests under way fail with ``EngineFailure``."""
+        ...
+
+    async def score(
+        self, served: Served, question: Question, draws: Sequence[int], seed: int, normalize: Normalize = "sum"
+    ) -> Tensor:
+        """Scores each option under each draw: shape (draws, options), nats, as ``abmll.scoring.option_scores``."""
+        ...
+
+    async def generate(self, served: Served, prompt: Sequence[int], max_tokens: int) -> list[int]:
+        """Decodes greedily under the posterior mean; ends before an end-of-text token or at ``max_tokens``."""
+        ...
+
+    async def score_tokens(
+        self, served: Served, prompt: Sequence[int], tokens: Sequence[int], draws: Sequence[int], seed: int
+    ) -> Tensor:
+        """Returns log p of each of ``tokens`` after ``prompt`` under each draw: shape (draws, tokens), nats."""
+        ...
+
+    async def release(self, key: str) -> None:
+        """Forgets a posterior's draws, once no request needs them (its task was deleted)."""
+        ...
+
+    def state(self) -> EngineState:
+        """Reports the engine's state."""
+        ...

@@ -1,0 +1,123 @@
+"""From errors to HTTP replies, in one place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from abmll.errors import (
+    AbmllError,
+    EngineFailure,
+    InvalidExamples,
+    InvalidPosterior,
+    InvalidRequest,
+    JobNotFound,
+    PromptTooLong,
+    TaskConflict,
+    TaskNotFound,
+)
+from server.schemas import AdaptRequest, ErrorBody, ErrorReply, ExampleIn, GenerateRequest
+
+logger = logging.getLogger(__name__)
+
+# The first match counts, so that a kind stands before the kind it is derived from.
+STATUS: Sequence[tuple[type[AbmllError], int]] = (
+    (PromptTooLong, 413),
+    (InvalidRequest, 422),
+    (InvalidExamples, 422),
+    (TaskNotFound, 404),
+    (JobNotFound, 404),
+    (TaskConflict, 409),
+    (EngineFailure, 503),
+    (InvalidPosterior, 500),
+    (AbmllError, 500),
+)
+_FIELDS = {name for model in (GenerateRequest, AdaptRequest, ExampleIn) for name in model.model_fields}
+_NAMES = {400: "MalformedJSON", 404: "NotFound", 405: "MethodNotAllowed", 413: "BodyTooLarge"}
+
+
+def status_of(error: AbmllError) -> int:
+    """Returns the HTTP status of an error."""
+    return next(status for kind, status in STATUS if isinstance(error, kind))
+
+
+def _reply(
+    status: int, kind: str, message: str, field: str | None = None, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    body = ErrorReply(error=ErrorBody(type=kind, message=message, field=field))
+    return JSONResponse(body.model_dump(), status, headers)
+
+
+def _field(error: dict[str, Any]) -> str | None:
+    """Names the field at fault: ``examples[3].answer``.
+
+    A location has pieces of pydantic's own besides (the members of a union); an unknown field's name is
+    the last piece.
+    """
+    path = ""
+    unknown = error["type"] == "extra_forbidden"
+    pieces = error["loc"][1:]
+    for position, piece in enumerate(pieces):
+        if isinstance(piece, int):
+            path += f"[{piece}]"
+        elif piece in _FIELDS or (unknown and position == len(pieces) - 1):
+            path += f"{'.' if path else ''}{piece}"
+    return path or None
+
+
+def _invalid(error: RequestValidationError) -> JSONResponse:
+    first: dict[str, Any] = error.errors()[0]
+    if first["type"] == "json_invalid":
+        reason = first.get("ctx", {}).get("error", "")
+        return _reply(400, "MalformedJSON", f"the body is not JSON: {reason} at character {first['loc'][-1]}")
+    field = _field(first)
+    message = "unknown field; remove it" if first["type"] == "extra_forbidden" else first["msg"]
+    if field is None:
+        return _reply(422, "InvalidRequest", f"the body must be a JSON object sent as application/json: {message}")
+    # One field of a union type has an error for each member: tell them together.
+    messages = {e["msg"] for e in error.errors() if _field(e) == field} if first["type"] != "extra_forbidden" else set()
+    message = "; or ".join(sorted(messages)) or message
+    kind = "InvalidExamples" if field.startswith("examples") else "InvalidRequest"
+    return _reply(422, kind, f"{field}: {message}", field)
+
+
+def install(app: FastAPI) -> None:
+    """Has an app reply to every error with ``{"error": {"type", "message", "field"}}``."""
+
+    async def abmll_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, AbmllError)
+        status = status_of(error)
+        if status == 500:
+            logger.error("%s %s: %s: %s", request.method, request.url.path, type(error).__name__, error.message)
+        headers = {"Retry-After": "5"} if status == 503 else None
+        return _reply(status, type(error).__name__, error.message, error.field, headers)
+
+    async def invalid(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return _invalid(error)
+
+    async def http_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        message = str(error.detail)
+        if error.status_code == 404:
+            message = f"there is no {request.url.path[:200]}; GET /docs shows what there is"
+        elif error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            message = f"{request.method} is not possible here; use {allowed}"
+        kind = _NAMES.get(error.status_code, "HTTPError")
+        return _reply(error.status_code, kind, message, headers=dict(error.headers or {}) or None)
+
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return _reply(500, "InternalError", "the server failed on this request; its log says why")
+
+    app.add_exception_handler(AbmllError, abmll_error)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(Exception, unexpected)

@@ -1,0 +1,243 @@
+"""The registry of adaptation jobs: a SQLite file that server and worker share, and that outlives both."""
+
+from __future__ import annotations
+
+import sqlite3
+import uuid
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, TypeAdapter
+
+from abmll.errors import AbmllError, JobNotFound, TaskConflict
+from abmll.examples import Example
+
+Status = Literal["queued", "running", "done", "failed", "cancelled"]
+ATTEMPTS = 2
+_EXAMPLES = TypeAdapter(list[Example])
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+  number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, task TEXT NOT NULL, status TEXT NOT NULL,
+  progress REAL NOT NULL DEFAULT 0, error TEXT, examples TEXT NOT NULL, steps INTEGER, seed INTEGER NOT NULL,
+  attempts INTEGER NOT NULL DEFAULT 0, digest TEXT, version INTEGER, created TEXT NOT NULL, started TEXT, finished TEXT
+);
+CREATE UNIQUE INDEX IF NOT EXISTS one_active ON jobs(task) WHERE status IN ('queued', 'running');
+"""
+
+
+class Job(BaseModel, frozen=True):
+    """One adaptation job.
+
+    Attributes:
+        id: 16 hexadecimal digits.
+        task: The task that it makes a version of.
+        status: queued, running, done, failed or cancelled.
+        progress: 0 to 1.
+        error: Why it failed.
+        steps: Gradient steps asked for; None for those of meta-training.
+        seed: Seed of the adaptation.
+        attempts: Times that a worker took it up.
+        digest: Id of the posterior that it made.
+        version: Version of the task that it made.
+        created: UTC time, ISO 8601.
+        started: When a worker took it up.
+        finished: When it ended.
+    """
+
+    id: str
+    task: str
+    status: Status
+    progress: float
+    error: str | None
+    steps: int | None
+    seed: int
+    attempts: int
+    digest: str | None
+    version: int | None
+    created: str
+    started: str | None
+    finished: str | None
+
+
+_COLUMNS = ", ".join(Job.model_fields)
+
+
+class JobCancelled(Exception):
+    """The job at hand was cancelled."""
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+class JobRegistry:
+    """Jobs in ``path``; every method is one transaction, callable from any thread and process.
+
+    Raises:
+        AbmllError: The file is damaged, or cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._open() as db:
+                db.execute("PRAGMA journal_mode=WAL")
+                db.executescript(_SCHEMA)
+        except (OSError, sqlite3.Error) as error:
+            raise AbmllError(f"the jobs in {path} cannot be used: {error}; restore or remove the file") from error
+
+    @contextmanager
+    def _open(self) -> Generator[sqlite3.Connection]:
+        db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+        db.row_factory = sqlite3.Row
+        try:
+            yield db
+        finally:
+            db.close()
+
+    @contextmanager
+    def _transaction(self) -> Generator[sqlite3.Connection]:
+        with self._open() as db:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+            except BaseException:
+                db.execute("ROLLBACK")
+                raise
+            db.execute("COMMIT")
+
+    def submit(self, task: str, examples: Sequence[Example], steps: int | None, seed: int) -> Job:
+        """Queues a job.
+
+        Raises:
+            TaskConflict: A job for the task is queued or running.
+        """
+        job = uuid.uuid4().hex[:16]
+        text = _EXAMPLES.dump_json(list(examples)).decode()
+        with self._open() as db:
+            try:
+                db.execute(
+                    "INSERT INTO jobs (id, task, status, examples, steps, seed, created) VALUES (?,?,'queued',?,?,?,?)",
+                    (job, task, text, steps, seed, _now()),
+                )
+            except sqlite3.IntegrityError as error:
+                raise TaskConflict(
+                    f"a job for task {task!r} is under way; wait for it, or cancel it with DELETE /adapt/{{job}}",
+                    field="task",
+                ) from error
+        return self.get(job)
+
+    def get(self, job: str) -> Job:
+        """Returns a job.
+
+        Raises:
+            JobNotFound: There is none with that id.
+        """
+        with self._open() as db:
+            row = db.execute(f"SELECT {_COLUMNS} FROM jobs WHERE id = ?", (job,)).fetchone()
+        if row is None:
+            raise JobNotFound(f"there is no adaptation job {job[:40]!r}; GET /adapt lists them", field="job")
+        return Job.model_validate(dict(row))
+
+    def list(self, limit: int = 100) -> Sequence[Job]:
+        """Returns the newest jobs, newest first."""
+        with self._open() as db:
+            rows = db.execute(f"SELECT {_COLUMNS} FROM jobs ORDER BY number DESC LIMIT ?", (limit,)).fetchall()
+        return [Job.model_validate(dict(row)) for row in rows]
+
+    def active(self, task: str) -> bool:
+        """Whether a job for the task is queued or running."""
+        with self._open() as db:
+            query = "SELECT 1 FROM jobs WHERE task = ? AND status IN ('queued', 'running')"
+            return db.execute(query, (task,)).fetchone() is not None
+
+    def counts(self) -> dict[str, int]:
+        """Number of jobs in each status."""
+        with self._open() as db:
+            return dict(db.execute("SELECT status, COUNT(*) FROM jobs GROUP BY status").fetchall())
+
+    def time_spent(self) -> tuple[int, float]:
+        """Number of jobs done, and the sum of their run times in seconds."""
+        with self._open() as db:
+            days = "SUM(julianday(finished) - julianday(started))"
+            count, total = db.execute(f"SELECT COUNT(*), {days} FROM jobs WHERE status = 'done'").fetchone()
+        return count, 86400 * (total or 0.0)
+
+    def examples(self, job: str) -> Sequence[Example]:
+        """Returns a job's labelled examples."""
+        with self._open() as db:
+            return _EXAMPLES.validate_json(db.execute("SELECT examples FROM jobs WHERE id = ?", (job,)).fetchone()[0])
+
+    def claim(self) -> Job | None:
+        """Takes the oldest queued job up; None if there is none."""
+        with self._transaction() as db:
+            row = db.execute(
+                "UPDATE jobs SET status = 'running', progress = 0, attempts = attempts + 1, started = ? WHERE number = "
+                f"(SELECT number FROM jobs WHERE status = 'queued' ORDER BY number LIMIT 1) RETURNING {_COLUMNS}",
+                (_now(),),
+            ).fetchone()
+        return None if row is None else Job.model_validate(dict(row))
+
+    def report(self, job: str, progress: float) -> None:
+        """Writes a running job's progress.
+
+        Raises:
+            JobCancelled: It is not running any more.
+        """
+        with self._open() as db:
+            query = "UPDATE jobs SET progress = ? WHERE id = ? AND status = 'running'"
+            if db.execute(query, (progress, job)).rowcount == 0:
+                raise JobCancelled(job)
+
+    def complete(self, job: str, save: Callable[[], tuple[str, int]]) -> None:
+        """Saves a job's result and marks it done, in one transaction: a cancelled job leaves no version.
+
+        Args:
+            job: The job.
+            save: Saves, and returns the posterior's digest and version.
+
+        Raises:
+            JobCancelled: The job is not running any more; nothing was saved.
+        """
+        with self._transaction() as db:
+            if db.execute("SELECT status FROM jobs WHERE id = ?", (job,)).fetchone()[0] != "running":
+                raise JobCancelled(job)
+            digest, version = save()
+            db.execute(
+                "UPDATE jobs SET status = 'done', progress = 1, digest = ?, version = ?, finished = ? WHERE id = ?",
+                (digest, version, _now(), job),
+            )
+
+    def fail(self, job: str, error: str) -> None:
+        """Marks a running job as failed."""
+        with self._open() as db:
+            db.execute(
+                "UPDATE jobs SET status = 'failed', error = ?, finished = ? WHERE id = ? AND status = 'running'",
+                (error, _now(), job),
+            )
+
+    def cancel(self, job: str) -> Job:
+        """Cancels a job that is queued or running; one that has ended stays as it is.
+
+        Raises:
+            JobNotFound: There is none with that id.
+        """
+        with self._open() as db:
+            db.execute(
+                "UPDATE jobs SET status = 'cancelled', finished = ? WHERE id = ? AND status IN ('queued', 'running')",
+                (_now(), job),
+            )
+        return self.get(job)
+
+    def recover(self) -> None:
+        """Queues running jobs of a worker that died again; those that saw ``ATTEMPTS`` workers die fail."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE jobs SET status = 'failed', finished = ?, error = ? WHERE status = 'running' AND attempts >= ?",
+                (_now(), f"the adaptation process died {ATTEMPTS} times on this job; see the server's log", ATTEMPTS),
+            )
+            db.execute("UPDATE jobs SET status = 'queued', progress = 0 WHERE status = 'running'")

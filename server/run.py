@@ -1,0 +1,99 @@
+"""Running the server: checks with one-line errors, then uvicorn."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+
+from abmll.errors import AbmllError
+from server.app import create_app
+from server.settings import EMBEDDED, Settings
+
+logger = logging.getLogger("abmll")
+
+
+def check(settings: Settings) -> None:
+    """Finds what would fail after a long start.
+
+    Raises:
+        AbmllError: The port is taken, or the embedded model is not there.
+    """
+    if settings.model is None and not (EMBEDDED / "base" / "config.json").exists():
+        raise AbmllError(f"the embedded base model is not in {EMBEDDED / 'base'}; name one with --model")
+    if settings.model is not None and Path(settings.model).is_absolute() and not Path(settings.model).is_dir():
+        raise AbmllError(f"there is no model folder {settings.model}; check --model")
+    if settings.engine == "vllm":
+        try:
+            import vllm  # noqa: F401 # pyright: ignore[reportUnusedImport] -- is it there?
+        except ImportError as error:
+            raise AbmllError(f"vLLM cannot be imported ({error}); install it, or use --engine torch") from error
+
+
+def bind(settings: Settings) -> socket.socket:
+    """Takes the port.
+
+    Raises:
+        AbmllError: It is taken, or not ours to take.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    taken = socket.socket(family, socket.SOCK_STREAM)
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        taken.bind((settings.host, settings.port))
+    except OSError as error:
+        taken.close()
+        raise AbmllError(f"cannot listen on {settings.host}:{settings.port}: {error}; choose another --port") from error
+    taken.set_inheritable(False)  # engine and worker processes must not keep it
+    return taken
+
+
+def run(settings: Settings) -> int:
+    """Serves until interrupted.
+
+    Returns:
+        The exit status: 0 after a stop, 1 if the server could not start.
+    """
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for chatty in ("httpx", "httpcore", "filelock", "urllib3"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    failures: list[Exception] = []
+
+    def failed(error: Exception) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    taken: socket.socket | None = None
+    try:
+        check(settings)
+        taken = bind(settings)
+        app = create_app(settings, failed)
+    except AbmllError as error:
+        if taken is not None:
+            taken.close()
+        print(f"abmll: {error.message}", file=sys.stderr)
+        return 1
+    config = uvicorn.Config(
+        app, log_config=None, access_log=settings.log_level == "debug", timeout_graceful_shutdown=10
+    )
+    server = uvicorn.Server(config)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after its own orderly stop
+    logger.info("listening on http://%s:%d, not ready yet", *taken.getsockname()[:2])
+    try:
+        server.run(sockets=[taken])
+    except SystemExit:
+        pass  # uvicorn's way to say that the app's start failed; its log has said why
+    except KeyboardInterrupt:
+        return 0
+    if failures:
+        error = failures[0]
+        message = error.message if isinstance(error, AbmllError) else f"{type(error).__name__}: {error}"
+        print(f"abmll: the server could not start: {message}", file=sys.stderr)
+        if not isinstance(error, AbmllError):
+            logger.error("the start failed", exc_info=error)
+        return 1
+    return 0 if server.started else 1

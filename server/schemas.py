@@ -1,0 +1,198 @@
+"""The HTTP contract: requests and replies."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from abmll.calibration import Calibration
+from abmll.examples import MAX_OPTIONS
+from server.jobs import Job, Status
+from server.store import GLOBAL
+
+MAX_EXAMPLES = 64
+MAX_TOKENS = 512
+MAX_CHARACTERS = 200_000
+
+Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
+
+
+class Request(BaseModel):
+    """A request's body: exact types, no unknown fields."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class GenerateRequest(Request):
+    """A question."""
+
+    prompt: Text = Field(
+        description="The question. Must not be blank.", examples=["The film was a delight. Sentiment?"]
+    )
+    task: str = Field(GLOBAL, description="Which posterior answers: `global`, or a task made by `POST /adapt`.")
+    options: list[Text] | None = Field(
+        None,
+        description=f"2 to {MAX_OPTIONS} distinct answers to choose from; null for a free-text answer.",
+        examples=[["positive", "negative"]],
+    )
+    draws: int | Literal["auto"] = Field(
+        "auto", description="Draws from the posterior: more is slower and steadier. `auto`: the server's default."
+    )
+    seed: int = Field(0, ge=0, lt=2**53, description="Seed of the draws: the same request gives the same reply.")
+    max_tokens: int = Field(32, ge=1, le=MAX_TOKENS, description="Longest free-text answer, in tokens.")
+    normalize: Literal["sum", "mean"] = Field(
+        "sum", description="How options are scored: log-probability of the whole text, or its mean per token."
+    )
+
+
+class Uncertainty(BaseModel):
+    """Entropies in nats; of free text, in nats per token."""
+
+    total: float = Field(description="Entropy of the predictive distribution.", examples=[0.47])
+    aleatoric: float = Field(description="The question's own: mean entropy of the draws.", examples=[0.43])
+    epistemic: float = Field(description="The model's ignorance: what more data would remove.", examples=[0.04])
+
+
+class PosteriorId(BaseModel):
+    """Which posterior answered."""
+
+    id: str = Field(description="Hash of the parameters.", examples=["5f0c6d7be2a91b34"])
+    version: int = Field(description="Version of the task.", examples=[1])
+    task: str = Field(description="The task.", examples=["global"])
+
+
+class Timing(BaseModel):
+    """Where the time went, in milliseconds."""
+
+    total_ms: float = Field(description="From the request's arrival to its reply.", examples=[41.2])
+    engine_ms: float = Field(description="In the engine, its queue included.", examples=[39.8])
+    queue_ms: float = Field(description="Of that, waiting in the engine's queue.", examples=[11.3])
+
+
+class GenerateReply(BaseModel):
+    """An answer with its confidence."""
+
+    request_id: str = Field(description="Also in the header `X-Request-ID`.", examples=["a1b2c3d4e5f60718"])
+    task: str = Field(description="The task that was asked.", examples=["global"])
+    posterior: PosteriorId
+    answer: str = Field(description="The most probable option, or the free text.", examples=["positive"])
+    answer_index: int | None = Field(description="Index of the answer in `options`; null for free text.", examples=[0])
+    options: list[str] | None = Field(description="The options asked.", examples=[["positive", "negative"]])
+    probabilities: list[float] | None = Field(
+        description="Of the options, in their order, calibrated where `calibrated` is true; null for free text.",
+        examples=[[0.83, 0.17]],
+    )
+    confidence: float = Field(
+        description="Probability of the answer, calibrated where `calibrated` is true. Free text: geometric mean "
+        "per token of the answer's predictive probability, not calibrated.",
+        examples=[0.83],
+    )
+    raw_confidence: float = Field(
+        description="Predictive probability of the answer before calibration; of free text, of the whole text.",
+        examples=[0.87],
+    )
+    calibrated: bool = Field(description="Whether the posterior's calibration was applied.", examples=[True])
+    prediction_set: list[str] | None = Field(
+        description="Options that together hold the right one in 90 % of questions (split conformal); null for free "
+        "text or without calibration.",
+        examples=[["positive"]],
+    )
+    uncertainty: Uncertainty
+    standard_error: float = Field(description="Monte Carlo standard error of `raw_confidence`.", examples=[0.02])
+    draws: int = Field(description="Draws used.", examples=[8])
+    timing: Timing
+
+
+class ExampleIn(Request):
+    """A labelled example."""
+
+    prompt: Text = Field(description="The question.", examples=["Two hours I will not get back. Sentiment?"])
+    options: list[Text] = Field(description="At least two distinct answers.", examples=[["positive", "negative"]])
+    answer: str | int = Field(description="The right option: its text, or its index.", examples=["negative"])
+
+
+class AdaptRequest(Request):
+    """Labelled examples of a task."""
+
+    task: str = Field(description="Name of the task to make, or to make anew.", examples=["film-reviews"])
+    examples: list[ExampleIn] = Field(description=f"1 to {MAX_EXAMPLES} labelled examples.")
+    steps: int | None = Field(None, ge=1, le=1000, description="Gradient steps; null: as in meta-training.")
+    seed: int = Field(0, ge=0, lt=2**53, description="The same seed and examples give the same posterior.")
+
+
+class JobReply(BaseModel):
+    """An adaptation job."""
+
+    job: str = Field(description="Id of the job.", examples=["9c1185a5c5e9fc54"])
+    task: str = Field(examples=["film-reviews"])
+    status: Status = Field(description="queued, running, done, failed or cancelled.")
+    progress: float = Field(description="0 to 1.", examples=[0.4])
+    error: str | None = Field(description="Why it failed.")
+    posterior: PosteriorId | None = Field(description="What it made, when done.")
+    created: str = Field(description="UTC, ISO 8601.", examples=["2026-01-01T12:00:00.000+00:00"])
+    started: str | None = Field(description="UTC, ISO 8601.")
+    finished: str | None = Field(description="UTC, ISO 8601.")
+
+    @classmethod
+    def of(cls, job: Job) -> JobReply:
+        """Returns a job as told over HTTP."""
+        posterior = None
+        if job.digest is not None and job.version is not None:
+            posterior = PosteriorId(id=job.digest, version=job.version, task=job.task)
+        fields = job.model_dump(include={"task", "status", "progress", "error", "created", "started", "finished"})
+        return cls(job=job.id, posterior=posterior, **fields)
+
+
+class TaskSummary(BaseModel):
+    """A task in the list."""
+
+    task: str = Field(examples=["film-reviews"])
+    status: Literal["ready", "damaged"] = Field(description="damaged: no version of it can be used.")
+    error: str | None = Field(description="What is wrong with its newest version.")
+    version: int = Field(description="The version that answers; of a damaged task, the newest.", examples=[2])
+    posterior: PosteriorId | None
+    shots: int | None = Field(description="Labelled examples that it was adapted with.", examples=[16])
+    created: str | None = Field(description="UTC, ISO 8601.")
+    calibrated: bool
+
+
+class VersionReply(BaseModel):
+    """One version of a task."""
+
+    version: int
+    status: Literal["ready", "damaged"]
+    error: str | None
+    id: str | None = Field(description="Hash of the parameters.")
+    parent: str | None = Field(description="Id of the posterior that it was adapted from.")
+    shots: int | None
+    seed: int | None
+    created: str | None
+
+
+class TaskReply(TaskSummary):
+    """One task, with its history."""
+
+    base_model: str | None = Field(description="Base model that the posterior is over.")
+    calibration: Calibration | None
+    versions: list[VersionReply] = Field(description="Oldest first.")
+
+
+class Health(BaseModel):
+    """Whether the server lives, or answers."""
+
+    status: str = Field(examples=["ok"])
+
+
+class ErrorBody(BaseModel):
+    """What was wrong and what would be right."""
+
+    type: str = Field(description="Kind of error.", examples=["TaskNotFound"])
+    message: str = Field(examples=["there is no task 'films'; known tasks: global, film-reviews"])
+    field: str | None = Field(description="The input at fault, where there is one.", examples=["task"])
+
+
+class ErrorReply(BaseModel):
+    """Every error has this form."""
+
+    error: ErrorBody

@@ -1,0 +1,49 @@
+"""Settings of the server: one tree, with units and defaults; the command line is a view of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+EMBEDDED = Path(__file__).parent / "embedded"
+
+
+class Settings(BaseModel, frozen=True, extra="forbid"):
+    """What ``abmll serve`` can be told."""
+
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int = Field(default=8000, ge=0, le=65535, description="port to listen on")
+    engine: Literal["vllm", "torch"] = Field(default="torch", description="vllm: production; torch: starts in seconds")
+    model: str | None = Field(default=None, description="hub name or folder of the base model; None: the embedded one")
+    revision: str | None = Field(default=None, description="commit or tag of the base model on the hub")
+    posterior: Path | None = Field(default=None, description="folder of the global posterior; None: the embedded one")
+    store: Path = Field(default=Path("abmll-store"), description="folder of task posteriors and adaptation jobs")
+    draws: int = Field(default=8, ge=1, description="draws of a request that says none, or auto")
+    max_draws: int = Field(default=64, ge=1, description="most draws that a request may ask for")
+    context: int | None = Field(default=None, ge=16, description="tokens of prompt and answer; None: the model's limit")
+    device: str = Field(default="cpu", description="device of the torch engine, such as cpu or cuda")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="weights of the torch engine"
+    )
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of the torch engine; None: torch's choice")
+    adapt_device: str = Field(default="cpu", description="device that adaptation runs on")
+    adapt_threads: int = Field(default=1, ge=1, description="CPU threads of adaptation, which runs at low priority")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _draws_in_range(self) -> Settings:
+        if self.draws > self.max_draws:
+            raise ValueError(f"draws is {self.draws}, above max_draws {self.max_draws}")
+        return self
+
+    @property
+    def base_model(self) -> str:
+        """Hub name or folder of the base model."""
+        return self.model or str(EMBEDDED / "base")
+
+    @property
+    def global_posterior(self) -> Path:
+        """Folder of the global posterior."""
+        return self.posterior or EMBEDDED / "posterior"

@@ -1,0 +1,221 @@
+"""The task store: every version of every task's posterior, in folders."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from abmll.calibration import Calibration
+from abmll.errors import AbmllError, InvalidPosterior, InvalidRequest, TaskConflict, TaskNotFound
+from abmll.posterior import Posterior
+from abmll.store import Record, StoredPosterior, load_posterior, save_posterior
+
+logger = logging.getLogger(__name__)
+
+GLOBAL = "global"
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+LOADED_KEPT = 128
+_VERSION = re.compile(r"^v(\d{4,})$")
+
+
+def check_name(name: str, field: str = "task") -> None:
+    """Checks that a task of this name can be made or changed.
+
+    Raises:
+        InvalidRequest: Not a task name.
+        TaskConflict: The name is reserved.
+    """
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise InvalidRequest(
+            f"{name[:80]!r} is no task name; use 1 to 64 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit",
+            field=field,
+        )
+    if name == GLOBAL:
+        raise TaskConflict("the task name 'global' is reserved for the global posterior; choose another", field=field)
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of a task: the stored posterior, or what is wrong with it.
+
+    Attributes:
+        number: Counts up from 1.
+        stored: The posterior; None if it cannot be used.
+        error: Why not; None if it can.
+    """
+
+    number: int
+    stored: StoredPosterior | None
+    error: str | None
+
+    @property
+    def status(self) -> Literal["ready", "damaged"]:
+        """Whether it can be asked."""
+        return "damaged" if self.stored is None else "ready"
+
+
+class TaskStore:
+    """Task posteriors under ``root/tasks/<name>/v0001`` and so on, and the global one beside them.
+
+    A version is written once and never changed. Several processes may use a store at once: the folders
+    are read anew at each call, only what was loaded from them is kept.
+
+    Args:
+        root: The store's folder; made if absent.
+        global_posterior: Served as task ``global``.
+        check: Called on each posterior when it is loaded; raises ``PosteriorMismatch`` for one that was
+            made for another base model.
+    """
+
+    def __init__(
+        self, root: Path, global_posterior: StoredPosterior, check: Callable[[Posterior], None] = lambda _: None
+    ) -> None:
+        self.tasks = root / "tasks"
+        self.global_posterior = global_posterior
+        self.check = check
+        self._loaded: OrderedDict[tuple[Path, int, int], Version] = OrderedDict()
+        self._lock = threading.Lock()
+        try:
+            self.tasks.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AbmllError(f"cannot make the store {root}: {error}; choose another folder", field="store") from error
+
+    def names(self) -> list[str]:
+        """All tasks that can be asked, ``global`` first."""
+        return [GLOBAL, *(name for name in self._folders() if self._numbers(name))]
+
+    def current(self, name: str) -> StoredPosterior:
+        """Returns the newest version of a task that is not damaged.
+
+        Raises:
+            TaskNotFound: There is no such task.
+            InvalidPosterior: All its versions are damaged, or made for another base model.
+        """
+        if name == GLOBAL:
+            return self.global_posterior
+        error = ""
+        for number in reversed(self._known(name)):
+            version = self._load(name, number)
+            if version.stored is not None:
+                return version.stored
+            error = error or version.error or ""
+        raise InvalidPosterior(f"task {name!r} cannot be used: {error}", field="task")
+
+    def versions(self, name: str) -> list[Version]:
+        """All versions of a task, oldest first.
+
+        Raises:
+            TaskNotFound: There is no such task.
+        """
+        if name == GLOBAL:
+            return [Version(self.global_posterior.record.version, self.global_posterior, None)]
+        return [self._load(name, number) for number in self._known(name)]
+
+    def add(
+        self,
+        name: str,
+        posterior: Posterior,
+        calibration: Calibration | None,
+        make_record: Callable[[int], Record],
+    ) -> StoredPosterior:
+        """Writes a task's next version.
+
+        Args:
+            name: The task.
+            posterior: Its parameters.
+            calibration: How its confidence is made.
+            make_record: Given the version's number, says where it comes from.
+
+        Raises:
+            InvalidRequest: Not a task name.
+            TaskConflict: The name is reserved.
+            AbmllError: The disk is full or not writable.
+        """
+        check_name(name)
+        number = max(self._numbers(name), default=0) + 1
+        return save_posterior(self._folder(name, number), posterior, make_record(number), calibration)
+
+    def delete(self, name: str) -> list[str]:
+        """Removes a task with all versions: out of sight first, then from the disk.
+
+        Returns:
+            The digests of its posteriors that had been loaded.
+
+        Raises:
+            TaskNotFound: There is no such task.
+            TaskConflict: The task is ``global``.
+        """
+        check_name(name)
+        self._known(name)
+        folder = self.tasks / name
+        grave = Path(tempfile.mkdtemp(prefix=".deleted.", dir=self.tasks))
+        folder.rename(grave / name)
+        with self._lock:
+            gone = {key: v for key, v in self._loaded.items() if key[0].parent == folder}
+            for key in gone:
+                del self._loaded[key]
+        shutil.rmtree(grave, ignore_errors=True)
+        return [version.stored.digest for version in gone.values() if version.stored is not None]
+
+    def damaged(self) -> dict[str, str]:
+        """Loads every task's newest version; names those that cannot be used, with the reason."""
+        found: dict[str, str] = {}
+        for name in self.names()[1:]:
+            newest = self.versions(name)[-1]
+            if newest.error is not None:
+                found[name] = newest.error
+        return found
+
+    def _folders(self) -> Sequence[str]:
+        return sorted(entry.name for entry in self.tasks.iterdir() if re.fullmatch(NAME_PATTERN, entry.name))
+
+    def _folder(self, name: str, number: int) -> Path:
+        return self.tasks / name / f"v{number:04d}"
+
+    def _numbers(self, name: str) -> list[int]:
+        try:
+            entries = [entry.name for entry in (self.tasks / name).iterdir()]
+        except OSError:
+            return []
+        return sorted(int(match[1]) for match in map(_VERSION.match, entries) if match)
+
+    def _known(self, name: str) -> list[int]:
+        numbers = self._numbers(name) if re.fullmatch(NAME_PATTERN, name) else []
+        if not numbers:
+            names = self.names()
+            shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+            raise TaskNotFound(f"there is no task {name[:80]!r}; known tasks: {shown}", field="task")
+        return numbers
+
+    def _load(self, name: str, number: int) -> Version:
+        folder = self._folder(name, number)
+        try:
+            stat = (folder / "posterior.json").stat()
+            # A task that was deleted and made again has the same paths, but other files.
+            key = (folder, stat.st_ino, stat.st_mtime_ns)
+        except OSError:
+            key = (folder, 0, 0)
+        with self._lock:
+            if key in self._loaded:
+                self._loaded.move_to_end(key)
+                return self._loaded[key]
+        try:
+            stored = load_posterior(folder)
+            self.check(stored.posterior)
+            version = Version(number, stored, None)
+        except InvalidPosterior as error:
+            logger.warning("task %s, version %d cannot be used: %s", name, number, error.message)
+            version = Version(number, None, error.message)
+        with self._lock:
+            self._loaded[key] = version
+            while len(self._loaded) > LOADED_KEPT:
+                self._loaded.popitem(last=False)
+        return version

@@ -1,0 +1,65 @@
+"""Keeps the adaptation process alive while the server runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+
+from server.jobs import JobRegistry
+from server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+class Supervisor:
+    """Starts ``server.worker``, and starts it again when it dies.
+
+    Args:
+        settings: Passed on to the worker.
+        registry: Jobs that a dead worker had under way are queued again here.
+    """
+
+    def __init__(self, settings: Settings, registry: JobRegistry) -> None:
+        self.settings, self.registry = settings, registry
+        self.restarts = 0
+        self.process: asyncio.subprocess.Process | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Starts the worker, and watches it."""
+        self._task = asyncio.create_task(self._watch(), name="adaptation-supervisor")
+
+    async def close(self) -> None:
+        """Ends the worker; its job is taken up again by the next server."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self.process is not None and self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
+            await self.process.wait()
+
+    def wake(self) -> None:
+        """Tells the worker that a job waits."""
+        stdin = self.process.stdin if self.process is not None else None
+        if stdin is not None and not stdin.is_closing():
+            stdin.write(b"\n")
+
+    async def _watch(self) -> None:
+        delay = 1.0
+        while True:
+            await asyncio.to_thread(self.registry.recover)
+            begun = asyncio.get_running_loop().time()
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "server.worker", stdin=asyncio.subprocess.PIPE
+            )
+            assert self.process.stdin is not None
+            self.process.stdin.write(self.settings.model_dump_json().encode() + b"\n")
+            code = await self.process.wait()
+            self.restarts += 1
+            logger.error("the adaptation process ended with code %d; it is started again", code)
+            lived = asyncio.get_running_loop().time() - begun
+            delay = 1.0 if lived > 60 else min(60.0, delay * 2)
+            await asyncio.sleep(delay)

@@ -1,0 +1,338 @@
+"""The torch engine: transformers in one thread, all draws of all waiting questions in one pass."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from abmll.draw_scores import rows_of_draws
+from abmll.draws import Signs, draw_signs, stack_signs
+from abmll.errors import AbmllError, EngineFailure
+from abmll.layers import Attached, attach
+from abmll.posterior import Posterior
+from abmll.scoring import Batch, Normalize, Question, option_scores, pack, token_log_probs
+from server.allocator import keep_freed_memory
+from server.clock import Clock, current_clock
+from server.engine import EngineState, Served
+from training.base_model import BaseModel, load_base
+
+logger = logging.getLogger(__name__)
+
+# Padded tokens in one pass over all draws, by device. Measured on a CPU with 2 cores: between 2k and 4k
+# activations stay in cache; a GPU wants large passes.
+PASS_TOKENS = {"cpu": 2048, "cuda": 65536}
+SIGNS_KEPT = 512
+PLACED_KEPT = 64
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What may share a pass: the same work under the same draws of the same posterior."""
+
+    work: str
+    key: str
+    draws: tuple[int, ...] = ()
+    seed: int = 0
+    max_tokens: int = 0
+
+
+@dataclass
+class _Item:
+    """A question in the queue."""
+
+    kind: _Kind
+    served: Served
+    question: Question
+    result: asyncio.Future[Any]
+    clock: Clock | None
+    arrived: float = field(default_factory=time.perf_counter)
+
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
+
+
+class _Counted(Generic[_K, _V]):
+    """A least-recently-used cache that counts."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.loads, self.hits, self.evictions = capacity, 0, 0, 0
+        self.entries: OrderedDict[_K, _V] = OrderedDict()
+
+    def get(self, key: _K, make: Callable[[], _V]) -> _V:
+        if key in self.entries:
+            self.hits += 1
+            self.entries.move_to_end(key)
+            return self.entries[key]
+        self.loads += 1
+        value = self.entries[key] = make()
+        while len(self.entries) > self.capacity:
+            self.entries.popitem(last=False)
+            self.evictions += 1
+        return value
+
+
+class TorchEngine:
+    """``Engine`` on a transformers model.
+
+    One thread runs passes; while it does, questions queue. The next pass takes the oldest question and
+    those waiting that may share its pass, nearest in length first, up to ``pass_tokens`` padded tokens.
+    Signs of a draw are the same for all posteriors over the same layers and are kept.
+
+    Args:
+        model: Hub name or folder of the base model.
+        revision: Commit or tag on the hub.
+        dtype: Of the base model's weights.
+        device: cpu, cuda, or auto: the accelerator where there is one.
+        context: The most tokens to take; the model's own limit by default.
+        threads: CPU threads; torch's choice by default.
+        pass_tokens: Padded tokens in one pass, over all draws.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        context: int | None = None,
+        threads: int | None = None,
+        pass_tokens: int | None = None,
+    ) -> None:
+        self.model, self.revision, self.dtype = model, revision, dtype
+        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self.context = context or 0  # the model's own limit, once started
+        self.threads = threads
+        self.pass_tokens = pass_tokens or PASS_TOKENS.get(self.device.split(":")[0], 65536)
+        self._base: BaseModel | None = None
+        self._attached: Attached | None = None
+        self._signs: _Counted[tuple[int, int], dict[str, Signs]] = _Counted(SIGNS_KEPT)
+        self._placed: _Counted[str, Posterior] = _Counted(PLACED_KEPT)
+        self._waiting: list[_Item] = []
+        self._running: list[_Item] = []
+        self._wake = asyncio.Event()
+        self._thread: ThreadPoolExecutor | None = None
+        self._loop: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Loads the model; see ``Engine``.
+
+        Raises:
+            AbmllError: The base model cannot be had.
+        """
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="abmll-engine")
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
+        self._loop = asyncio.create_task(self._serve(), name="torch-engine")
+
+    def _load(self) -> None:
+        keep_freed_memory()
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        given = self.context or None
+        self._base = load_base(self.model, revision=self.revision, dtype=self.dtype, device=self.device, context=given)
+        self.context = self._base.context
+
+    async def close(self) -> None:
+        """Frees the model; requests under way fail with ``EngineFailure``."""
+        if self._loop is not None:
+            self._loop.cancel()
+            await asyncio.gather(self._loop, return_exceptions=True)
+            self._loop = None
+        for item in [*self._waiting, *self._running]:
+            if not item.result.done():
+                item.result.set_exception(EngineFailure("the server is shutting down; ask again elsewhere"))
+        self._waiting, self._running = [], []
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.shutdown)
+            self._thread = None
+        self._base = self._attached = None
+
+    async def score(
+        self, served: Served, question: Question, draws: Sequence[int], seed: int, normalize: Normalize = "sum"
+    ) -> Tensor:
+        """Scores each option under each draw, shape (draws, options); see ``Engine``."""
+        return await self._ask(_Kind(normalize, served.key, tuple(draws), seed), served, question)
+
+    async def generate(self, served: Served, prompt: Sequence[int], max_tokens: int) -> list[int]:
+        """Decodes greedily under the posterior mean; see ``Engine``."""
+        kind = _Kind("generate", served.key, max_tokens=max_tokens)
+        return await self._ask(kind, served, Question(tuple(prompt), ()))
+
+    async def score_tokens(
+        self, served: Served, prompt: Sequence[int], tokens: Sequence[int], draws: Sequence[int], seed: int
+    ) -> Tensor:
+        """Returns log p of each token under each draw, shape (draws, tokens); see ``Engine``."""
+        if not tokens:
+            return torch.zeros(len(draws), 0)
+        question = Question(tuple(prompt), (tuple(tokens),))
+        return await self._ask(_Kind("tokens", served.key, tuple(draws), seed), served, question)
+
+    async def release(self, key: str) -> None:
+        """Forgets a posterior; its draws' signs are those of all posteriors and stay."""
+        self._placed.entries.pop(key, None)
+
+    def state(self) -> EngineState:
+        """Reports the engine's state; resident "adapters" are draws whose signs are kept."""
+        signs = self._signs
+        healthy = self._loop is not None and not self._loop.done()
+        return EngineState(healthy, len(signs.entries), signs.loads, signs.hits, signs.evictions, len(self._waiting))
+
+    async def _ask(self, kind: _Kind, served: Served, question: Question) -> Any:
+        if self._loop is None or self._loop.done():
+            raise EngineFailure("the engine is not running; wait until GET /readyz says 200")
+        item = _Item(kind, served, question, asyncio.get_running_loop().create_future(), current_clock())
+        self._waiting.append(item)
+        self._wake.set()
+        return await item.result
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._wake.wait()
+            batch = self._next()
+            if not batch:
+                self._wake.clear()
+                continue
+            self._running = batch
+            now = time.perf_counter()
+            for item in batch:
+                if item.clock is not None:
+                    item.clock.queued += now - item.arrived
+            try:
+                results = await loop.run_in_executor(self._thread, self._run, batch)
+            except AbmllError as error:
+                self._fail(batch, error)
+            except Exception as error:
+                logger.exception("a pass failed")
+                self._fail(batch, EngineFailure(f"the engine failed on this request: {type(error).__name__}"))
+            else:
+                for item, result in zip(batch, results, strict=True):
+                    if not item.result.done():
+                        item.result.set_result(result)
+            self._running = []
+
+    @staticmethod
+    def _fail(batch: Sequence[_Item], error: AbmllError) -> None:
+        for item in batch:
+            if not item.result.done():
+                item.result.set_exception(error)
+
+    def _next(self) -> list[_Item]:
+        """Takes the next pass's questions from the queue."""
+        self._waiting = [item for item in self._waiting if not item.result.done()]  # callers that went away
+        if not self._waiting:
+            return []
+        oldest = self._waiting[0]
+        size = oldest.question.longest
+        same = [item for item in self._waiting if item.kind == oldest.kind]
+        same.sort(key=lambda item: abs(item.question.longest - size))  # stable: the oldest stays first
+        times = max(1, len(oldest.kind.draws))
+        taken: list[_Item] = []
+        longest = 0
+        for item in same:
+            longest = max(longest, _tokens(item.question) + oldest.kind.max_tokens)
+            if taken and (len(taken) + 1) * times * longest > self.pass_tokens:
+                break
+            taken.append(item)
+        chosen = {id(item) for item in taken}
+        self._waiting = [item for item in self._waiting if id(item) not in chosen]
+        return taken
+
+    @torch.inference_mode()
+    def _run(self, batch: Sequence[_Item]) -> list[Any]:
+        """Runs one pass, in the engine's thread."""
+        assert self._base is not None
+        posterior = self._placed.get(batch[0].served.key, lambda: self._place(batch[0].served.posterior))
+        if self._attached is None:
+            self._attached = attach(self._base.model, posterior.config.targets)
+        kind, questions = batch[0].kind, [item.question for item in batch]
+        if kind.work == "generate":
+            return self._decode(posterior, [question.prompt for question in questions], kind.max_tokens)
+        packed = pack(questions).to(self.device)
+        if kind.work == "tokens":
+            values = self._draws(posterior, packed, kind, lambda batch: token_log_probs(self._model, batch))
+            return [part.clone() for part in values.split([len(q.options[0]) for q in questions], dim=1)]
+        normalize: Normalize = "mean" if kind.work == "mean" else "sum"
+        values = self._draws(
+            posterior, packed, kind, lambda batch: option_scores(self._model, batch, normalize).flatten()
+        ).view(len(kind.draws), len(questions), -1)
+        return [values[:, row, : len(question.options)].clone() for row, question in enumerate(questions)]
+
+    @property
+    def _model(self) -> Any:
+        assert self._base is not None
+        return self._base.model
+
+    def _place(self, posterior: Posterior) -> Posterior:
+        return posterior.map(lambda tensor: tensor.to(self.device, torch.float32))
+
+    def _draws(self, posterior: Posterior, batch: Batch, kind: _Kind, function: Callable[[Batch], Tensor]) -> Tensor:
+        """Applies a function of the model under each draw: shape (draws, values of one draw), on the CPU.
+
+        A question with more draws than a pass holds takes several.
+        """
+        assert self._attached is not None
+        rows, tokens = batch.ids.shape
+        at_once = max(1, self.pass_tokens // (rows * tokens))
+        parts: list[Tensor] = []
+        for start in range(0, len(kind.draws), at_once):
+            indices = kind.draws[start : start + at_once]
+            signs = stack_signs(
+                [self._signs.get((kind.seed, i), lambda i=i: draw_signs(posterior, kind.seed, i)) for i in indices]
+            )
+            with self._attached.using(posterior, rows_of_draws(signs, rows, torch.device(self.device))):
+                parts.append(function(batch.repeat(len(indices))).view(len(indices), -1).cpu())
+        return torch.cat(parts)
+
+    def _decode(self, posterior: Posterior, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+        """Decodes prompts together, padded on the left, under the mean."""
+        assert self._base is not None
+        assert self._attached is not None
+        tokenizer, width = self._base.tokenizer, max(map(len, prompts))
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        stops = _stop_tokens(self._model, tokenizer)
+        with self._attached.using(posterior):
+            output = self._model.generate(
+                ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id or 0,
+                eos_token_id=stops or None,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+            )
+        return [_until(row, stops) for row in output[:, width:].tolist()]
+
+
+def _tokens(question: Question) -> int:
+    """Tokens of a question's row, as packed."""
+    return len(question.prompt) + sum(max(0, len(option) - 1) for option in question.options)
+
+
+def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    given = getattr(model.generation_config, "eos_token_id", None)
+    stops = set(given if isinstance(given, list) else [given]) | {tokenizer.eos_token_id}
+    return sorted(stop for stop in stops if stop is not None)
+
+
+def _until(tokens: Sequence[int], stops: Sequence[int]) -> list[int]:
+    end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
+    return list(tokens[:end])

@@ -1,0 +1,299 @@
+"""The production engine: vLLM, with draws as LoRA adapters and all draws of a question in one batch."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abmll.errors import AbmllError, EngineFailure
+from abmll.posterior import LayerPosterior, Normalize, Posterior, PosteriorConfig
+from abmll.scoring import Question
+from server.adapters import Adapter, AdapterCache
+from server.clock import current_clock
+from server.engine import EngineState, Served
+from server.trie import Step, option_steps, token_steps
+
+# vLLM builds its kernels for these ranks alone.
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# vLLM runs these projections as one, and knows LoRA targets by the fused name.
+_FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
+
+
+def adapter_rank(rank: int) -> int:
+    """Returns the smallest rank that vLLM supports and a draw fits in.
+
+    Raises:
+        AbmllError: The draw's rank is too large for any.
+    """
+    for supported in RANKS:
+        if supported >= rank:
+            return supported
+    raise AbmllError(f"draws have rank {rank}; vLLM takes at most {RANKS[-1]}: lower the posterior's rank")
+
+
+class VllmEngine:
+    """vLLM's ``AsyncLLM`` behind the engine protocol.
+
+    Args:
+        model: Hub name or folder.
+        targets: Module names that posteriors target.
+        max_rank: Largest rank of a draw.
+        revision: Commit or tag on the hub.
+        context: The most tokens to take; the model's own limit by default.
+        slots: Adapters that run in one step.
+        cache_bytes: Bytes of adapters to keep.
+        dtype: Of the weights; float32 on a CPU and the checkpoint's own on a GPU by default.
+        options: Further arguments of vLLM's ``AsyncEngineArgs``.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        targets: Sequence[str],
+        max_rank: int,
+        revision: str | None = None,
+        context: int | None = None,
+        slots: int = 33,
+        cache_bytes: int = 1 << 30,
+        dtype: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.revision, self.context = model, revision, context or 0
+        self.targets, self.rank, self.slots = tuple(targets), adapter_rank(max_rank), slots
+        self.dtype, self.options = dtype, options or {}
+        memory = Path("/dev/shm")
+        place = memory if os.access(memory, os.W_OK) else None
+        self._folder = Path(tempfile.mkdtemp(prefix="abmll-adapters-", dir=place))
+        self._cache_bytes = cache_bytes
+        self._llm: Any = None
+        self._cache: AdapterCache | None = None
+        self._requests = itertools.count()
+        self._waiting = 0
+        self._closed = False
+
+    async def start(self) -> None:
+        """Loads the model and warms up every path, so that nothing is left to compile."""
+        _set_environment()
+        try:
+            self._llm = await asyncio.to_thread(self._build)
+        except Exception as error:
+            raise EngineFailure(f"vLLM could not start with {self.model}: {error}") from error
+        config = self._llm.model_config
+        self.context = int(config.max_model_len)
+        dtype = torch.float32 if self._on_cpu else torch.bfloat16
+        self._cache = AdapterCache(self._folder, self.rank, dtype, self._cache_bytes, self._llm.remove_lora)
+        await self._warm_up()
+
+    def _build(self) -> Any:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._on_cpu = current_platform.is_cpu()
+        values: dict[str, Any] = {
+            "model": self.model,
+            "revision": self.revision,
+            "dtype": self.dtype or ("float32" if self._on_cpu else "auto"),
+            "max_model_len": self.context or None,
+            "enable_lora": True,
+            "max_lora_rank": self.rank,
+            "max_loras": self.slots,
+            "max_cpu_loras": 4 * self.slots,
+            # LoRA on what posteriors target alone: on a CPU 3.5 times faster than on every module.
+            "lora_target_modules": sorted({_FUSED.get(target, target) for target in self.targets}),
+            "enable_prefix_caching": True,
+            "max_logprobs": 128,
+        }
+        if self._on_cpu:
+            # The smallest blocks there are, so that short prompts are shared between a question's requests too.
+            values |= {"block_size": 32, "max_num_seqs": 256, "enforce_eager": True}
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**(values | self.options)))
+
+    async def _warm_up(self) -> None:
+        config = PosteriorConfig(base_model=self.model, rank=1)
+        shapes = await asyncio.to_thread(_target_shapes, self.model, self.revision, self.targets)
+        zero = {
+            name: LayerPosterior(
+                torch.zeros(1, d_in),
+                torch.zeros(d_out, 1),
+                {"log_s": torch.full((d_out,), -9.0), "log_t": torch.full((d_in,), -9.0)},
+            )
+            for name, (d_out, d_in) in shapes.items()
+        }
+        served = Served("warm-up", Posterior(config, zero))
+        question = Question((1, 2, 3), ((4,), (5, 6)))
+        await self.score(served, question, range(2), 0)
+        await self.score_tokens(served, question.prompt, [4, 5], range(2), 0)
+        await self.generate(served, question.prompt, 4)
+        await self.release(served.key)
+
+    async def close(self) -> None:
+        """Ends vLLM's processes and removes the adapters."""
+        self._closed = True
+        if self._llm is not None:
+            await asyncio.to_thread(self._llm.shutdown)
+        await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
+
+    async def score(
+        self, served: Served, question: Question, draws: Sequence[int], seed: int, normalize: Normalize = "sum"
+    ) -> Tensor:
+        """Scores each option under each draw, see ``Engine.score``."""
+        steps = option_steps(question)
+        values = await self._ask_steps(served, question.prompt, steps, draws, seed)
+        scores = torch.zeros(len(draws), len(question.options), dtype=torch.float64)
+        for row, found in enumerate(values):
+            for number, option in enumerate(question.options):
+                scores[row, number] = sum(found[option[:at], token] for at, token in enumerate(option))
+        if normalize == "mean":
+            scores /= torch.tensor([len(option) for option in question.options])
+        return scores.float()
+
+    async def score_tokens(
+        self, served: Served, prompt: Sequence[int], tokens: Sequence[int], draws: Sequence[int], seed: int
+    ) -> Tensor:
+        """Scores given tokens one by one under each draw, see ``Engine.score_tokens``."""
+        values = await self._ask_steps(served, tuple(prompt), token_steps(tokens), draws, seed)
+        given = tuple(tokens)
+        return torch.tensor([[found[given[:at], token] for at, token in enumerate(given)] for found in values])
+
+    async def _ask_steps(
+        self, served: Served, prompt: tuple[int, ...], steps: Sequence[Step], draws: Sequence[int], seed: int
+    ) -> list[dict[tuple[tuple[int, ...], int], float]]:
+        """Asks all steps under all draws at once; log-probabilities by (what stands before, token)."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = [
+            SamplingParams(
+                max_tokens=1,
+                temperature=0.0,
+                logprob_token_ids=list(step.tokens),
+                detokenize=False,
+                ignore_eos=True,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            for step in steps
+        ]
+        async with self._adapters.holding(served, seed, list(draws)) as adapters:
+            outputs = await self._gather(
+                [
+                    (prompt + step.before, sampling, adapter)
+                    for adapter in adapters
+                    for step, sampling in zip(steps, params, strict=True)
+                ]
+            )
+        results: list[dict[tuple[tuple[int, ...], int], float]] = []
+        for start in range(0, len(outputs), len(steps)):
+            found: dict[tuple[tuple[int, ...], int], float] = {}
+            for step, output in zip(steps, outputs[start : start + len(steps)], strict=True):
+                first = output.outputs[0].logprobs[0]
+                found |= {(step.before, token): first[token].logprob for token in step.tokens}
+            results.append(found)
+        return results
+
+    async def generate(self, served: Served, prompt: Sequence[int], max_tokens: int) -> list[int]:
+        """Decodes greedily under the posterior mean, see ``Engine.generate``."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            max_tokens=max_tokens, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        async with self._adapters.holding(served, 0, [None]) as adapters:
+            outputs = await self._gather([(tuple(prompt), params, adapters[0])])
+        completion = outputs[0].outputs[0]
+        tokens = list(completion.token_ids)
+        return tokens[:-1] if completion.finish_reason == "stop" else tokens
+
+    async def _gather(self, requests: Sequence[tuple[tuple[int, ...], Any, Adapter]]) -> list[Any]:
+        self._waiting += 1
+        tasks = [asyncio.ensure_future(self._one(*request)) for request in requests]
+        try:
+            outputs = await asyncio.gather(*tasks)
+        finally:
+            self._waiting -= 1
+            for task in tasks:
+                task.cancel()
+        clock, metrics = current_clock(), outputs[0].metrics
+        if clock is not None and metrics is not None:
+            clock.queued += max(0.0, getattr(metrics, "scheduled_ts", 0.0) - getattr(metrics, "queued_ts", 0.0))
+        return outputs
+
+    async def _one(self, prompt: tuple[int, ...], params: Any, adapter: Adapter) -> Any:
+        from vllm.lora.request import LoRARequest
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        lora = LoRARequest(adapter.name, adapter.number, str(adapter.path))
+        request_id = f"abmll-{next(self._requests)}"
+        last: Any = None
+        try:
+            stream = self._llm.generate(
+                {"prompt_token_ids": list(prompt)}, params, request_id=request_id, lora_request=lora
+            )
+            async for output in stream:
+                last = output
+        except EngineDeadError as error:
+            raise EngineFailure("vLLM's engine process has died; the server must be restarted") from error
+        if last is None or not last.outputs:
+            raise EngineFailure("vLLM ended a request without an answer")
+        return last
+
+    @property
+    def _adapters(self) -> AdapterCache:
+        if self._cache is None or self._closed or self._llm.errored:
+            raise EngineFailure("vLLM is not running; see the server's log")
+        return self._cache
+
+    async def release(self, key: str) -> None:
+        """Gives up a posterior's adapters, see ``Engine.release``."""
+        await self._adapters.release(key)
+
+    def state(self) -> EngineState:
+        """Reports the engine's state."""
+        cache = self._cache
+        healthy = cache is not None and not self._closed and not self._llm.errored
+        if cache is None:
+            return EngineState(healthy, 0, 0, 0, 0, self._waiting)
+        return EngineState(healthy, len(cache), cache.loads, cache.hits, cache.evictions, self._waiting)
+
+
+def _set_environment() -> None:
+    """Settings that vLLM reads from the environment; what the user has set stays."""
+    defaults = {
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for key, value in defaults.items():
+        os.environ.setdefault(key, value)
+
+
+def _target_shapes(model: str, revision: str | None, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Names and shapes (d_out, d_in) of the targeted layers, from the configuration alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from abmll.layers import target_layers
+
+    config = AutoConfig.from_pretrained(model, revision=revision)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    return {name: (layer.out_features, layer.in_features) for name, layer in target_layers(empty, targets).items()}

@@ -1,0 +1,134 @@
+"""The adaptation process: takes queued jobs one after another, at low priority, beside the server.
+
+Run by the server as ``python -m server.worker``; its settings come as JSON in the first line of stdin. A
+further line means that a job may wait; the end of stdin means that the server is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+
+from abmll.errors import AbmllError
+from abmll.layers import Attached, attach
+from abmll.store import Record, StoredPosterior, load_posterior
+from server.jobs import Job, JobCancelled, JobRegistry
+from server.settings import Settings
+from server.store import TaskStore
+
+logger = logging.getLogger("abmll.worker")
+
+NICENESS = 10
+POLL_SECONDS = 1.0
+
+
+class Adapter:
+    """Adapts the global posterior to jobs' examples; loads the base model with the first job.
+
+    Not before: a second copy of a large base model is memory that a server that only answers would pay
+    for in vain.
+    """
+
+    def __init__(self, settings: Settings, prior: StoredPosterior, store: TaskStore, registry: JobRegistry) -> None:
+        self.settings, self.prior, self.store, self.registry = settings, prior, store, registry
+        self._loaded: tuple[object, Attached] | None = None
+
+    def run(self, job: Job) -> None:
+        """Runs a claimed job to its end, whatever that is."""
+        logger.info("job %s for task %s begins", job.id, job.task)
+        try:
+            self._adapt(job)
+        except JobCancelled:
+            logger.info("job %s was cancelled", job.id)
+        except AbmllError as error:
+            logger.warning("job %s failed: %s", job.id, error.message)
+            self.registry.fail(job.id, error.message)
+        except Exception as error:
+            logger.exception("job %s failed", job.id)
+            self.registry.fail(job.id, f"adaptation failed: {type(error).__name__}; see the server's log")
+        else:
+            logger.info("job %s is done", job.id)
+
+    def _adapt(self, job: Job) -> None:
+        from training.adaptation import AdaptConfig, adapt  # these load transformers, which takes seconds
+        from training.base_model import BaseModel, load_base
+
+        settings, posterior = self.settings, self.prior.posterior
+        if self._loaded is None:
+            base = load_base(
+                settings.base_model, revision=settings.revision, device=settings.adapt_device, context=settings.context
+            )
+            self._loaded = base, attach(base.model, posterior.config.targets)
+        base, attached = self._loaded
+        assert isinstance(base, BaseModel)
+        config = AdaptConfig.from_record(self.prior.record.training)
+        if job.steps is not None:
+            config = config.model_copy(update={"steps": job.steps})
+        examples = self.registry.examples(job.id)
+        phi = adapt(
+            base,
+            attached,
+            posterior.map(lambda tensor: tensor.to(settings.adapt_device)),
+            examples,
+            config,
+            seed=job.seed,
+            on_step=lambda step, steps: self.registry.report(job.id, step / max(1, steps)),
+        )
+
+        def record(version: int) -> Record:
+            return Record(
+                task=job.task,
+                version=version,
+                parent=self.prior.digest,
+                seed=job.seed,
+                shots=len(examples),
+                training={"inner": config.model_dump(), "job": job.id},
+            )
+
+        def save() -> tuple[str, int]:
+            stored = self.store.add(job.task, phi, self.prior.calibration, record)
+            return stored.digest, stored.record.version
+
+        self.registry.complete(job.id, save)
+
+
+def _watch_server(wake: threading.Event) -> None:
+    for _ in sys.stdin:
+        wake.set()
+    os._exit(0)  # the server is gone; what was under way is taken up again when it comes back
+
+
+def main() -> None:
+    """Works until the server ends."""
+    settings = Settings.model_validate_json(sys.stdin.readline())
+    level = settings.log_level.upper()
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    wake = threading.Event()
+    threading.Thread(target=_watch_server, args=(wake,), daemon=True).start()
+
+    import torch
+
+    import training.adaptation  # noqa: F401 # pyright: ignore[reportUnusedImport] -- spends its seconds before a job comes
+    from server.allocator import keep_freed_memory
+
+    if hasattr(os, "nice"):
+        os.nice(NICENESS)
+
+    torch.set_num_threads(settings.adapt_threads)
+    keep_freed_memory()
+    prior = load_posterior(settings.global_posterior)
+    registry = JobRegistry(settings.store / "jobs.sqlite3")
+    adapter = Adapter(settings, prior, TaskStore(settings.store, prior), registry)
+    while True:
+        job = registry.claim()
+        if job is None:
+            wake.wait(POLL_SECONDS)
+            wake.clear()
+        else:
+            adapter.run(job)
+
+
+if __name__ == "__main__":
+    main()
