@@ -1,0 +1,1 @@
+"""Client of an abmll server, over HTTP only: ``from clients.http import Client``."""

@@ -1,0 +1,136 @@
+"""The HTTP contract as data: each call is a request and how to read its reply. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+from urllib.parse import quote
+
+from pydantic import TypeAdapter, ValidationError
+
+from clients.errors import InvalidReply, JobCancelled, JobFailed, api_error
+from clients.examples import LabelledExample
+from clients.replies import Answer, Job, TaskInfo
+
+T = TypeVar("T")
+Normalize = Literal["sum", "mean"]
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """A request, and what its reply holds.
+
+    Attributes:
+        method: HTTP method; a GET may be repeated.
+        path: Path on the server, escaped.
+        read: From the reply's JSON (None without a body) to its value.
+        body: JSON to send.
+    """
+
+    method: Literal["GET", "POST", "DELETE"]
+    path: str
+    read: Callable[[Any], T]
+    body: dict[str, Any] | None = None
+
+
+def generate(
+    prompt: str,
+    *,
+    task: str,
+    options: Sequence[str] | None,
+    draws: int | Literal["auto"],
+    seed: int,
+    max_tokens: int,
+    normalize: Normalize,
+) -> Call[Answer]:
+    """Asks a question."""
+    body = {
+        "prompt": prompt,
+        "task": task,
+        "options": None if options is None else list(options),
+        "draws": draws,
+        "seed": seed,
+        "max_tokens": max_tokens,
+        "normalize": normalize,
+    }
+    return Call("POST", "/generate", _reader(Answer), body)
+
+
+def adapt(
+    task: str, examples: Sequence[LabelledExample | Mapping[str, Any]], *, steps: int | None, seed: int
+) -> Call[Job]:
+    """Starts to teach a task."""
+    rows = [row.model_dump() if isinstance(row, LabelledExample) else dict(row) for row in examples]
+    return Call("POST", "/adapt", _reader(Job), {"task": task, "examples": rows, "steps": steps, "seed": seed})
+
+
+def job(id: str) -> Call[Job]:
+    """Asks how a job stands."""
+    return Call("GET", f"/adapt/{quote(id, safe='')}", _reader(Job))
+
+
+def cancel(id: str) -> Call[Job]:
+    """Cancels a job."""
+    return Call("DELETE", f"/adapt/{quote(id, safe='')}", _reader(Job))
+
+
+def tasks() -> Call[list[TaskInfo]]:
+    """Lists the tasks."""
+    return Call("GET", "/tasks", _reader(list[TaskInfo]))
+
+
+def task(name: str) -> Call[TaskInfo]:
+    """Asks for one task's calibration and history."""
+    return Call("GET", f"/tasks/{quote(name, safe='')}", _reader(TaskInfo))
+
+
+def delete_task(name: str) -> Call[None]:
+    """Removes a task with all its versions."""
+    return Call("DELETE", f"/tasks/{quote(name, safe='')}", lambda _: None)
+
+
+def check(path: Literal["/healthz", "/readyz"]) -> Call[None]:
+    """Asks whether the server lives, or answers."""
+    return Call("GET", path, lambda _: None)
+
+
+def read(call: Call[T], status: int, text: str) -> T:
+    """Reads a reply.
+
+    Raises:
+        ApiError: The status is not one of success.
+        InvalidReply: The reply does not keep the contract.
+    """
+    try:
+        content = TypeAdapter(Any).validate_json(text) if text else None
+    except ValidationError as error:
+        if status >= 400:
+            raise api_error(status, text) from error
+        raise InvalidReply(f"{call.method} {call.path}: the reply is not JSON; is this an abmll server?") from error
+    if not 200 <= status < 300:
+        raise api_error(status, content if content is not None else "")
+    try:
+        return call.read(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(piece) for piece in first["loc"]) or "the reply"
+        raise InvalidReply(f"{call.method} {call.path}: {where}: {first['msg']}; another version's server?") from error
+
+
+def require_done(job: Job) -> Job:
+    """Returns a job that is done.
+
+    Raises:
+        JobFailed: It failed.
+        JobCancelled: It was cancelled.
+    """
+    if job.status == "failed":
+        raise JobFailed(f"job {job.job} for task {job.task!r} failed: {job.error or 'no reason given'}", job)
+    if job.status == "cancelled":
+        raise JobCancelled(f"job {job.job} for task {job.task!r} was cancelled", job)
+    return job
+
+
+def _reader(kind: type[T]) -> Callable[[Any], T]:
+    return TypeAdapter(kind).validate_python

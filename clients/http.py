@@ -1,0 +1,317 @@
+"""The client, waiting (``Client``) and asynchronous (``AsyncClient``): the same methods on both."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+import httpx
+
+from clients import calls
+from clients.calls import Call, Normalize
+from clients.errors import ApiError, ClientError, JobTimeout, ReplyTimeout, ServerUnreachable
+from clients.examples import LabelledExample
+from clients.replies import Answer, Job, TaskInfo
+
+T = TypeVar("T")
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+_CONNECT_SECONDS = 5.0
+_PAUSES = (0.2, 0.8)  # seconds before a GET whose connection failed is sent again
+_BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
+
+
+def _settings(url: str | None, timeout: float) -> dict[str, Any]:
+    base = (url or os.environ.get("ABMLL_URL") or DEFAULT_URL).rstrip("/")
+    try:
+        parsed = httpx.URL(base)
+    except httpx.InvalidURL as error:
+        raise ServerUnreachable(f"{base!r} is not a URL ({error}); give one such as {DEFAULT_URL}") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ServerUnreachable(f"{base!r} is not a server's URL; give one such as {DEFAULT_URL}")
+    return {
+        "base_url": base,
+        "timeout": httpx.Timeout(timeout, connect=min(timeout, _CONNECT_SECONDS)),
+        "headers": {"Accept": "application/json"},
+    }
+
+
+def _pauses(call: Call[Any]) -> tuple[float | None, ...]:
+    """Seconds to wait after each failed attempt; None: give up."""
+    return (*_PAUSES, None) if call.method == "GET" else (None,)
+
+
+def _translate(error: httpx.HTTPError, url: httpx.URL) -> ClientError:
+    if isinstance(error, _BROKEN):
+        return ServerUnreachable(f"no server answers at {url} ({error or type(error).__name__})")
+    if isinstance(error, httpx.TimeoutException):
+        return ReplyTimeout(f"{url} did not reply in time; give a longer timeout, or ask again later")
+    return ClientError(f"the request to {url} failed: {error or type(error).__name__}")
+
+
+def _expired(job: Job, deadline: float | None) -> None:
+    if deadline is not None and time.monotonic() >= deadline:
+        raise JobTimeout(f"job {job.job} was still {job.status} when the waiting ended; it runs on", job)
+
+
+class Client:
+    """A connection to a server, for code that waits.
+
+    Args:
+        url: The server's address; ``$ABMLL_URL`` or ``http://127.0.0.1:8000`` by default.
+        timeout: Longest wait for a reply, in seconds.
+        transport: Another way to send requests, as httpx takes it.
+
+    All methods raise ``ServerUnreachable``, ``ReplyTimeout``, ``ApiError`` (``NotFound``,
+    ``RequestRejected``, ``Conflict``, ``ServerUnavailable``) and ``InvalidReply``.
+    """
+
+    def __init__(
+        self, url: str | None = None, *, timeout: float = 60.0, transport: httpx.BaseTransport | None = None
+    ) -> None:
+        self._http = httpx.Client(**_settings(url, timeout), transport=transport)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._http.close()
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        task: str = "global",
+        options: Sequence[str] | None = None,
+        draws: int | Literal["auto"] = "auto",
+        seed: int = 0,
+        max_tokens: int = 64,
+        normalize: Normalize = "sum",
+    ) -> Answer:
+        """Asks a question: which of ``options``, or free text without them."""
+        return self._send(
+            calls.generate(
+                prompt,
+                task=task,
+                options=options,
+                draws=draws,
+                seed=seed,
+                max_tokens=max_tokens,
+                normalize=normalize,
+            )
+        )
+
+    def adapt(
+        self,
+        task: str,
+        examples: Sequence[LabelledExample | Mapping[str, Any]],
+        *,
+        steps: int | None = None,
+        seed: int = 0,
+    ) -> Job:
+        """Starts to teach a task from labelled examples; ``wait`` for the job."""
+        return self._send(calls.adapt(task, examples, steps=steps, seed=seed))
+
+    def job(self, id: str) -> Job:
+        """Tells how an adaptation job stands."""
+        return self._send(calls.job(id))
+
+    def cancel(self, id: str) -> Job:
+        """Cancels an adaptation job; one that has ended stays as it is."""
+        return self._send(calls.cancel(id))
+
+    def follow(self, job: Job | str, *, timeout: float | None = None, poll: float = 0.5) -> Iterator[Job]:
+        """Yields the job every ``poll`` seconds, the last time when it has ended.
+
+        Raises:
+            JobTimeout: It was still under way after ``timeout`` seconds.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        current = self.job(job) if isinstance(job, str) else job
+        while True:
+            yield current
+            if current.ended:
+                return
+            _expired(current, deadline)
+            time.sleep(poll)
+            current = self.job(current.job)
+
+    def wait(self, job: Job | str, timeout: float | None = None, poll: float = 0.5) -> Job:
+        """Returns the job once it is done.
+
+        Raises:
+            JobFailed: It failed.
+            JobCancelled: It was cancelled.
+            JobTimeout: It was still under way after ``timeout`` seconds.
+        """
+        *_, last = self.follow(job, timeout=timeout, poll=poll)
+        return calls.require_done(last)
+
+    def tasks(self) -> list[TaskInfo]:
+        """Lists the tasks, ``global`` first."""
+        return self._send(calls.tasks())
+
+    def task(self, name: str) -> TaskInfo:
+        """Tells a task's calibration and history."""
+        return self._send(calls.task(name))
+
+    def delete_task(self, name: str) -> None:
+        """Removes a task with all its versions."""
+        self._send(calls.delete_task(name))
+
+    def healthy(self) -> bool:
+        """Says whether the server lives; False where none can be reached."""
+        return self._check("/healthz")
+
+    def ready(self) -> bool:
+        """Says whether the server answers questions now; False where none can be reached."""
+        return self._check("/readyz")
+
+    def _check(self, path: Literal["/healthz", "/readyz"]) -> bool:
+        try:
+            self._send(calls.check(path))
+        except (ApiError, ServerUnreachable, ReplyTimeout):
+            return False
+        return True
+
+    def _send(self, call: Call[T]) -> T:
+        for pause in _pauses(call):
+            try:
+                reply = self._http.request(call.method, call.path, json=call.body)
+            except httpx.HTTPError as error:
+                if pause is None or not isinstance(error, _BROKEN):
+                    raise _translate(error, self._http.base_url) from error
+                time.sleep(pause)
+            else:
+                return calls.read(call, reply.status_code, reply.text)
+        raise AssertionError("the last attempt returns or raises")
+
+
+class AsyncClient:
+    """A connection to a server, for asynchronous code; see ``Client``."""
+
+    def __init__(
+        self, url: str | None = None, *, timeout: float = 60.0, transport: httpx.AsyncBaseTransport | None = None
+    ) -> None:
+        self._http = httpx.AsyncClient(**_settings(url, timeout), transport=transport)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._http.aclose()
+
+    async def generate(
+        self,
+        prompt: str,
+        *,
+        task: str = "global",
+        options: Sequence[str] | None = None,
+        draws: int | Literal["auto"] = "auto",
+        seed: int = 0,
+        max_tokens: int = 64,
+        normalize: Normalize = "sum",
+    ) -> Answer:
+        """Asks a question: which of ``options``, or free text without them."""
+        return await self._send(
+            calls.generate(
+                prompt,
+                task=task,
+                options=options,
+                draws=draws,
+                seed=seed,
+                max_tokens=max_tokens,
+                normalize=normalize,
+            )
+        )
+
+    async def adapt(
+        self,
+        task: str,
+        examples: Sequence[LabelledExample | Mapping[str, Any]],
+        *,
+        steps: int | None = None,
+        seed: int = 0,
+    ) -> Job:
+        """Starts to teach a task from labelled examples; ``wait`` for the job."""
+        return await self._send(calls.adapt(task, examples, steps=steps, seed=seed))
+
+    async def job(self, id: str) -> Job:
+        """Tells how an adaptation job stands."""
+        return await self._send(calls.job(id))
+
+    async def cancel(self, id: str) -> Job:
+        """Cancels an adaptation job; one that has ended stays as it is."""
+        return await self._send(calls.cancel(id))
+
+    async def follow(self, job: Job | str, *, timeout: float | None = None, poll: float = 0.5) -> AsyncIterator[Job]:
+        """Yields the job every ``poll`` seconds, the last time when it has ended; as ``Client.follow``."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        current = await self.job(job) if isinstance(job, str) else job
+        while True:
+            yield current
+            if current.ended:
+                return
+            _expired(current, deadline)
+            await asyncio.sleep(poll)
+            current = await self.job(current.job)
+
+    async def wait(self, job: Job | str, timeout: float | None = None, poll: float = 0.5) -> Job:
+        """Returns the job once it is done; raises as ``Client.wait``."""
+        last = [seen async for seen in self.follow(job, timeout=timeout, poll=poll)][-1]
+        return calls.require_done(last)
+
+    async def tasks(self) -> list[TaskInfo]:
+        """Lists the tasks, ``global`` first."""
+        return await self._send(calls.tasks())
+
+    async def task(self, name: str) -> TaskInfo:
+        """Tells a task's calibration and history."""
+        return await self._send(calls.task(name))
+
+    async def delete_task(self, name: str) -> None:
+        """Removes a task with all its versions."""
+        await self._send(calls.delete_task(name))
+
+    async def healthy(self) -> bool:
+        """Says whether the server lives; False where none can be reached."""
+        return await self._check("/healthz")
+
+    async def ready(self) -> bool:
+        """Says whether the server answers questions now; False where none can be reached."""
+        return await self._check("/readyz")
+
+    async def _check(self, path: Literal["/healthz", "/readyz"]) -> bool:
+        try:
+            await self._send(calls.check(path))
+        except (ApiError, ServerUnreachable, ReplyTimeout):
+            return False
+        return True
+
+    async def _send(self, call: Call[T]) -> T:
+        for pause in _pauses(call):
+            try:
+                reply = await self._http.request(call.method, call.path, json=call.body)
+            except httpx.HTTPError as error:
+                if pause is None or not isinstance(error, _BROKEN):
+                    raise _translate(error, self._http.base_url) from error
+                await asyncio.sleep(pause)
+            else:
+                return calls.read(call, reply.status_code, reply.text)
+        raise AssertionError("the last attempt returns or raises")

@@ -1,0 +1,90 @@
+"""Answers, tasks and jobs as text for a terminal."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+
+from rich.bar import Bar
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from clients.examples import LabelledExample
+from clients.replies import Answer, TaskInfo
+
+_BAR_WIDTH = 32
+_OPTION_WIDTH = 40
+
+
+def answer(reply: Answer, options: Sequence[str] | None) -> RenderableType:
+    """Shows an answer: confidence, a bar for each option, and what the doubt is made of."""
+    note = "" if reply.calibrated is not False else ", not calibrated"
+    headline = Text.assemble((reply.answer, "bold green"), f"   {_percent(reply.confidence)} confident{note}")
+    parts: list[RenderableType] = [headline, Text()]
+    if options and reply.probabilities is not None:
+        parts += [_bars(options, reply.probabilities, reply.answer), Text()]
+    if reply.prediction_set is not None:
+        parts += [Text("prediction set: " + ", ".join(reply.prediction_set)), Text()]
+    most = math.log(len(options)) if options and reply.probabilities is not None else None
+    parts += [_doubt(reply, most), Text(), Text(_footer(reply), style="dim")]
+    return Group(*parts)
+
+
+def tasks(rows: Sequence[TaskInfo]) -> RenderableType:
+    """Shows a table of tasks."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("task", "status", "version", "shots", "calibrated", "made"):
+        table.add_column(name, justify="right" if name in ("version", "shots") else "left")
+    for row in rows:
+        status = row.status if row.error is None else f"{row.status}: {row.error}"
+        calibrated = "" if row.calibrated is None else ("yes" if row.calibrated else "no")
+        cells = (row.task, status, _plain(row.version), _plain(row.shots), calibrated, (row.created or "")[:16])
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def how_to_ask(task: str, example: LabelledExample) -> str:
+    """Returns the command that asks a question of a task that was just taught."""
+    options = " ".join(f"-o {shlex.quote(option)}" for option in example.options)
+    return f'abmll ask "..." --task {shlex.quote(task)} {options}'
+
+
+def _bars(options: Sequence[str], probabilities: Sequence[float], chosen: str) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(overflow="ellipsis", no_wrap=True, max_width=_OPTION_WIDTH)
+    grid.add_column(width=_BAR_WIDTH)
+    grid.add_column(justify="right")
+    for option, probability in zip(options, probabilities, strict=True):
+        style = "green" if option.strip() == chosen.strip() else "cyan"
+        bar = Bar(size=1.0, begin=0.0, end=probability, width=_BAR_WIDTH, color=style)
+        grid.add_row(Text(option), bar, _percent(probability))
+    return grid
+
+
+def _doubt(reply: Answer, most: float | None) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column()
+    grid.add_column(justify="right")
+    grid.add_column(style="dim")
+    split = reply.uncertainty
+    bound = "" if most is None else f"of {most:.3f} at most"
+    grid.add_row("the model does not know", f"{split.epistemic:.3f} nats", "epistemic")
+    grid.add_row("the question is open", f"{split.aleatoric:.3f} nats", "aleatoric")
+    grid.add_row("together", f"{split.total:.3f} nats", bound)
+    return grid
+
+
+def _footer(reply: Answer) -> str:
+    draws = f"{reply.draws} draw" + ("" if reply.draws == 1 else "s")
+    error = f"± {100 * reply.standard_error:.1f} points of Monte Carlo error"
+    return f"{draws}, {error} · {reply.task} version {reply.posterior.version} · {reply.timing.total_ms:.0f} ms"
+
+
+def _percent(probability: float) -> str:
+    return f"{100 * probability:.1f} %"
+
+
+def _plain(value: int | None) -> str:
+    return "" if value is None else str(value)

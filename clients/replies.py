@@ -1,0 +1,113 @@
+"""What the server replies. Fields that a newer server adds are kept and do no harm."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Reply(BaseModel):
+    """Base of all replies."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class PosteriorId(Reply):
+    """Which posterior answered, or was made."""
+
+    id: str
+    version: int
+    task: str | None = None
+
+
+class Uncertainty(Reply):
+    """Entropies in nats; of free text, in nats per token.
+
+    Attributes:
+        total: Entropy of the predictive distribution.
+        aleatoric: The question's own doubt, which more data would not remove.
+        epistemic: The model's ignorance, which more data would remove.
+    """
+
+    total: float
+    aleatoric: float
+    epistemic: float
+
+
+class Timing(Reply):
+    """Where the time went, in milliseconds."""
+
+    total_ms: float
+    engine_ms: float
+    queue_ms: float
+
+
+class Answer(Reply):
+    """An answer with its confidence.
+
+    Attributes:
+        probabilities: Of the options, in their order; None for free text.
+        confidence: Probability of the answer, calibrated where ``calibrated`` is true.
+        raw_confidence: The same before calibration.
+        standard_error: Monte Carlo standard error of the answer's probability.
+        prediction_set: Options that together hold the right one at the server's coverage, if it says.
+    """
+
+    request_id: str
+    task: str
+    posterior: PosteriorId
+    answer: str
+    options: list[str] | None = None
+    probabilities: list[float] | None = None
+    confidence: float
+    raw_confidence: float
+    calibrated: bool | None = None
+    prediction_set: list[str] | None = None
+    uncertainty: Uncertainty
+    standard_error: float
+    draws: int
+    timing: Timing
+
+
+class Job(Reply):
+    """An adaptation job; ``progress`` goes from 0 to 1."""
+
+    job: str
+    task: str
+    status: Literal["queued", "running", "done", "failed", "cancelled"]
+    progress: float = 0.0
+    error: str | None = None
+    posterior: PosteriorId | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen."""
+        return self.status in ("done", "failed", "cancelled")
+
+
+class TaskVersion(Reply):
+    """One version of a task."""
+
+    version: int
+    id: str | None = None
+    parent: str | None = None
+    shots: int | None = None
+    seed: int | None = None
+    created: str | None = None
+
+
+class TaskInfo(Reply):
+    """A task; ``versions`` (oldest first) and ``calibration`` are told for one task, not in the list."""
+
+    task: str
+    status: str = "ready"
+    error: str | None = None
+    version: int | None = None
+    id: str | None = None
+    shots: int | None = None
+    created: str | None = None
+    calibrated: bool | None = None
+    base_model: str | None = None
+    calibration: dict[str, object] | None = None
+    versions: list[TaskVersion] | None = None
