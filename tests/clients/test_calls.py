@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clients import calls
+from clients.errors import ApiError, Conflict, InvalidReply, NotFound, RequestRejected, ServerUnavailable
+from clients.examples import LabelledExample
+from tests.clients.conftest import ANSWER
+
+
+def test_a_question_is_sent_with_every_field_of_the_contract():
+    call = calls.generate("p", task="t", options=("a", "b"), draws="auto", seed=3, max_tokens=5, normalize="mean")
+    assert (call.method, call.path) == ("POST", "/generate")
+    assert call.body == {
+        "prompt": "p", "task": "t", "options": ["a", "b"], "draws": "auto", "seed": 3, "max_tokens": 5,
+        "normalize": "mean",
+    }  # fmt: skip
+
+
+def test_examples_given_as_models_and_as_mappings_are_sent_alike():
+    row = {"prompt": "p", "options": ["a", "b"], "answer": 1}
+    as_mapping = calls.adapt("t", [row], steps=None, seed=0)
+    as_model = calls.adapt("t", [LabelledExample.model_validate(row)], steps=None, seed=0)
+    assert as_mapping.body == as_model.body == {"task": "t", "examples": [row], "steps": None, "seed": 0}
+
+
+@given(st.text(min_size=1).filter(lambda name: not any(0xD800 <= ord(c) <= 0xDFFF for c in name)))
+def test_a_task_name_stays_one_segment_of_the_path(name: str):
+    path = calls.task(name).path
+    assert path.startswith("/tasks/")
+    assert not set(path[len("/tasks/") :]) & set("/?# ")
+
+
+def test_fields_that_a_newer_server_adds_are_kept():
+    answer = calls.read(
+        calls.generate("p", task="t", options=None, draws=1, seed=0, max_tokens=1, normalize="sum"),
+        200,
+        json.dumps(ANSWER | {"novelty": 7}),
+    )
+    assert answer.confidence == 0.9
+    assert answer.model_extra == {"novelty": 7}
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, RequestRejected),
+        (404, NotFound),
+        (409, Conflict),
+        (413, RequestRejected),
+        (422, RequestRejected),
+        (429, ServerUnavailable),
+        (500, ApiError),
+        (503, ServerUnavailable),
+    ],
+)
+def test_a_status_becomes_its_kind_of_error_with_the_servers_words(status: int, kind: type[ApiError]):
+    body = json.dumps({"error": {"type": "Kind", "message": "say it so", "field": "options"}})
+    with pytest.raises(ApiError, match="say it so") as caught:
+        calls.read(calls.tasks(), status, body)
+    assert type(caught.value) is kind
+    assert (caught.value.status, caught.value.type, caught.value.field) == (status, "Kind", "options")
+
+
+@pytest.mark.parametrize("body", ["<html>Bad gateway</html>", "", "[]", '{"detail": "no"}', '{"error": "no"}'])
+def test_an_error_without_our_form_is_still_an_api_error(body: str):
+    with pytest.raises(ApiError, match="502") as caught:
+        calls.read(calls.tasks(), 502, body)
+    assert caught.value.status == 502
+
+
+@pytest.mark.parametrize("body", ["<html>", "", "{}", '{"job": 1}', '[{"status": "ready"}]'])
+def test_a_reply_that_breaks_the_contract_is_an_invalid_reply(body: str):
+    with pytest.raises(InvalidReply, match="GET /tasks"):
+        calls.read(calls.tasks(), 200, body)
+
+
+def test_a_deletion_has_no_content():
+    assert calls.read(calls.delete_task("t"), 204, "") is None

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import clients.cli
+from server.cli import create_cli
+from tests.clients.conftest import ANSWER, Scripted, job
+
+
+def _run(*arguments: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(create_cli(), list(arguments), input=stdin, env={"COLUMNS": "100", "TERM": "dumb"})
+
+
+def _body(content: object) -> bytes:
+    return json.dumps(content).encode()
+
+
+@pytest.fixture
+def examples_file(tmp_path: Path) -> Path:
+    path = tmp_path / "films.jsonl"
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a delight", "options": ["good film", "bad"], "answer": "good film"},
+        {"input": "two hours lost", "options": ["good film", "bad"], "answer": 1},
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n", encoding="utf-8")
+    return path
+
+
+def test_ask_shows_answer_confidence_bars_and_both_kinds_of_doubt(scripted: Scripted):
+    scripted.reply(200, _body(ANSWER))
+    result = _run("ask", "A delight.", "-o", "good", "-o", "bad", "--task", "films", "--url", scripted.url)
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert lines[0] == "good   90.0 % confident"
+    bars = [line for line in lines if "█" in line]
+    assert [line.split()[0] for line in bars] == ["good", "bad"]
+    assert [line.split()[-2] for line in bars] == ["90.0", "10.0"]
+    assert bars[0].count("█") > 8 * bars[1].count("█")
+    text = " ".join(result.output.split())
+    assert "the model does not know 0.021 nats epistemic" in text
+    assert "the question is open 0.304 nats aleatoric" in text
+    assert "together 0.325 nats of 0.693 at most" in text
+    assert "8 draws, ± 1.2 points of Monte Carlo error · films version 3 · 41 ms" in text
+
+
+def test_ask_says_where_a_confidence_is_not_calibrated_and_which_options_remain(scripted: Scripted):
+    scripted.reply(200, _body(ANSWER | {"calibrated": False, "prediction_set": ["good", "bad"]}))
+    result = _run("ask", "A delight.", "-o", "good", "-o", "bad", "--url", scripted.url)
+    assert "90.0 % confident, not calibrated" in result.output
+    assert "prediction set: good, bad" in result.output
+
+
+def test_options_that_look_like_markup_are_printed_as_they_are(scripted: Scripted):
+    scripted.reply(200, _body(ANSWER | {"answer": "[red]x[/red]"}))
+    result = _run("ask", "p", "-o", "[red]x[/red]", "-o", "[/bold]", "--url", scripted.url)
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("[red]x[/red]   90.0 %")
+    assert "[/bold]" in result.output
+
+
+def test_a_free_text_answer_has_no_bars(scripted: Scripted):
+    scripted.reply(200, _body(ANSWER | {"answer": "It was fine.", "probabilities": None}))
+    result = _run("ask", "-", "--url", scripted.url, stdin="How was it?")
+    assert result.exit_code == 0, result.output
+    assert "It was fine." in result.output
+    assert "█" not in result.output
+    assert json.loads(scripted.asked[0][2])["prompt"] == "How was it?"
+    assert json.loads(scripted.asked[0][2])["options"] is None
+
+
+def test_ask_prints_the_reply_as_json(scripted: Scripted):
+    scripted.reply(200, _body(ANSWER))
+    result = _run("ask", "p", "-o", "good", "-o", "bad", "--draws", "4", "--seed", "9", "--json", "--url", scripted.url)
+    assert ANSWER.items() <= json.loads(result.output).items()
+    sent = json.loads(scripted.asked[0][2])
+    assert (sent["draws"], sent["seed"]) == (4, 9)
+
+
+@pytest.mark.parametrize("draws", ["0", "-1", "many", "2.5"])
+def test_a_number_of_draws_that_is_none_is_a_usage_error(draws: str):
+    result = _run("ask", "p", "--draws", draws)
+    assert result.exit_code == 2
+    assert "neither auto nor a number above 0" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_without_a_server_one_line_says_what_to_do(free_url: str):
+    result = _run("ask", "p", "--url", free_url)
+    assert result.exit_code == 1
+    assert result.output.count("\n") == 1
+    assert "start it with `make serve`" in result.output
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "exit_code"),
+    [(422, "InvalidRequest", 2), (404, "TaskNotFound", 2), (503, "EngineFailure", 1), (500, "InternalError", 1)],
+)
+def test_the_exit_status_tells_wrong_input_from_a_servers_failure(
+    scripted: Scripted, status: int, kind: str, exit_code: int
+):
+    scripted.reply(status, _body({"error": {"type": kind, "message": "it is so", "field": None}}))
+    result = _run("ask", "p", "--url", scripted.url)
+    assert result.exit_code == exit_code
+    assert result.output.startswith("abmll: it is so")
+    assert result.output.count("\n") == 1
+
+
+def test_tasks_are_a_table_and_json_alike(scripted: Scripted):
+    rows: list[dict[str, Any]] = [
+        {"task": "global", "status": "ready", "version": 1, "calibrated": True, "shots": None},
+        {"task": "films", "status": "damaged", "error": "no posterior.json", "version": 2, "shots": 16},
+    ]
+    scripted.reply(200, _body(rows))
+    table = _run("tasks", "--url", scripted.url).output.splitlines()
+    assert table[1].split() == ["global", "ready", "1", "yes"]
+    assert "damaged: no posterior.json" in table[2]
+    assert json.loads(_run("tasks", "--json", "--url", scripted.url).output) == rows
+
+
+def test_teach_follows_the_job_and_says_how_to_ask(scripted: Scripted, examples_file: Path):
+    scripted.reply(202, _body(job("queued")))
+    scripted.reply(200, _body(job("running", 0.5)))
+    scripted.reply(200, _body(job("done", 1.0, posterior={"id": "5f", "version": 2, "task": "films"})))
+    result = _run("teach", "films", str(examples_file), "--url", scripted.url)
+    assert result.exit_code == 0, result.output
+    assert "films (version 2) is taught from 2 examples" in result.output
+    assert "abmll ask \"...\" --task films -o 'good film' -o bad" in result.output
+    sent = json.loads(scripted.asked[0][2])
+    assert [row["prompt"] for row in sent["examples"]] == ["a delight", "two hours lost"]
+    assert [row["answer"] for row in sent["examples"]] == ["good film", 1]
+
+
+def test_teach_tells_why_a_job_failed(scripted: Scripted, examples_file: Path):
+    scripted.reply(202, _body(job("queued")))
+    scripted.reply(200, _body(job("failed", error="the base model is gone")))
+    result = _run("teach", "films", str(examples_file), "--url", scripted.url)
+    assert result.exit_code == 1
+    assert "the base model is gone" in result.output
+
+
+def test_an_interrupt_leaves_the_job_running_and_says_so(
+    scripted: Scripted, examples_file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    scripted.reply(202, _body(job("queued")))
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(clients.cli, "_follow", interrupted)
+    result = _run("teach", "films", str(examples_file), "--url", scripted.url)
+    assert result.exit_code == 130
+    assert "job j1 runs on at the server" in result.output
+    assert f"curl -X DELETE {scripted.url}/adapt/j1" in result.output
+    assert [method for method, _, _ in scripted.asked] == ["POST"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "holds no examples"),
+        ("{not json", "line 1"),
+        ('{"prompt": "p", "options": ["a", "b"]}', "line 1: answer: Field required"),
+    ],
+)
+def test_a_file_of_examples_that_is_wrong_is_named_with_its_line(
+    tmp_path: Path, free_url: str, content: str, words: str
+):
+    path = tmp_path / "wrong.jsonl"
+    path.write_text(content, encoding="utf-8")
+    result = _run("teach", "films", str(path), "--url", free_url)
+    assert result.exit_code == 2
+    assert "wrong.jsonl" in result.output
+    assert words in result.output
+
+
+def test_help_imports_neither_torch_nor_vllm_nor_httpx():
+    code = (
+        "import sys\n"
+        "from server.cli import create_cli\n"
+        "create_cli()(['ask', '--help'], standalone_mode=False)\n"
+        "print(sorted({'torch', 'vllm', 'transformers', 'httpx', 'fastapi'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("command", ["serve", "ask", "tasks", "teach", "pretrain", "train", "adapt", "eval"])
+def test_every_command_has_help(command: str):
+    result = _run(command, "--help")
+    assert result.exit_code == 0
+    assert command in result.output
+
+
+def test_settings_that_cannot_be_are_a_usage_error():
+    result = _run("serve", "--draws", "8", "--max-draws", "4")
+    assert result.exit_code == 2
+    assert "above max_draws" in result.output

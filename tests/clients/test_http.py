@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import socket
+import threading
+
+import pytest
+
+from clients.errors import InvalidReply, JobCancelled, JobFailed, JobTimeout, NotFound, ReplyTimeout, ServerUnreachable
+from clients.http import AsyncClient, Client
+from tests.clients.conftest import ANSWER, Scripted, job
+
+
+def _body(content: object) -> bytes:
+    return json.dumps(content).encode()
+
+
+def _public(kind: type) -> dict[str, inspect.Signature]:
+    return {name: inspect.signature(value) for name, value in vars(kind).items() if not name.startswith("_")}
+
+
+def test_both_clients_have_the_same_methods_with_the_same_parameters():
+    waiting, asynchronous = _public(Client), _public(AsyncClient)
+    assert waiting.keys() == asynchronous.keys()
+    for name, signature in waiting.items():
+        assert signature.parameters == asynchronous[name].parameters, name
+
+
+def test_an_answer_travels_through_both_clients(scripted: Scripted):
+    scripted.reply(200, _body(ANSWER))
+    with Client(scripted.url) as client:
+        first = client.generate("p", options=["good", "bad"])
+
+    async def ask():
+        async with AsyncClient(scripted.url) as client:
+            return await client.generate("p", options=["good", "bad"])
+
+    assert asyncio.run(ask()) == first
+    assert first.probabilities == [0.9, 0.1]
+    assert scripted.asked[0] == scripted.asked[1]
+
+
+def test_the_address_comes_from_the_environment(scripted: Scripted, monkeypatch: pytest.MonkeyPatch):
+    scripted.reply(200, b"[]")
+    monkeypatch.setenv("ABMLL_URL", scripted.url + "/")
+    with Client() as client:
+        assert client.tasks() == []
+    assert scripted.asked == [("GET", "/tasks", b"")]
+
+
+def test_a_name_with_a_slash_reaches_the_server_in_one_segment(scripted: Scripted):
+    scripted.reply(404, _body({"error": {"type": "TaskNotFound", "message": "there is no task", "field": "task"}}))
+    with Client(scripted.url) as client, pytest.raises(NotFound, match="there is no task"):
+        client.task("a/b")
+    assert scripted.asked[0][:2] == ("GET", "/tasks/a%2Fb")
+
+
+def test_an_absent_server_is_unreachable_neither_healthy_nor_ready(free_url: str):
+    with Client(free_url) as client:
+        assert not client.healthy()
+        assert not client.ready()
+        with pytest.raises(ServerUnreachable, match=free_url):
+            client.generate("p")
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://", "http://host:port"])
+def test_what_is_no_address_is_said_at_once(url: str):
+    with pytest.raises(ServerUnreachable, match="give one such as"):
+        Client(url)
+
+
+def test_a_starting_server_is_healthy_but_not_ready(scripted: Scripted):
+    scripted.reply(200, b'{"status": "ok"}')
+    scripted.reply(503, _body({"error": {"type": "EngineFailure", "message": "starting", "field": None}}))
+    with Client(scripted.url) as client:
+        assert client.healthy()
+        assert not client.ready()
+
+
+def test_a_strange_server_gives_an_invalid_reply(scripted: Scripted):
+    scripted.reply(200, b"<html>hello</html>")
+    with Client(scripted.url) as client, pytest.raises(InvalidReply, match="is this an abmll server"):
+        client.tasks()
+
+
+def test_a_job_is_followed_to_its_end(scripted: Scripted):
+    posterior = {"id": "5f", "version": 1, "task": "films"}
+    for reply in (job("queued"), job("running", 0.5), job("done", 1.0, posterior=posterior)):
+        scripted.reply(200, _body(reply))
+    with Client(scripted.url) as client:
+        done = client.wait("j1", poll=0.01)
+    assert done.posterior is not None
+    assert done.posterior.version == 1
+    assert [path for _, path, _ in scripted.asked] == ["/adapt/j1"] * 3
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "words"), [("failed", JobFailed, "out of memory"), ("cancelled", JobCancelled, "was cancelled")]
+)
+def test_a_job_without_a_posterior_raises_in_both_clients(
+    scripted: Scripted, status: str, kind: type[Exception], words: str
+):
+    scripted.reply(200, _body(job(status, error="out of memory")))
+    with Client(scripted.url) as client, pytest.raises(kind, match=words):
+        client.wait("j1")
+
+    async def wait():
+        async with AsyncClient(scripted.url) as client:
+            await client.wait("j1")
+
+    with pytest.raises(kind, match=words):
+        asyncio.run(wait())
+
+
+def test_waiting_ends_and_leaves_the_job_running(scripted: Scripted):
+    scripted.reply(200, _body(job("running", 0.1)))
+    with Client(scripted.url) as client, pytest.raises(JobTimeout, match="runs on") as caught:
+        client.wait("j1", timeout=0.05, poll=0.02)
+    assert caught.value.job.status == "running"
+    assert all(method == "GET" for method, _, _ in scripted.asked)
+
+
+class _Breaking:
+    """Accepts connections, reads a request, hangs up (or says nothing); counts them."""
+
+    def __init__(self, silent: bool) -> None:
+        self.count = 0
+        self._silent = silent
+        self._held: list[socket.socket] = []
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                connection, _ = self._server.accept()
+            except OSError:
+                return
+            self._held.append(connection)
+            if not connection.recv(65536):
+                continue
+            self.count += 1
+            if not self._silent:
+                connection.close()
+
+    def close(self) -> None:
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+        self._thread.join(timeout=5)
+        for connection in self._held:
+            connection.close()
+
+
+def test_a_broken_connection_is_tried_again_for_a_get_and_never_for_a_post():
+    server = _Breaking(silent=False)
+    try:
+        with Client(server.url) as client:
+            with pytest.raises(ServerUnreachable):
+                client.tasks()
+            assert server.count == 3
+            with pytest.raises(ServerUnreachable):
+                client.generate("p")
+            assert server.count == 4
+    finally:
+        server.close()
+
+
+def test_a_silent_server_is_given_up_after_the_timeout_without_a_second_try():
+    server = _Breaking(silent=True)
+    try:
+        with Client(server.url, timeout=0.3) as client, pytest.raises(ReplyTimeout, match="in time"):
+            client.tasks()
+        assert server.count == 1
+    finally:
+        server.close()

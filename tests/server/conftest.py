@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from abmll.calibration import Calibration, ShotCalibration
+from abmll.layers import attach, init_posterior
+from abmll.posterior import Posterior, PosteriorConfig
+from abmll.store import Record, StoredPosterior, save_posterior
+from server.settings import Settings
+from training.base_model import BaseModel, load_base
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def base(tiny_model_folder: Path) -> BaseModel:
+    """A copy of the model without anything attached: the tests' oracle."""
+    return load_base(str(tiny_model_folder))
+
+
+def random_posterior(folder: Path, seed: int, *, family: Any = "kronecker", noise: float = 0.05) -> Posterior:
+    """A posterior whose mean and scales differ from their start."""
+    model = load_base(str(folder)).model
+    config = PosteriorConfig(base_model=str(folder), family=family, scale_init=0.02)
+    posterior = init_posterior(attach(model, config.targets), config, seed)
+    generator = torch.Generator().manual_seed(seed)
+    return posterior.map(lambda t: t + noise * torch.randn(t.shape, generator=generator))
+
+
+@pytest.fixture(scope="session")
+def global_posterior(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StoredPosterior]:
+    entries = [
+        ShotCalibration(
+            shots=shots, temperature=t, conformal={"0.9": 0.95}, ece_before=0.1, ece_after=0.05, questions=100
+        )
+        for shots, t in ((0, 2.0), (4, 1.5), (16, 1.25))
+    ]
+    calibration = Calibration(by_shots=entries, fitted_on=["a", "b"], draws=8)
+    inner = {"steps": 5, "learning_rate": 5e-3, "beta": 1e-5}
+    record = Record(task="global", training={"inner": inner})
+    folder = tmp_path_factory.mktemp("global") / "posterior"
+    return folder, save_posterior(folder, random_posterior(tiny_model_folder, 1), record, calibration)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Server:
+    """A server in a process of its own."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.url = f"http://127.0.0.1:{settings.port}"
+        code = "import sys; from server.run import run; from server.settings import Settings; "
+        code += "sys.exit(run(Settings.model_validate_json(sys.argv[1])))"
+        log = settings.store.parent / f"{settings.store.name}-{settings.port}.log"
+        self.log = log
+        with log.open("w") as stream:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code, settings.model_dump_json()],
+                cwd=ROOT,
+                stdout=stream,
+                stderr=stream,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+
+    def wait_ready(self, seconds: float = 90) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.log.read_text()
+            with contextlib.suppress(httpx.TransportError):
+                if self.http.get("/readyz").status_code == 200:
+                    return
+            time.sleep(0.1)
+        raise AssertionError(f"not ready after {seconds} s: {self.log.read_text()}")
+
+    def stop(self) -> int:
+        self.http.close()
+        self.process.terminate()
+        try:
+            return self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+    def wait_job(self, job: str, seconds: float = 90) -> dict[str, Any]:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            reply = self.http.get(f"/adapt/{job}").json()
+            if reply["status"] not in ("queued", "running"):
+                return reply
+            time.sleep(0.05)
+        raise AssertionError(f"job {job} is not done after {seconds} s: {self.log.read_text()}")
+
+
+@pytest.fixture(scope="session")
+def start_server(
+    tiny_model_folder: Path, global_posterior: tuple[Path, StoredPosterior], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Server]]:
+    started: list[Server] = []
+
+    def start(store: Path | None = None, *, wait: bool = True, **options: Any) -> Server:
+        settings = Settings(
+            port=free_port(),
+            engine="torch",
+            model=str(tiny_model_folder),
+            posterior=global_posterior[0],
+            store=store or tmp_path_factory.mktemp("server") / "store",
+        ).model_copy(update=options)
+        server = Server(settings)
+        started.append(server)
+        if wait:
+            server.wait_ready()
+        return server
+
+    yield start
+    for server in started:
+        if server.process.poll() is None:
+            server.stop()
+
+
+@pytest.fixture(scope="session")
+def server(start_server: Callable[..., Server]) -> Server:
+    return start_server()

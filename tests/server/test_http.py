@@ -1,0 +1,319 @@
+"""The HTTP contract, over a real server process."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from abmll.store import StoredPosterior
+from tests.server.conftest import Server
+
+QUESTION = {"prompt": "the film was a delight", "options": ["positive", "negative", "neutral"]}
+EXAMPLES = [
+    {"prompt": "the film was a delight", "options": ["positive", "negative"], "answer": "positive"},
+    {"prompt": "two hours that i will not get back", "options": ["positive", "negative"], "answer": 1},
+    {"prompt": "i would see it again", "options": ["positive", "negative"], "answer": 0},
+    {"prompt": "not the band", "options": ["positive", "negative"], "answer": "negative"},
+]
+
+
+def without_times(reply: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in reply.items() if key not in ("request_id", "timing")}
+
+
+def adapt(server: Server, task: str, **fields: Any) -> dict[str, Any]:
+    reply = server.http.post("/adapt", json={"task": task, "examples": EXAMPLES, **fields})
+    assert reply.status_code == 202, reply.text
+    return reply.json()
+
+
+def test_options_get_a_distribution_an_answer_and_its_uncertainty(
+    server: Server, global_posterior: tuple[Path, StoredPosterior]
+) -> None:
+    response = server.http.post("/generate", json=QUESTION)
+    assert response.status_code == 200, response.text
+    reply = response.json()
+    assert reply["answer"] == QUESTION["options"][reply["answer_index"]]
+    assert math.isclose(sum(reply["probabilities"]), 1.0, abs_tol=1e-9)
+    assert reply["confidence"] == max(reply["probabilities"])
+    uncertainty = reply["uncertainty"]
+    assert math.isclose(uncertainty["total"], uncertainty["aleatoric"] + uncertainty["epistemic"], abs_tol=1e-9)
+    assert 0 < uncertainty["epistemic"] < uncertainty["total"] <= math.log(3) + 1e-9
+    assert reply["calibrated"]
+    assert reply["confidence"] < reply["raw_confidence"]  # temperature 2 at no shots
+    assert reply["answer"] in reply["prediction_set"]
+    assert reply["posterior"] == {"id": global_posterior[1].digest, "version": 1, "task": "global"}
+    assert reply["draws"] == 8
+    timing = reply["timing"]
+    assert 0 <= timing["queue_ms"] <= timing["engine_ms"] <= timing["total_ms"]
+    assert response.headers["X-Request-ID"] == reply["request_id"]
+
+
+def test_the_same_seed_gives_the_same_reply_and_another_seed_another(server: Server) -> None:
+    first, again, other = (
+        without_times(server.http.post("/generate", json={**QUESTION, "seed": seed}).json()) for seed in (5, 5, 6)
+    )
+    assert first == again
+    assert first["probabilities"] != other["probabilities"]
+
+
+def test_the_order_of_options_does_not_matter(server: Server) -> None:
+    forward = server.http.post("/generate", json=QUESTION).json()
+    reverse = server.http.post("/generate", json={**QUESTION, "options": QUESTION["options"][::-1]}).json()
+    assert reverse["probabilities"][::-1] == pytest.approx(forward["probabilities"], abs=1e-5)
+
+
+def test_free_text_has_a_confidence_but_no_probabilities(server: Server) -> None:
+    request = {"prompt": "please set an alarm", "max_tokens": 5}
+    reply = server.http.post("/generate", json=request).json()
+    assert reply["probabilities"] is reply["answer_index"] is reply["options"] is reply["prediction_set"] is None
+    assert not reply["calibrated"]
+    assert 0 < reply["raw_confidence"] <= reply["confidence"] <= 1
+    assert reply["uncertainty"]["epistemic"] >= 0
+    assert without_times(reply) == without_times(server.http.post("/generate", json=request).json())
+
+
+GENERATE_ERRORS: list[tuple[dict[str, Any], int, str, str | None]] = [
+    ({"prompt": ""}, 422, "InvalidRequest", "prompt"),
+    ({"prompt": " \n"}, 422, "InvalidRequest", "prompt"),
+    ({}, 422, "InvalidRequest", "prompt"),
+    ({"prompt": 3}, 422, "InvalidRequest", "prompt"),
+    ({"prompt": "\ud800"}, 422, "InvalidRequest", "prompt"),
+    ({"prompt": "a b " * 400, "options": ["a", "b"]}, 413, "PromptTooLong", "prompt"),
+    ({"prompt": "a b " * 20_000, "options": ["a", "b"]}, 413, "PromptTooLong", "prompt"),
+    ({"prompt": "q", "options": []}, 422, "InvalidRequest", "options"),
+    ({"prompt": "q", "options": ["one"]}, 422, "InvalidRequest", "options"),
+    ({"prompt": "q", "options": ["a", "b ", "a"]}, 422, "InvalidRequest", "options"),
+    ({"prompt": "q", "options": ["a", " "]}, 422, "InvalidRequest", "options"),
+    ({"prompt": "q", "options": ["a", 3]}, 422, "InvalidRequest", "options[1]"),
+    ({"prompt": "q", "options": "a"}, 422, "InvalidRequest", "options"),
+    ({"prompt": "q", "options": [str(i) for i in range(65)]}, 422, "InvalidRequest", "options"),
+    ({"prompt": "q", "task": "films"}, 404, "TaskNotFound", "task"),
+    ({"prompt": "q", "task": "../global"}, 404, "TaskNotFound", "task"),
+    ({"prompt": "q", "draws": 0}, 422, "InvalidRequest", "draws"),
+    ({"prompt": "q", "draws": 65}, 422, "InvalidRequest", "draws"),
+    ({"prompt": "q", "draws": "many"}, 422, "InvalidRequest", "draws"),
+    ({"prompt": "q", "draws": True}, 422, "InvalidRequest", "draws"),
+    ({"prompt": "q", "seed": -1}, 422, "InvalidRequest", "seed"),
+    ({"prompt": "q", "max_tokens": 0}, 422, "InvalidRequest", "max_tokens"),
+    ({"prompt": "q", "max_tokens": 513}, 422, "InvalidRequest", "max_tokens"),
+    ({"prompt": "q", "max_tokens": 300}, 422, "InvalidRequest", "max_tokens"),
+    ({"prompt": "q", "normalize": "max"}, 422, "InvalidRequest", "normalize"),
+    ({"prompt": "q", "temperature": 1.0}, 422, "InvalidRequest", "temperature"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "kind", "field"), GENERATE_ERRORS)
+def test_questions_that_cannot_be_answered(
+    server: Server, body: dict[str, Any], status: int, kind: str, field: str | None
+) -> None:
+    response = server.http.post("/generate", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert (error["type"], error["field"]) == (kind, field)
+    assert error["message"]
+
+
+def example(**changes: Any) -> dict[str, Any]:
+    return {"prompt": "p", "options": ["a", "b"], "answer": "a"} | changes
+
+
+ADAPT_ERRORS: list[tuple[dict[str, Any], int, str, str | None]] = [
+    ({"task": "t", "examples": []}, 422, "InvalidExamples", "examples"),
+    ({"task": "t", "examples": [example()] * 65}, 422, "InvalidExamples", "examples"),
+    ({"task": "t"}, 422, "InvalidExamples", "examples"),
+    ({"task": "t", "examples": [example(), example(answer="c")]}, 422, "InvalidExamples", "examples[1].answer"),
+    ({"task": "t", "examples": [example(answer=2)]}, 422, "InvalidExamples", "examples[0].answer"),
+    ({"task": "t", "examples": [example(answer=-1)]}, 422, "InvalidExamples", "examples[0].answer"),
+    ({"task": "t", "examples": [example(answer=1.5)]}, 422, "InvalidExamples", "examples[0].answer"),
+    ({"task": "t", "examples": [example(answer=None)]}, 422, "InvalidExamples", "examples[0].answer"),
+    ({"task": "t", "examples": [example(answer=True)]}, 422, "InvalidExamples", "examples[0].answer"),
+    ({"task": "t", "examples": [example(options=["a"])]}, 422, "InvalidExamples", "examples[0].options"),
+    ({"task": "t", "examples": [example(options=["a", "a"])]}, 422, "InvalidExamples", "examples[0].options"),
+    ({"task": "t", "examples": [example(prompt=" ")]}, 422, "InvalidExamples", "examples[0].prompt"),
+    ({"task": "t", "examples": [example(label=1)]}, 422, "InvalidExamples", "examples[0].label"),
+    ({"task": "t", "examples": [{"prompt": "p"}]}, 422, "InvalidExamples", "examples[0].options"),
+    ({"task": "t", "examples": ["p"]}, 422, "InvalidExamples", "examples[0]"),
+    ({"task": "t", "examples": [example(prompt="a b " * 400)]}, 413, "PromptTooLong", "examples[0].prompt"),
+    ({"task": "global", "examples": [example()]}, 409, "TaskConflict", "task"),
+    ({"task": "Films", "examples": [example()]}, 422, "InvalidRequest", "task"),
+    ({"task": "../x", "examples": [example()]}, 422, "InvalidRequest", "task"),
+    ({"task": "", "examples": [example()]}, 422, "InvalidRequest", "task"),
+    ({"task": "a" * 65, "examples": [example()]}, 422, "InvalidRequest", "task"),
+    ({"task": "t", "examples": [example()], "steps": 0}, 422, "InvalidRequest", "steps"),
+    ({"task": "t", "examples": [example()], "steps": 1001}, 422, "InvalidRequest", "steps"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "kind", "field"), ADAPT_ERRORS)
+def test_examples_that_cannot_be_learnt_from(
+    server: Server, body: dict[str, Any], status: int, kind: str, field: str | None
+) -> None:
+    response = server.http.post("/adapt", json=body)
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert (error["type"], error["field"]) == (kind, field)
+    assert "t" not in [task["task"] for task in server.http.get("/tasks").json()]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "status", "kind"),
+    [
+        ("POST", "/generate", b'{"prompt": ', 400, "MalformedJSON"),
+        ("POST", "/generate", b"[1]", 422, "InvalidRequest"),
+        ("POST", "/generate", b"", 422, "InvalidRequest"),
+        ("POST", "/generate", b'"\xff"', 400, "MalformedJSON"),
+        ("GET", "/generate", None, 405, "MethodNotAllowed"),
+        ("GET", "/nowhere", None, 404, "NotFound"),
+        ("GET", "/adapt/nojob", None, 404, "JobNotFound"),
+        ("DELETE", "/adapt/nojob", None, 404, "JobNotFound"),
+        ("GET", "/tasks/films", None, 404, "TaskNotFound"),
+        ("DELETE", "/tasks/films", None, 404, "TaskNotFound"),
+        ("DELETE", "/tasks/global", None, 409, "TaskConflict"),
+    ],
+)
+def test_every_error_has_the_same_form(
+    server: Server, method: str, path: str, content: bytes | None, status: int, kind: str
+) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = server.http.request(method, path, content=content, headers=headers)
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error"}
+    assert set(response.json()["error"]) == {"type", "message", "field"}
+    assert response.json()["error"]["type"] == kind
+
+
+def test_an_unknown_tasks_error_names_the_known_ones(server: Server) -> None:
+    reply = server.http.post("/generate", json={"prompt": "q", "task": "films"}).json()
+    assert "global" in reply["error"]["message"]
+
+
+def test_a_task_is_learnt_asked_listed_and_deleted(
+    server: Server, global_posterior: tuple[Path, StoredPosterior]
+) -> None:
+    job = adapt(server, "films")
+    assert job["status"] == "queued"
+    done = server.wait_job(job["job"])
+    assert done["status"] == "done", done
+    assert done["progress"] == 1
+    assert done["posterior"]["version"] == 1
+
+    ask = {"prompt": "the film was a delight", "options": ["positive", "negative"], "task": "films"}
+    reply = server.http.post("/generate", json=ask).json()
+    before = server.http.post("/generate", json=ask | {"task": "global"}).json()
+    assert reply["posterior"] == done["posterior"]
+    index = ask["options"].index("positive")
+    assert reply["probabilities"][index] > before["probabilities"][index]
+
+    task = server.http.get("/tasks/films").json()
+    assert task["shots"] == len(EXAMPLES)
+    assert task["versions"][0]["parent"] == global_posterior[1].digest
+    assert [entry["shots"] for entry in task["calibration"]["by_shots"]] == [0, 4, 16]
+    assert server.http.get("/tasks").json()[0]["task"] == "global"
+
+    again = server.wait_job(adapt(server, "films", seed=1, steps=2)["job"])
+    assert again["posterior"]["version"] == 2
+    assert server.http.post("/generate", json=ask).json()["posterior"]["version"] == 2
+    assert [version["version"] for version in server.http.get("/tasks/films").json()["versions"]] == [1, 2]
+
+    assert server.http.delete("/tasks/films").status_code == 204
+    assert server.http.post("/generate", json=ask).status_code == 404
+    assert "films" not in [entry["task"] for entry in server.http.get("/tasks").json()]
+
+    anew = server.wait_job(adapt(server, "films", steps=1)["job"])
+    reply = server.http.post("/generate", json=ask).json()
+    assert reply["posterior"] == anew["posterior"]  # not the deleted task's, though folder and version are the same
+    assert anew["posterior"]["version"] == 1
+    assert anew["posterior"]["id"] != done["posterior"]["id"]
+    server.http.delete("/tasks/films")
+
+
+def test_the_same_examples_and_seed_make_the_same_posterior(server: Server) -> None:
+    one, two = (server.wait_job(adapt(server, name, seed=3)["job"])["posterior"]["id"] for name in ("one", "two"))
+    assert one == two
+
+
+def test_a_job_is_cancelled_another_for_its_task_refused_and_questions_go_on(server: Server) -> None:
+    def ask(_: int) -> float:
+        begun = time.perf_counter()
+        assert server.http.post("/generate", json=QUESTION).status_code == 200
+        return time.perf_counter() - begun
+
+    job = adapt(server, "slow", steps=1000)["job"]
+    deadline = time.monotonic() + 30
+    while server.http.get(f"/adapt/{job}").json()["progress"] == 0 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    with ThreadPoolExecutor(4) as clients:
+        times = sorted(clients.map(ask, range(40)))
+    assert server.http.get(f"/adapt/{job}").json()["status"] == "running"
+    assert times[len(times) // 2] < 1.0
+    conflict = server.http.post("/adapt", json={"task": "slow", "examples": EXAMPLES})
+    assert (conflict.status_code, conflict.json()["error"]["type"]) == (409, "TaskConflict")
+
+    assert server.http.delete(f"/adapt/{job}").json()["status"] == "cancelled"
+    assert server.http.get("/tasks/slow").status_code == 404
+    next_job = server.wait_job(adapt(server, "slow", steps=1)["job"])
+    assert next_job["status"] == "done"
+    assert server.http.get(f"/adapt/{job}").json()["status"] == "cancelled"
+    assert job in [entry["job"] for entry in server.http.get("/adapt").json()]
+
+
+def test_concurrent_clients_get_what_they_get_alone(server: Server) -> None:
+    bodies = [QUESTION | {"prompt": f"play music {'again ' * (i % 7)}", "seed": i % 3} for i in range(24)]
+
+    def ask(body: dict[str, Any]) -> list[float]:
+        return server.http.post("/generate", json=body).json()["probabilities"]
+
+    alone = [ask(body) for body in bodies]
+    with ThreadPoolExecutor(12) as clients:
+        for one, other in zip(alone, clients.map(ask, bodies), strict=True):
+            assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_metrics_parse_and_count(server: Server) -> None:
+    def samples() -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+        text = server.http.get("/metrics").text
+        families = text_string_to_metric_families(text)
+        return {(s.name, tuple(sorted(s.labels.items()))): s.value for f in families for s in f.samples}
+
+    server.http.post("/generate", json=QUESTION)
+    server.http.get("/tasks/unknown-task-name")
+    first = samples()
+    server.http.post("/generate", json=QUESTION)
+    server.http.get("/tasks/unknown-task-name")
+    second = samples()
+    for labels in (
+        (("method", "POST"), ("route", "/generate"), ("status", "200")),
+        (("method", "GET"), ("route", "/tasks/{name}"), ("status", "404")),
+    ):
+        assert second["abmll_requests_total", labels] == first["abmll_requests_total", labels] + 1
+    options = (("kind", "options"),)
+    assert second["abmll_confidence_count", options] == first["abmll_confidence_count", options] + 1
+    assert second["abmll_engine_up", ()] == 1
+    assert not any("unknown-task-name" in str(key) for key in second)
+    for name in ("abmll_adapters_resident", "abmll_tasks", "abmll_adaptation_queued", "abmll_adapter_hits_total"):
+        assert (name, ()) in second
+
+
+def test_the_documentation_describes_every_route_and_error(server: Server) -> None:
+    assert server.http.get("/", follow_redirects=True).status_code == 200
+    document = server.http.get("/openapi.json").json()
+    assert {"/generate", "/adapt", "/adapt/{job}", "/tasks", "/tasks/{name}", "/healthz", "/readyz", "/metrics"} <= set(
+        document["paths"]
+    )
+    answers = document["paths"]["/generate"]["post"]["responses"]
+    assert {"200", "404", "413", "422", "503"} <= set(answers)
+    assert answers["422"]["content"]["application/json"]["schema"]["$ref"].endswith("ErrorReply")
+
+
+def test_the_log_holds_no_prompt(server: Server) -> None:
+    server.http.post("/generate", json=QUESTION | {"prompt": "xyzzyplugh"})
+    server.http.post("/generate", json={"prompt": "xyzzyplugh", "options": ["xyzzyplugh"]})
+    assert "xyzzyplugh" not in server.log.read_text()

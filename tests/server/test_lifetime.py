@@ -1,0 +1,148 @@
+"""What survives: restarts, crashes, damage; and what a server says that cannot start."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from safetensors.torch import load_file, save_file
+
+from abmll.store import StoredPosterior
+from server.run import run
+from server.settings import Settings
+from tests.server.conftest import Server
+from tests.server.test_http import QUESTION, adapt
+
+
+def worker_of(server: Server) -> int | None:
+    """The process id of a server's adaptation process."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if parent == server.process.pid and b"server.worker" in command:
+                return int(entry.name)
+    return None
+
+
+def wait_running(server: Server, job: str) -> int:
+    """Waits until a job makes progress; returns the process id of the worker."""
+    deadline = time.monotonic() + 90
+    reply = None
+    while time.monotonic() < deadline:
+        reply = server.http.get(f"/adapt/{job}").json()
+        worker = worker_of(server)
+        if reply["status"] == "running" and reply["progress"] > 0 and worker is not None:
+            return worker
+        time.sleep(0.02)
+    raise AssertionError(reply)
+
+
+def statuses_until_ready(server: Server) -> list[tuple[int, int, int]]:
+    """What /healthz, /generate and /readyz say while a server starts."""
+    seen: list[tuple[int, int, int]] = []
+    while not seen or seen[-1][2] != 200:
+        assert server.process.poll() is None, server.log.read_text()
+        try:
+            health = server.http.get("/healthz").status_code
+            generate = server.http.post("/generate", json=QUESTION).status_code
+            seen.append((health, generate, server.http.get("/readyz").status_code))
+        except httpx.TransportError:
+            time.sleep(0.02)
+    return seen
+
+
+@pytest.mark.slow
+def test_tasks_and_jobs_survive_restarts_and_damage_stays_where_it_is(
+    start_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    server = start_server(store, wait=False)
+    seen = statuses_until_ready(server)
+    assert {health for health, _, _ in seen} == {200}
+    assert seen[0][1:] == (503, 503)
+
+    for name in ("kept", "broken"):
+        assert server.wait_job(adapt(server, name, steps=1)["job"])["status"] == "done"
+    ask = QUESTION | {"task": "kept"}
+    before = server.http.post("/generate", json=ask).json()
+    running = adapt(server, "long", steps=300)["job"]
+    queued = adapt(server, "next", steps=1)["job"]
+    wait_running(server, running)
+    assert server.stop() == 0
+    weights = store / "tasks" / "broken" / "v0001" / "posterior.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+    server = start_server(store)
+    assert server.http.post("/generate", json=ask).json()["probabilities"] == before["probabilities"]
+    tasks = {task["task"]: task for task in server.http.get("/tasks").json()}
+    assert tasks["broken"]["status"] == "damaged"
+    assert "damaged" in tasks["broken"]["error"]
+    refused = server.http.post("/generate", json=ask | {"task": "broken"})
+    assert (refused.status_code, refused.json()["error"]["type"]) == (500, "InvalidPosterior")
+    assert server.wait_job(running)["status"] == "done"
+    assert server.wait_job(queued)["status"] == "done"
+    assert server.wait_job(adapt(server, "broken", steps=1)["job"])["posterior"]["version"] == 2
+    assert server.http.post("/generate", json=ask | {"task": "broken"}).status_code == 200
+
+    worker = wait_running(server, adapt(server, "orphan", steps=1000)["job"])
+    server.process.kill()
+    server.process.wait()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{worker}").exists(), "the adaptation process outlived its server"
+
+
+@pytest.mark.slow
+def test_a_dead_worker_is_replaced_and_a_deadly_job_fails(server: Server) -> None:
+    job = adapt(server, "deadly", steps=1000)["job"]
+    for attempt in range(2):
+        os.kill(wait_running(server, job), signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        expected = ("queued", "failed")[attempt]
+        while server.http.get(f"/adapt/{job}").json()["status"] != expected:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert "died" in server.http.get(f"/adapt/{job}").json()["error"]
+    assert server.wait_job(adapt(server, "lively", steps=1)["job"])["status"] == "done"
+
+
+def test_servers_that_cannot_start_say_why_in_a_line(
+    server: Server,
+    global_posterior: tuple[Path, StoredPosterior],
+    tiny_model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damaged, other = tmp_path / "damaged", tmp_path / "other-model"
+    shutil.copytree(global_posterior[0], damaged)
+    (damaged / "posterior.safetensors").write_bytes(b"x")
+    shutil.copytree(tiny_model_folder, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({key: tensor + 1 for key, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    (tmp_path / "file").write_text("")
+    cases = {
+        "is damaged": {"posterior": damaged},
+        "is not a posterior folder": {"posterior": tmp_path / "nowhere"},
+        "no model folder": {"model": str(tmp_path / "nowhere")},
+        "serve it with its own base model": {"model": str(other)},
+        "choose another --port": {"port": server.settings.port, "store": tmp_path / "store"},
+        "another server uses the store": {"store": server.settings.store},
+        "cannot make the store": {"store": tmp_path / "file" / "store"},
+    }
+    usable = {"model": str(tiny_model_folder), "posterior": global_posterior[0], "port": 0}
+    for reason, wrong in cases.items():
+        assert run(Settings.model_validate(usable | {"store": tmp_path / reason} | wrong)) == 1
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith("abmll: ")
+        assert reason in line

@@ -1,0 +1,153 @@
+"""Store, jobs and sequence uncertainty on their own."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abmll.errors import InvalidPosterior, InvalidRequest, TaskConflict, TaskNotFound
+from abmll.examples import Example
+from abmll.posterior import Posterior
+from abmll.store import Record, StoredPosterior
+from server.jobs import JobCancelled, JobRegistry
+from server.sequences import sequence_predictive
+from server.store import TaskStore, check_name
+from tests.server.conftest import random_posterior
+
+
+def record(version: int) -> Record:
+    return Record(task="t", version=version)
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> JobRegistry:
+    return JobRegistry(tmp_path / "jobs.sqlite3")
+
+
+EXAMPLES = [Example("p", ("a", "b"), 0)]
+
+
+@pytest.mark.parametrize("name", ["", "A", "-a", "a/b", "..", "a b", "a\n", "é", "a" * 65])
+def test_names_that_are_no_task_names(name: str) -> None:
+    with pytest.raises(InvalidRequest):
+        check_name(name)
+
+
+def test_a_damaged_newest_version_leaves_the_one_before_it(
+    tiny_model_folder: Path, global_posterior: tuple[Path, StoredPosterior], tmp_path: Path
+) -> None:
+    store = TaskStore(tmp_path, global_posterior[1])
+    with pytest.raises(TaskNotFound, match="global"):
+        store.current("t")
+    first = store.add("t", random_posterior(tiny_model_folder, 1), None, record)
+    second = store.add("t", random_posterior(tiny_model_folder, 2), None, record)
+    assert store.current("t").digest == second.digest
+    (tmp_path / "tasks" / "t" / "v0002" / "posterior.json").write_text("{}")
+    assert store.current("t").digest == first.digest
+    assert [version.status for version in store.versions("t")] == ["ready", "damaged"]
+    assert list(store.damaged()) == ["t"]
+    (tmp_path / "tasks" / "t" / "v0001" / "posterior.safetensors").unlink()
+    with pytest.raises(InvalidPosterior):
+        TaskStore(tmp_path, global_posterior[1]).current("t")
+    assert store.delete("t")
+    assert store.names() == ["global"]
+    assert not list((tmp_path / "tasks").iterdir())
+
+
+def test_a_posterior_for_another_base_model_is_refused(
+    tiny_model_folder: Path, global_posterior: tuple[Path, StoredPosterior], tmp_path: Path
+) -> None:
+    def check(_: Posterior) -> None:
+        raise InvalidPosterior("made for another base model")
+
+    TaskStore(tmp_path, global_posterior[1]).add("t", random_posterior(tiny_model_folder, 1), None, record)
+    with pytest.raises(InvalidPosterior, match="another base model"):
+        TaskStore(tmp_path, global_posterior[1], check).current("t")
+
+
+def test_jobs_run_in_order_and_one_a_task(registry: JobRegistry) -> None:
+    first = registry.submit("a", EXAMPLES, None, 0)
+    second = registry.submit("b", EXAMPLES, 3, 1)
+    with pytest.raises(TaskConflict):
+        registry.submit("a", EXAMPLES, None, 0)
+    claimed = registry.claim()
+    assert claimed is not None
+    assert claimed.id == first.id
+    assert registry.examples(first.id) == EXAMPLES
+    registry.report(first.id, 0.5)
+    registry.complete(first.id, lambda: ("digest", 4))
+    done = registry.get(first.id)
+    assert (done.status, done.progress, done.digest, done.version) == ("done", 1.0, "digest", 4)
+    registry.submit("a", EXAMPLES, None, 0)
+    assert [job.task for job in registry.list()] == ["a", "b", "a"]
+    assert registry.counts() == {"done": 1, "queued": 2}
+    claimed = registry.claim()
+    assert claimed is not None
+    assert claimed.id == second.id
+
+
+def test_a_cancelled_job_saves_nothing(registry: JobRegistry) -> None:
+    job = registry.submit("a", EXAMPLES, None, 0)
+    registry.claim()
+    assert registry.cancel(job.id).status == "cancelled"
+    with pytest.raises(JobCancelled):
+        registry.report(job.id, 0.1)
+    saved: list[int] = []
+    with pytest.raises(JobCancelled):
+        registry.complete(job.id, lambda: (str(saved.append(1)), 1))
+    assert not saved
+    registry.fail(job.id, "late")
+    assert registry.get(job.id).status == "cancelled"
+
+
+def test_a_save_that_fails_leaves_the_job_running(registry: JobRegistry) -> None:
+    job = registry.submit("a", EXAMPLES, None, 0)
+    registry.claim()
+
+    def full_disk() -> tuple[str, int]:
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        registry.complete(job.id, full_disk)
+    assert registry.get(job.id).status == "running"
+
+
+def test_a_job_is_taken_up_again_once(registry: JobRegistry) -> None:
+    job = registry.submit("a", EXAMPLES, None, 0)
+    for status in ("queued", "failed"):
+        assert registry.claim() is not None
+        registry.recover()
+        assert registry.get(job.id).status == status
+    assert registry.claim() is None
+
+
+def test_sequence_uncertainty_of_draws_that_agree_is_aleatoric() -> None:
+    log_probs = torch.tensor([[-1.0, -2.0, -0.5]]).expand(4, 3)
+    result = sequence_predictive(log_probs)
+    assert result.probability == pytest.approx(math.exp(-3.5))
+    assert result.per_token == pytest.approx(math.exp(-3.5 / 3))
+    assert result.total == pytest.approx(result.aleatoric) == pytest.approx(3.5 / 3)
+    assert result.epistemic == pytest.approx(0.0, abs=1e-12)
+    assert result.standard_error == pytest.approx(0.0, abs=1e-12)
+
+
+@given(st.lists(st.lists(st.floats(-30, 0), min_size=2, max_size=2), min_size=1, max_size=8))
+def test_sequence_uncertainty_adds_up_and_is_bounded(rows: list[list[float]]) -> None:
+    result = sequence_predictive(torch.tensor(rows, dtype=torch.float64))
+    assert result.total == pytest.approx(result.aleatoric + result.epistemic, abs=1e-9)
+    assert 0 <= result.epistemic <= math.log(len(rows)) / 2 + 1e-9
+    assert 0 <= result.probability <= result.per_token <= 1 + 1e-12
+
+
+def test_importance_weighted_epistemic_has_the_mutual_information_as_its_mean() -> None:
+    """Exact sum over all sequences of one token, against total - aleatoric from the distributions."""
+    each = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.2, 0.2, 0.6]], dtype=torch.float64)
+    mean = each.mean(0)
+    exact = torch.special.entr(mean).sum() - torch.special.entr(each).sum(1).mean()
+    estimate = sum(float(mean[y]) * sequence_predictive(each[:, y : y + 1].log()).epistemic for y in range(3))
+    assert estimate == pytest.approx(float(exact))

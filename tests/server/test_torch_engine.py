@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from abmll.draws import draw, save_adapter
+from abmll.errors import EngineFailure, PosteriorMismatch
+from abmll.posterior import Posterior
+from abmll.scoring import Question, option_scores, pack, tokenize
+from server.engine import Served
+from server.torch_engine import TorchEngine
+from tests.server.conftest import random_posterior
+from training.base_model import BaseModel, load_base
+
+T = TypeVar("T")
+QUESTIONS = (
+    ("the film was a delight", ["positive", "negative"]),
+    ("play some music by that band", ["music", "weather in the city", "alarm"]),
+    ("two hours", ["yes", "no", "maybe", "i would see it again"]),
+)
+
+
+def with_engine(folder: Path, use: Callable[[TorchEngine], Awaitable[T]], **options: Any) -> T:
+    async def run() -> T:
+        engine = TorchEngine(str(folder), **options)
+        await engine.start()
+        try:
+            return await use(engine)
+        finally:
+            await engine.close()
+
+    return asyncio.run(run())
+
+
+def served(posterior: Posterior) -> Served:
+    return Served(posterior.digest(), posterior)
+
+
+def questions(base: BaseModel, posterior: Posterior) -> list[Question]:
+    template = posterior.config.template
+    return [tokenize(base.tokenizer, template, p, o, base.context) for p, o in QUESTIONS]
+
+
+def peft_scores(folder: Path, posterior: Posterior, question: Question, seed: int, index: int, tmp: Path) -> Tensor:
+    """Scores options one by one, prompt and option in plain rows, under a saved adapter."""
+    save_adapter(draw(posterior, seed, index), posterior, tmp)
+    model: Any = PeftModel.from_pretrained(load_base(str(folder)).model, str(tmp)).eval()
+    scores: list[Tensor] = []
+    for option in question.options:
+        ids = torch.tensor([[*question.prompt, *option]])
+        with torch.inference_mode():
+            logs = model(input_ids=ids).logits.float().log_softmax(-1)[0, len(question.prompt) - 1 : -1]
+        scores.append(logs.gather(1, torch.tensor(option)[:, None]).sum())
+    return torch.stack(scores)
+
+
+@pytest.mark.parametrize("family", ["kronecker", "lowrank"])
+def test_scores_are_those_of_peft_with_the_draws_adapters(
+    tiny_model_folder: Path, base: BaseModel, tmp_path: Path, family: str
+) -> None:
+    posterior = random_posterior(tiny_model_folder, 3, family=family)
+    asked = questions(base, posterior)
+
+    async def use(engine: TorchEngine) -> list[Tensor]:
+        return await asyncio.gather(*(engine.score(served(posterior), q, [0, 5], seed=7) for q in asked))
+
+    for number, (question, scores) in enumerate(zip(asked, with_engine(tiny_model_folder, use), strict=True)):
+        for row, index in enumerate([0, 5]):
+            expected = peft_scores(tiny_model_folder, posterior, question, 7, index, tmp_path / f"{number}-{index}")
+            torch.testing.assert_close(scores[row], expected, atol=1e-4, rtol=1e-5)
+
+
+def test_concurrent_questions_of_several_posteriors_get_what_they_get_alone(
+    tiny_model_folder: Path, base: BaseModel
+) -> None:
+    posteriors = [random_posterior(tiny_model_folder, seed) for seed in (1, 2)]
+    asked = questions(base, posteriors[0])
+    cases = [(p, q, seed, n) for p in posteriors for q in asked for seed in (0, 1) for n in ("sum", "mean")]
+
+    async def use(engine: TorchEngine) -> tuple[list[Tensor], list[Tensor]]:
+        def ask(posterior: Posterior, question: Question, seed: int, normalize: Any) -> Awaitable[Tensor]:
+            return engine.score(served(posterior), question, range(4), seed, normalize)
+
+        alone = [await ask(*case) for case in cases]
+        return alone, await asyncio.gather(*(ask(*case) for case in cases))
+
+    alone, together = with_engine(tiny_model_folder, use)
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(alone[0], alone[len(cases) // 2])  # the same question, the other posterior
+
+
+def test_more_draws_than_a_pass_holds_are_the_same_draws(tiny_model_folder: Path, base: BaseModel) -> None:
+    posterior = random_posterior(tiny_model_folder, 1)
+    question = questions(base, posterior)[1]
+
+    async def use(engine: TorchEngine) -> Tensor:
+        return await engine.score(served(posterior), question, range(9), 0)
+
+    whole = with_engine(tiny_model_folder, use)
+    parts = with_engine(tiny_model_folder, use, pass_tokens=40)
+    torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-5)
+
+
+def test_token_log_probs_sum_to_the_options_score(tiny_model_folder: Path, base: BaseModel) -> None:
+    posterior = random_posterior(tiny_model_folder, 1)
+    question = questions(base, posterior)[2]
+    option = question.options[-1]
+
+    async def use(engine: TorchEngine) -> tuple[Tensor, Tensor]:
+        tokens = engine.score_tokens(served(posterior), question.prompt, option, range(3), 0)
+        return await asyncio.gather(tokens, engine.score(served(posterior), question, range(3), 0))
+
+    tokens, scores = with_engine(tiny_model_folder, use)
+    assert tokens.shape == (3, len(option))
+    torch.testing.assert_close(tokens.sum(1), scores[:, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_decoding_is_the_argmax_at_each_step_whatever_shares_the_batch(
+    tiny_model_folder: Path, base: BaseModel
+) -> None:
+    posterior = random_posterior(tiny_model_folder, 1)
+    asked = questions(base, posterior)
+
+    async def use(engine: TorchEngine) -> list[list[int]]:
+        return await asyncio.gather(*(engine.generate(served(posterior), q.prompt, 6) for q in asked))
+
+    from abmll.layers import attach
+
+    fresh = load_base(str(tiny_model_folder))
+    attached = attach(fresh.model, posterior.config.targets)
+    for question, tokens in zip(asked, with_engine(tiny_model_folder, use), strict=True):
+        ids = list(question.prompt)
+        with attached.using(posterior) as model, torch.inference_mode():
+            for _ in range(6):
+                step: Any = model(input_ids=torch.tensor([ids]))
+                best = int(step.logits[0, -1].argmax())
+                if best == base.tokenizer.eos_token_id:
+                    break
+                ids.append(best)
+        assert tokens == ids[len(question.prompt) :]
+
+
+def test_the_mean_of_a_zero_posterior_is_the_base_model(tiny_model_folder: Path, base: BaseModel) -> None:
+    posterior = random_posterior(tiny_model_folder, 1, noise=0.0)
+    silent = posterior.with_tensors(
+        {key: t - 60.0 if ".scale.log" in key else torch.zeros_like(t) for key, t in posterior.tensors().items()}
+    )
+    asked = questions(base, posterior)
+
+    async def use(engine: TorchEngine) -> Tensor:
+        return await engine.score(served(silent), asked[0], [0], 0)
+
+    with torch.inference_mode():
+        expected = option_scores(base.model, pack(asked[:1]))
+    torch.testing.assert_close(with_engine(tiny_model_folder, use), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_closing_fails_what_is_under_way_and_what_comes_later(tiny_model_folder: Path, base: BaseModel) -> None:
+    posterior = random_posterior(tiny_model_folder, 1)
+    question = questions(base, posterior)[0]
+
+    async def run() -> list[Any]:
+        engine = TorchEngine(str(tiny_model_folder))
+        await engine.start()
+        asked = [asyncio.create_task(engine.score(served(posterior), question, range(8), s)) for s in range(20)]
+        await asyncio.sleep(0)
+        await engine.close()
+        with pytest.raises(EngineFailure):
+            await engine.score(served(posterior), question, [0], 0)
+        assert not engine.state().healthy
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    for result in asyncio.run(run()):
+        assert isinstance(result, EngineFailure | Tensor)
+
+
+def test_a_posterior_over_other_layers_is_refused_and_the_engine_goes_on(
+    tiny_model_folder: Path, base: BaseModel
+) -> None:
+    posterior = random_posterior(tiny_model_folder, 1)
+    other = Posterior(posterior.config, dict(list(posterior.layers.items())[:1]))
+    question = questions(base, posterior)[0]
+
+    async def use(engine: TorchEngine) -> Tensor:
+        await engine.score(served(posterior), question, [0], 0)
+        with pytest.raises(PosteriorMismatch):
+            await engine.score(served(other), question, [0], 0)
+        return await engine.score(served(posterior), question, [0], 0)
+
+    assert torch.isfinite(with_engine(tiny_model_folder, use)).all()
