@@ -19,7 +19,6 @@ WORKDIR /app
 
 # Dependencies first, from what names them alone: a change of code leaves this layer as it is.
 COPY --chown=abmll:abmll pyproject.toml Makefile README.md ./
-COPY --chown=abmll:abmll requirements requirements
 RUN mkdir abmll training server clients \
     && UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1 make install ACCEL=${ACCEL}
 

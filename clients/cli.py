@@ -44,10 +44,13 @@ def ask_command(
     task: _Task = "global",
     draws: Annotated[str, typer.Option(help="Draws from the posterior: a number, or auto.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws: same question, same answer.")] = 0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest free-text answer, in tokens.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest free-text answer, in tokens.")] = 32,
     normalize: Annotated[
-        Literal["sum", "mean"], typer.Option(help="Score options by whole log-probability, or its mean per token.")
-    ] = "sum",
+        Literal["sum", "mean"] | None,
+        typer.Option(
+            show_default="as trained", help="Score options by whole log-probability (sum), or its mean per token."
+        ),
+    ] = None,
     url: _Url = None,
     timeout: _Timeout = 60.0,
     as_json: _Json = False,

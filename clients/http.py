@@ -95,8 +95,8 @@ class Client:
         options: Sequence[str] | None = None,
         draws: int | Literal["auto"] = "auto",
         seed: int = 0,
-        max_tokens: int = 64,
-        normalize: Normalize = "sum",
+        max_tokens: int = 32,
+        normalize: Normalize | None = None,
     ) -> Answer:
         """Asks a question: which of ``options``, or free text without them."""
         return self._send(
@@ -225,8 +225,8 @@ class AsyncClient:
         options: Sequence[str] | None = None,
         draws: int | Literal["auto"] = "auto",
         seed: int = 0,
-        max_tokens: int = 64,
-        normalize: Normalize = "sum",
+        max_tokens: int = 32,
+        normalize: Normalize | None = None,
     ) -> Answer:
         """Asks a question: which of ``options``, or free text without them."""
         return await self._send(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,9 @@ class Adapter:
     """One draw, or the mean, as an adapter folder.
 
     Attributes:
-        name: Unique for posterior, seed and draw; prefix caches are keyed by it.
+        name: Unique for posterior, seed and draw.
         number: Unique positive integer.
-        path: The folder.
+        path: The folder; its name is unique, even if the draw is made anew.
         key: The posterior's key.
         size: Bytes on disk.
         users: Requests in flight that need it.
@@ -41,18 +41,19 @@ class Adapter:
 class AdapterCache:
     """Writes adapters when first needed and gives up the least recently used ones past a budget.
 
+    What is given up here stays in the engine until its own LRU drops it: its ``remove_lora`` is never
+    called, for on the CPU build (0.32.0) adapters that came after it gave scores off by up to 3 nats. No
+    folder and no number is used twice, so what lingers there is never asked again.
+
     Args:
         folder: Where the adapter folders lie; best in memory (tmpfs).
         rank: Every adapter is padded to this rank.
         dtype: Dtype of the stored factors.
         budget: Bytes to keep; in-flight adapters may exceed it for a while.
-        forget: Called with an adapter's number when it is given up, before its folder is removed.
     """
 
-    def __init__(
-        self, folder: Path, rank: int, dtype: torch.dtype, budget: int, forget: Callable[[int], Awaitable[object]]
-    ) -> None:
-        self.folder, self.rank, self.dtype, self.budget, self._forget = folder, rank, dtype, budget, forget
+    def __init__(self, folder: Path, rank: int, dtype: torch.dtype, budget: int) -> None:
+        self.folder, self.rank, self.dtype, self.budget = folder, rank, dtype, budget
         self.loads = self.hits = self.evictions = 0
         self._adapters: OrderedDict[str, Adapter] = OrderedDict()
         self._making: dict[str, asyncio.Future[Adapter]] = {}
@@ -134,5 +135,4 @@ class AdapterCache:
             del self._adapters[name]
             total -= adapter.size
             self.evictions += 1
-            await self._forget(adapter.number)
             await asyncio.to_thread(shutil.rmtree, adapter.path, ignore_errors=True)

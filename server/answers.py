@@ -157,12 +157,13 @@ class Answerer:
         draws: int,
         clock: Clock,
     ) -> _Answer:
-        served = Served(stored.digest, stored.posterior)
+        served, trained = Served(stored.digest, stored.posterior), stored.posterior.config.normalize
+        normalize = request.normalize or trained
         with EngineTime(clock):
-            scores = await self.engine.score(served, question, range(draws), request.seed, request.normalize)
+            scores = await self.engine.score(served, question, range(draws), request.seed, normalize)
         result = predictive(scores)
         index = int(result.answer)
-        entry = _calibration(stored)
+        entry = _calibration(stored) if normalize == trained else None
         probabilities = result.probabilities if entry is None else temper(result.probabilities, entry.temperature)
         return _Answer(
             answer=options[index],

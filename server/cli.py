@@ -41,6 +41,14 @@ def serve_command(
         int | None,
         typer.Option(min=16, show_default="the model's limit", help="Longest prompt and answer, in tokens."),
     ] = None,
+    device: Annotated[str, typer.Option(help="Device of the torch engine; auto: a GPU if there is one.")] = "auto",
+    adapt_device: Annotated[
+        str, typer.Option(help="Device of adaptation, such as cuda:1; vLLM takes the whole of its own GPU.")
+    ] = "cpu",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(help="Base weights of the torch engine and of adaptation."),
+    ] = "float32",
     log_level: Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="Least severe log.")] = "info",
 ) -> None:
     """Serve the model over HTTP."""
@@ -62,6 +70,9 @@ def serve_command(
                 "draws": draws,
                 "max_draws": max_draws,
                 "context": context,
+                "device": device,
+                "adapt_device": adapt_device,
+                "dtype": dtype,
                 "log_level": log_level,
             }
         )

@@ -12,7 +12,8 @@ import uvicorn
 
 from abmll.errors import AbmllError
 from server.app import create_app
-from server.settings import EMBEDDED, Settings
+from server.settings import Settings
+from training.embedded import BASE, NAME
 
 logger = logging.getLogger("abmll")
 
@@ -23,9 +24,10 @@ def check(settings: Settings) -> None:
     Raises:
         AbmllError: The port is taken, or the embedded model is not there.
     """
-    if settings.model is None and not (EMBEDDED / "base" / "config.json").exists():
-        raise AbmllError(f"the embedded base model is not in {EMBEDDED / 'base'}; name one with --model")
-    if settings.model is not None and Path(settings.model).is_absolute() and not Path(settings.model).is_dir():
+    if settings.model in (None, NAME):
+        if not (BASE / "config.json").exists():
+            raise AbmllError(f"the embedded base model is not in {BASE}; name one with --model")
+    elif Path(settings.model).is_absolute() and not Path(settings.model).is_dir():
         raise AbmllError(f"there is no model folder {settings.model}; check --model")
     if settings.engine == "vllm":
         try:

@@ -41,8 +41,11 @@ class GenerateRequest(Request):
     )
     seed: int = Field(0, ge=0, lt=2**53, description="Seed of the draws: the same request gives the same reply.")
     max_tokens: int = Field(32, ge=1, le=MAX_TOKENS, description="Longest free-text answer, in tokens.")
-    normalize: Literal["sum", "mean"] = Field(
-        "sum", description="How options are scored: log-probability of the whole text, or its mean per token."
+    normalize: Literal["sum", "mean"] | None = Field(
+        None,
+        description="How options are scored: log-probability of the whole text (`sum`), or its mean per token "
+        "(`mean`). null: as the posterior was trained. Calibration holds for that alone, and the reply says "
+        "`calibrated: false` for the other.",
     )
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-EMBEDDED = Path(__file__).parent / "embedded"
+from training.embedded import POSTERIOR, resolve
 
 
 class Settings(BaseModel, frozen=True, extra="forbid"):
@@ -23,9 +23,9 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     draws: int = Field(default=8, ge=1, description="draws of a request that says none, or auto")
     max_draws: int = Field(default=64, ge=1, description="most draws that a request may ask for")
     context: int | None = Field(default=None, ge=16, description="tokens of prompt and answer; None: the model's limit")
-    device: str = Field(default="cpu", description="device of the torch engine, such as cpu or cuda")
+    device: str = Field(default="auto", description="device of the torch engine; auto: a GPU if there is one")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="weights of the torch engine"
+        default="float32", description="base weights of the torch engine and of adaptation"
     )
     threads: int | None = Field(default=None, ge=1, description="CPU threads of the torch engine; None: torch's choice")
     adapt_device: str = Field(default="cpu", description="device that adaptation runs on")
@@ -41,9 +41,9 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     @property
     def base_model(self) -> str:
         """Hub name or folder of the base model."""
-        return self.model or str(EMBEDDED / "base")
+        return resolve(self.model)
 
     @property
     def global_posterior(self) -> Path:
         """Folder of the global posterior."""
-        return self.posterior or EMBEDDED / "posterior"
+        return self.posterior or POSTERIOR

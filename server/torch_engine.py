@@ -20,9 +20,9 @@ from abmll.errors import AbmllError, EngineFailure
 from abmll.layers import Attached, attach
 from abmll.posterior import Posterior
 from abmll.scoring import Batch, Normalize, Question, option_scores, pack, token_log_probs
-from server.allocator import keep_freed_memory
 from server.clock import Clock, current_clock
 from server.engine import EngineState, Served
+from training.allocator import keep_freed_memory
 from training.base_model import BaseModel, load_base
 
 logger = logging.getLogger(__name__)

@@ -99,7 +99,7 @@ class VllmEngine:
         config = self._llm.model_config
         self.context = int(config.max_model_len)
         dtype = torch.float32 if self._on_cpu else torch.bfloat16
-        self._cache = AdapterCache(self._folder, self.rank, dtype, self._cache_bytes, self._llm.remove_lora)
+        self._cache = AdapterCache(self._folder, self.rank, dtype, self._cache_bytes)
         await self._warm_up()
 
     def _build(self) -> Any:
@@ -241,7 +241,7 @@ class VllmEngine:
         from vllm.lora.request import LoRARequest
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        lora = LoRARequest(adapter.name, adapter.number, str(adapter.path))
+        lora = LoRARequest(adapter.path.name, adapter.number, str(adapter.path))
         request_id = f"abmll-{next(self._requests)}"
         last: Any = None
         try:

@@ -52,13 +52,19 @@ class Adapter:
             logger.info("job %s is done", job.id)
 
     def _adapt(self, job: Job) -> None:
+        import torch
+
         from training.adaptation import AdaptConfig, adapt  # these load transformers, which takes seconds
         from training.base_model import BaseModel, load_base
 
         settings, posterior = self.settings, self.prior.posterior
         if self._loaded is None:
             base = load_base(
-                settings.base_model, revision=settings.revision, device=settings.adapt_device, context=settings.context
+                settings.base_model,
+                revision=settings.revision,
+                dtype=getattr(torch, settings.dtype),
+                device=settings.adapt_device,
+                context=settings.context,
             )
             self._loaded = base, attach(base.model, posterior.config.targets)
         base, attached = self._loaded
@@ -111,7 +117,7 @@ def main() -> None:
     import torch
 
     import training.adaptation  # noqa: F401 # pyright: ignore[reportUnusedImport] -- spends its seconds before a job comes
-    from server.allocator import keep_freed_memory
+    from training.allocator import keep_freed_memory
 
     if hasattr(os, "nice"):
         os.nice(NICENESS)

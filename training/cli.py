@@ -55,6 +55,9 @@ def _read_settings(path: Path | None) -> dict[str, Any]:
 def _device(wanted: str | None) -> str:
     import torch
 
+    from training.allocator import keep_freed_memory
+
+    keep_freed_memory()
     return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -111,6 +114,7 @@ def pretrain_command(
     seed: Annotated[int, typer.Option(help="Seed of the split and of training.")] = 0,
     pin: _Pins = None,
     minutes: Annotated[float, typer.Option(help="Wall-clock budget.")] = 60.0,
+    start: Annotated[Path | None, typer.Option(help="Go on from this folder, which pretrain made.")] = None,
     config: _Settings = None,
     device: _Device = None,
 ) -> None:
@@ -121,7 +125,7 @@ def pretrain_command(
     loaded = load_tasks(tasks)
     chosen = _split(loaded, split, seed, pin, out.with_name(out.name + ".split.json"))
     settings = _settings(PretrainConfig, {"minutes": minutes, "seed": seed} | _read_settings(config))
-    pretrain(books, loaded, chosen, out, settings, device=_device(device))
+    pretrain(books, loaded, chosen, out, settings, start=start, device=_device(device))
     typer.echo(f"wrote {out}")
 
 

@@ -1,7 +1,8 @@
 """Tasks made from plain text, which widen the range of tasks that meta-training sees.
 
-Labelled tasks are few; text is plenty. Two kinds: which word was left out of a sentence (SMLMT, Bansal
-et al. 2020), and which book a passage is from. Neither needs a label that a person gave.
+Labelled tasks are few; text is plenty. Three kinds: which word was left out of a sentence (SMLMT, Bansal
+et al. 2020), which book a passage is from, and whether a passage praises or blames. None needs a label
+that a person gave.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from abmll.examples import Example
 from training.base.corpus import read_books
+from training.polarity import polarity_task
 from training.tasks import Task
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
@@ -56,7 +58,7 @@ def pseudo_tasks(folder: Path, count: int, seed: int, *, items: int = 80) -> lis
 
     Args:
         folder: The shards, as ``read_books`` takes them.
-        count: Number of tasks of each of the two kinds.
+        count: Number of tasks of each of the three kinds.
         seed: The same seed and books give the same tasks.
         items: Items of a task, about.
     """
@@ -81,4 +83,6 @@ def pseudo_tasks(folder: Path, count: int, seed: int, *, items: int = 80) -> lis
     usable = {word: found for word, found in by_word.items() if len(found) >= 20}
     unique = list({title: (title, text) for title, text in books}.values())
     tasks = [_cloze(f"cloze_{n:03d}", usable, rng, items) for n in range(count)]
-    return tasks + [_passages(f"passages_{n:03d}", unique, rng, items) for n in range(count)]
+    tasks += [_passages(f"passages_{n:03d}", unique, rng, items) for n in range(count)]
+    texts = [text for _, text in unique]
+    return tasks + [polarity_task(n, texts, rng, 2 * items) for n in range(count)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from training.tasks import Task
 
@@ -17,16 +18,23 @@ def _sources(tasks: Sequence[Task]) -> list[str]:
     ]
 
 
-def model_card(
-    tasks: Sequence[Task], parameters: int, settings: Mapping[str, object], last: Mapping[str, float]
-) -> str:
+def _run(number: int, run: Mapping[str, Any]) -> str:
+    last: Mapping[str, float] = run["log"][-1] if run["log"] else {}
+    settings = ", ".join(f"{key} {value}" for key, value in run["config"].items())
+    return (
+        f"- run {number}: {last.get('tokens', 0) / 1e6:.1f} million tokens in {last.get('seconds', 0) / 60:.0f} "
+        f"minutes; last running losses {last.get('books_nll', 0):.2f} nats a token on books, "
+        f"{last.get('tasks_nll', 0):.2f} on task items; settings: {settings}"
+    )
+
+
+def model_card(tasks: Sequence[Task], parameters: int, runs: Sequence[Mapping[str, Any]]) -> str:
     """Returns the card as Markdown.
 
     Args:
         tasks: The tasks whose items the model read.
         parameters: Number of the model's parameters.
-        settings: Settings of pre-training.
-        last: Last line of its log.
+        runs: ``config`` and ``log`` of each run of pre-training, in order.
     """
     lines = [
         "---",
@@ -50,11 +58,10 @@ def model_card(
         "",
         "## How it was made",
         "",
-        f"- settings: {', '.join(f'{key} {value}' for key, value in settings.items())}",
         "- embeddings start from a factorized co-occurrence matrix of the whole corpus (PPMI and SVD); then next-token",
-        f"  training on {last.get('tokens', 0) / 1e6:.1f} million tokens in {last.get('seconds', 0) / 60:.0f} minutes",
-        f"- last running losses: {last.get('books_nll', 0):.2f} nats a token on books, "
-        f"{last.get('tasks_nll', 0):.2f} on task items",
+        "  training on books, on items of tasks, several of one task in a row, and on tasks made from the books: which",
+        "  word is missing, which book a passage is from, whether it praises or blames (told by a short word list)",
+        *(_run(number, run) for number, run in enumerate(runs, 1)),
         "- of each task, a hash picks the half of the items that was read with its answers; the other half is kept for",
         "  meta-training. BIG-bench and BIG-bench Hard are excluded, as their authors ask.",
         "",

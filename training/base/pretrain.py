@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -25,6 +26,7 @@ from training.base.corpus import corpus_digest, encode_books, pretraining_tasks,
 from training.base.embedding import cooccurrence, ppmi_embedding
 from training.base.tokenizer import END, as_transformers, tokenizer_texts, train_tokenizer
 from training.progress import Progress, track
+from training.pseudo_tasks import pseudo_tasks
 from training.splits import Split
 from training.tasks import Task
 
@@ -46,6 +48,7 @@ class PretrainConfig(BaseModel, frozen=True):
     micro_rows: int = Field(default=8, description="rows in a forward pass; small ones stay in the cache")
     minutes: float = Field(default=60.0, description="wall-clock budget; the learning rate falls to zero at its end")
     task_share: float = Field(default=0.5, ge=0, le=1, description="share of rows that hold task items")
+    pseudo_tasks: int = Field(default=20, ge=0, description="tasks of each kind made from the books")
     permuted_share: float = Field(default=0.3, ge=0, le=1, description="share of task rows whose labels are permuted")
     learning_rate: float = Field(default=2e-3, description="Muon's, in AdamW's scale")
     embedding_rate: float = Field(default=1e-3, description="AdamW's, for embeddings and norms")
@@ -55,8 +58,7 @@ class PretrainConfig(BaseModel, frozen=True):
     seed: int = 0
 
 
-def _model(config: PretrainConfig, embedding: Tensor) -> Any:
-    torch.manual_seed(config.seed)
+def _new_model(config: PretrainConfig, embedding: Tensor) -> Any:
     model: Any = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocabulary,
@@ -131,6 +133,44 @@ def _loss(model: Any, ids: Tensor, is_task: Tensor, share: float, amp: bool) -> 
     return nll.mean(), parts
 
 
+def _earlier_runs(start: Path | None) -> list[dict[str, Any]]:
+    record = None if start is None else start / "training.json"
+    if record is None or not record.is_file():
+        return []
+    return json.loads(record.read_text(encoding="utf-8"))["runs"]
+
+
+def _tokenizer(
+    books: Path, tasks: Sequence[Task], template: Template, config: PretrainConfig, cache: Path
+) -> Tokenizer:
+    if cache.is_file():
+        return Tokenizer.from_file(str(cache))
+    texts = tokenizer_texts(books, tasks, template, book_limit=config.book_limit or 1_000_000)
+    tokenizer = train_tokenizer(texts, config.vocabulary)
+    tokenizer.save(str(cache))
+    return tokenizer
+
+
+def _embedding(
+    books: np.ndarray,
+    tokenizer: Tokenizer,
+    tasks: Sequence[Task],
+    template: Template,
+    config: PretrainConfig,
+    cache: Path,
+) -> Tensor:
+    if cache.is_file():
+        return torch.load(cache, weights_only=True)
+    rng = random.Random(config.seed)
+    documents = [task_document(t, template, rng, len(t.examples), permute=False) for _ in range(3) for t in tasks]
+    encoded = tokenizer.encode_batch(documents, add_special_tokens=False)
+    extra = [np.asarray(encoding.ids, dtype=np.uint16) for encoding in encoded]
+    counts = cooccurrence(np.concatenate([books, *extra]), config.vocabulary, config.window)
+    embedding = ppmi_embedding(counts, config.width, seed=config.seed)
+    torch.save(embedding, cache)
+    return embedding
+
+
 def _save(model: Any, tokenizer: Tokenizer, config: PretrainConfig, folder: Path) -> None:
     saved: Any = LlamaForCausalLM(model.config)
     saved = saved.to(torch.bfloat16)
@@ -146,6 +186,7 @@ def pretrain(
     out: Path,
     config: PretrainConfig,
     *,
+    start: Path | None = None,
     device: str = "cpu",
     progress: Progress = track,
 ) -> Path:
@@ -157,7 +198,8 @@ def pretrain(
             ``in_pretraining`` selects.
         split: Says which families are for training.
         out: The model folder to make. Intermediate files lie in ``<out>.work`` and are reused.
-        config: Settings.
+        config: Settings; those of the architecture are the start's where there is one.
+        start: A folder that ``pretrain`` made, to go on from with its tokenizer; from scratch if None.
         device: Where to train.
         progress: Shows progress.
 
@@ -169,28 +211,22 @@ def pretrain(
     work = out.with_name(out.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
     digest = f"{corpus_digest(books, chosen)}-{config.vocabulary}"
-    tokenizer_file = work / f"tokenizer-{digest}.json"
-    if tokenizer_file.is_file():
-        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    torch.manual_seed(config.seed)
+    if start is None:
+        tokenizer = _tokenizer(books, chosen, template, config, work / f"tokenizer-{digest}.json")
     else:
-        texts = tokenizer_texts(books, chosen, template, book_limit=config.book_limit or 1_000_000)
-        tokenizer = train_tokenizer(texts, config.vocabulary)
-        tokenizer.save(str(tokenizer_file))
+        tokenizer = Tokenizer.from_file(str(start / "tokenizer.json"))
+        tokenizer.post_processor = None
+        digest += "-" + hashlib.sha256((start / "tokenizer.json").read_bytes()).hexdigest()[:8]
     tokens = encode_books(books, tokenizer, work / f"books-{digest}.npy", config.book_limit)
-
-    embedding_file = work / f"embedding-{digest}-{config.width}-{config.window}.pt"
-    if embedding_file.is_file():
-        embedding = torch.load(embedding_file, weights_only=True)
+    if start is None:
+        embedding_file = work / f"embedding-{digest}-{config.width}-{config.window}.pt"
+        model = _new_model(config, _embedding(tokens, tokenizer, chosen, template, config, embedding_file)).to(device)
     else:
-        rng = random.Random(config.seed)
-        documents = [task_document(t, template, rng, len(t.examples), permute=False) for _ in range(3) for t in chosen]
-        encoded = tokenizer.encode_batch(documents, add_special_tokens=False)
-        extra = [np.asarray(encoding.ids, dtype=np.uint16) for encoding in encoded]
-        counts = cooccurrence(np.concatenate([tokens, *extra]), config.vocabulary, config.window)
-        embedding = ppmi_embedding(counts, config.width, seed=config.seed)
-        torch.save(embedding, embedding_file)
-
-    model = _model(config, embedding).to(device)
+        loaded: Any = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
+        model = loaded.to(device)
+    # Another seed than meta-training's, so that theta learns from pseudo-tasks that the model has not read.
+    made = pseudo_tasks(books, config.pseudo_tasks, config.seed + 1) if config.pseudo_tasks else []
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers: list[torch.optim.Optimizer] = [
@@ -207,7 +243,7 @@ def pretrain(
     mean_parts = torch.zeros(2)
     step, snapshot = 0, 1
     with progress("pretrain", total=seconds) as bar:
-        for ids, is_task in _Rows(config, tokenizer, tokens, chosen, template):
+        for ids, is_task in _Rows(config, tokenizer, tokens, [*chosen, *made], template):
             elapsed = time.monotonic() - begin
             if elapsed >= seconds:
                 break
@@ -242,9 +278,9 @@ def pretrain(
                 snapshot += 1
                 _save(model, tokenizer, config, work / "snapshot")
     _save(model, tokenizer, config, out)
-    record = {"config": config.model_dump(), "tasks": [task.name for task in chosen], "log": log}
+    runs = [*_earlier_runs(start), {"config": config.model_dump(), "log": log}]
+    record = {"tasks": [task.name for task in chosen], "runs": runs}
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    card = model_card(chosen, parameters, config.model_dump(), log[-1] if log else {})
-    (out / "README.md").write_text(card, encoding="utf-8")
+    (out / "README.md").write_text(model_card(chosen, parameters, runs), encoding="utf-8")
     return out
