@@ -121,6 +121,10 @@ class AdapterCache:
         for module, (a, b) in factors.items():
             if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
                 raise InvalidPosterior(f"draw {index} of posterior {served.key} is not finite at {module}")
+            if a.shape[0] > self.rank:
+                raise InvalidPosterior(
+                    f"draws of posterior {served.key} have rank {a.shape[0]}; this server was started for {self.rank}"
+                )
         path = self.folder / f"{number}-{name}"
         save_adapter(factors, served.posterior, path, rank=self.rank, dtype=self.dtype)
         size = sum(file.stat().st_size for file in path.iterdir())

@@ -148,8 +148,15 @@ class VllmEngine:
     async def close(self) -> None:
         """Ends vLLM's processes and removes the adapters."""
         self._closed = True
-        if self._llm is not None:
-            await asyncio.to_thread(self._llm.shutdown)
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            handler = getattr(llm, "output_handler", None)
+            if handler is not None:
+                handler.cancel()  # or it reports the end that we want as an engine's death
+                await asyncio.gather(handler, return_exceptions=True)
+            await asyncio.to_thread(llm.shutdown)
+            # Its __del__ would do it again, perhaps when the interpreter has already taken its module apart.
+            llm.shutdown = lambda: None
         await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
 
     async def score(
@@ -282,6 +289,8 @@ def _set_environment() -> None:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "TOKENIZERS_PARALLELISM": "false",
+        # A fork of a process that has run torch on several threads can hang at its first parallel loop.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
     for key, value in defaults.items():
         os.environ.setdefault(key, value)

@@ -1,0 +1,192 @@
+"""The real vLLM beside the same posterior in transformers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import signal
+import threading
+import time
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from abmll.draw_scores import score_draws
+from abmll.errors import EngineFailure
+from abmll.layers import Attached, attach
+from abmll.posterior import Posterior
+from abmll.scoring import Question, tokenize
+from server.engine import Served
+from server.vllm_engine import VllmEngine
+from tests.server.conftest import random_posterior
+from training.base_model import BaseModel, load_base
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM exists for Linux only"),
+    pytest.mark.filterwarnings("ignore"),  # vLLM's own, in its import and start
+    pytest.mark.slow,
+]
+T = TypeVar("T")
+
+
+def assert_close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0.0)
+
+
+class Loop:
+    """An event loop in a thread, which outlives single tests as a server's does."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(240)
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[Loop]:
+    made = Loop()
+    yield made
+    made.loop.call_soon_threadsafe(made.loop.stop)
+
+
+def start(loop: Loop, folder: Path, **options: Any) -> VllmEngine:
+    posterior = random_posterior(folder, 1)
+    engine = VllmEngine(str(folder), targets=posterior.config.targets, max_rank=16, slots=3, **options)
+    loop.run(engine.start())
+    return engine
+
+
+@pytest.fixture(scope="module")
+def engine(loop: Loop, tiny_model_folder: Path) -> Iterator[VllmEngine]:
+    made = start(loop, tiny_model_folder)
+    yield made
+    loop.run(made.close())
+    assert not made.state().healthy
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model_folder: Path) -> tuple[BaseModel, Attached]:
+    base = load_base(str(tiny_model_folder))
+    return base, attach(base.model, ("q_proj", "v_proj"))
+
+
+def served(posterior: Posterior) -> Served:
+    return Served(posterior.digest(), posterior)
+
+
+def questions(base: BaseModel, posterior: Posterior) -> list[Question]:
+    asked = [
+        ("the film was a delight", ["positive", "negative"]),
+        ("play some music by that band from the radio " * 3, ["music", "weather in the city", "alarm"]),
+        ("two hours", ["yes", "no", "maybe", "i would see it again"]),
+    ]
+    return [tokenize(base.tokenizer, posterior.config.template, p, o, base.context) for p, o in asked]
+
+
+def expected(attached: Attached, posterior: Posterior, question: Question, draws: range, seed: int) -> Tensor:
+    return score_draws(attached, posterior, [question], draws, seed, normalize="sum")[:, 0]
+
+
+@pytest.mark.parametrize("family", ["kronecker", "lowrank"])
+def test_scores_are_those_of_the_torch_model(
+    loop: Loop, engine: VllmEngine, reference: tuple[BaseModel, Attached], tiny_model_folder: Path, family: str
+) -> None:
+    base, attached = reference
+    posterior = random_posterior(tiny_model_folder, 3, family=family)
+    for question in questions(base, posterior):
+        scores = loop.run(engine.score(served(posterior), question, range(4), 7))
+        assert_close(scores, expected(attached, posterior, question, range(4), 7))
+        means = loop.run(engine.score(served(posterior), question, range(4), 7, "mean"))
+        lengths = torch.tensor([len(option) for option in question.options])
+        assert_close(means * lengths, scores)
+
+
+def test_concurrent_questions_of_several_posteriors_do_not_mix(
+    loop: Loop, engine: VllmEngine, reference: tuple[BaseModel, Attached], tiny_model_folder: Path
+) -> None:
+    base, attached = reference
+    posteriors = [random_posterior(tiny_model_folder, seed) for seed in (11, 12)]
+    cases = [(p, q, seed) for p in posteriors for q in questions(base, posteriors[0]) for seed in (0, 1)]
+
+    async def ask() -> list[Tensor]:
+        return await asyncio.gather(*(engine.score(served(p), q, range(3), seed) for p, q, seed in cases))
+
+    for scores, (posterior, question, seed) in zip(loop.run(ask()), cases, strict=True):
+        assert_close(scores, expected(attached, posterior, question, range(3), seed))
+
+
+def test_scores_stay_right_when_adapters_are_given_up_and_made_again(
+    loop: Loop, engine: VllmEngine, reference: tuple[BaseModel, Attached], tiny_model_folder: Path
+) -> None:
+    base, attached = reference
+    question = questions(base, random_posterior(tiny_model_folder, 1))[1]
+    # More adapters than vLLM's slots (3) and its memory (12) hold.
+    posteriors = [random_posterior(tiny_model_folder, seed) for seed in range(20, 26)]
+    for again in range(2):
+        for posterior in posteriors:
+            scores = loop.run(engine.score(served(posterior), question, range(4), 0))
+            assert_close(scores, expected(attached, posterior, question, range(4), 0))
+            if not again:
+                before = engine.state()
+                loop.run(engine.release(served(posterior).key))
+                after = engine.state()
+                assert (after.adapters, after.evictions) == (before.adapters - 4, before.evictions + 4)
+
+
+def test_free_text_is_the_torch_models_and_its_tokens_scores_too(
+    loop: Loop, engine: VllmEngine, reference: tuple[BaseModel, Attached], tiny_model_folder: Path
+) -> None:
+    base, attached = reference
+    posterior = random_posterior(tiny_model_folder, 5)
+    question = questions(base, posterior)[0]
+    tokens = loop.run(engine.generate(served(posterior), question.prompt, 6))
+    ids = list(question.prompt)
+    with attached.using(posterior) as model, torch.inference_mode():
+        for _ in range(6):
+            step: Any = model(input_ids=torch.tensor([ids]))
+            best = int(step.logits[0, -1].argmax())
+            if best == base.tokenizer.eos_token_id:
+                break
+            ids.append(best)
+    assert tokens == ids[len(question.prompt) :]
+    assert tokens
+    each = loop.run(engine.score_tokens(served(posterior), question.prompt, tokens, range(2), 0))
+    whole = expected(attached, posterior, Question(question.prompt, (tuple(tokens), (1,))), range(2), 0)[:, 0]
+    assert_close(each.sum(1), whole)
+
+
+def test_a_dead_engine_fails_its_requests_at_once_and_says_so(loop: Loop, tiny_model_folder: Path) -> None:
+    before = _descendants()
+    engine = start(loop, tiny_model_folder)
+    posterior = random_posterior(tiny_model_folder, 1)
+    question = Question((1, 2, 3), ((4,), (5,)))
+    loop.run(engine.score(served(posterior), question, range(2), 0))
+    for process in _descendants() - before:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    begin = time.monotonic()
+    with pytest.raises(EngineFailure):
+        loop.run(engine.score(served(posterior), question, range(2, 4), 0))
+    assert time.monotonic() - begin < 30
+    assert not engine.state().healthy
+    loop.run(engine.close())
+
+
+def _descendants() -> set[int]:
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found, frontier = set[int](), {os.getpid()}
+    while frontier:
+        frontier = {child for child, parent in parents.items() if parent in frontier} - found
+        found |= frontier
+    return found
