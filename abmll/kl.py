@@ -26,8 +26,10 @@ def _kl_kronecker(q: LayerPosterior, p: LayerPosterior) -> Tensor:
     x, y = torch.expm1(2 * log_s).sum(), torch.expm1(2 * log_t).sum()
     half_squares = 0.5 * (d_in * x + d_out * y + x * y)
     s_p, t_p = _precise(p.scale["log_s"]).exp(), _precise(p.scale["log_t"]).exp()
-    b = torch.cat([_precise(q.b), -_precise(p.b)], dim=1) / s_p[:, None]
-    a = torch.cat([_precise(q.a), _precise(p.a)], dim=0) / t_p
+    # M_q - M_p = (B_q - B_p) A_q + B_p (A_q - A_p): exactly 0 for equals, and no digits lost near them.
+    q_a, q_b, p_a, p_b = (_precise(tensor) for tensor in (q.a, q.b, p.a, p.b))
+    b = torch.cat([q_b - p_b, p_b], dim=1) / s_p[:, None]
+    a = torch.cat([q_a, q_a - p_a], dim=0) / t_p
     mean_term = 0.5 * ((b.T @ b) * (a @ a.T)).sum()
     return half_squares - log_ratio + mean_term
 

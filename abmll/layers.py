@@ -34,6 +34,8 @@ class VariationalLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Applies the layer to x, shape (rows, tokens, d_in); gives (rows, tokens, d_out).
 
+        Some models (OPT) flatten rows and tokens, rows first; shape (rows * tokens, d_in) is taken too.
+
         Without a posterior, the base layer; without signs, the posterior's mean; with signs of shape
         (rows, ...), one draw a row.
         """
@@ -49,7 +51,8 @@ class VariationalLinear(nn.Module):
                 # (rows, d_in, k) and (rows, k, d_out): signs go on the factors, not on activations.
                 inward = a_scale.T * signs.v[:, :, None]
                 outward = b_scale.T * signs.u[:, None, :]
-                update = update + (x @ inward) @ outward
+                noise = (x.reshape(len(signs.u), -1, x.shape[-1]) @ inward) @ outward
+                update = update + noise.view_as(update)
         return z + update.to(z.dtype)
 
 

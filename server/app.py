@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, RedirectResponse
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from abmll.errors import EngineFailure, TaskConflict
@@ -74,8 +75,9 @@ def create_app(settings: Settings, on_failure: Callable[[Exception], None] = lam
         finally:
             await service.close()
 
-    app = FastAPI(title="abmll", summary="Answers with a calibrated confidence", description=_DESCRIPTION,
-                  lifespan=lifespan)  # fmt: skip
+    # The page's scripts come from here: where nothing can be downloaded, /docs would else stay blank.
+    app = FastAPIOffline(title="abmll", summary="Answers with a calibrated confidence", description=_DESCRIPTION,
+                         lifespan=lifespan)  # fmt: skip
     app.add_middleware(Measured, metrics=metrics)
     install(app)
     metrics.watch(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -68,6 +69,25 @@ def test_the_order_of_options_does_not_matter(server: Server) -> None:
     forward = server.http.post("/generate", json=QUESTION).json()
     reverse = server.http.post("/generate", json={**QUESTION, "options": QUESTION["options"][::-1]}).json()
     assert reverse["probabilities"][::-1] == pytest.approx(forward["probabilities"], abs=1e-5)
+
+
+def test_calibration_is_applied_to_scores_as_trained_alone(server: Server) -> None:
+    question = QUESTION | {"options": ["positive", "two hours that i will not get back"]}
+    trained, mean, whole = (
+        server.http.post("/generate", json=question | {"normalize": normalize}).json()
+        for normalize in (None, "mean", "sum")
+    )
+    assert trained["calibrated"]
+    assert trained["probabilities"] == mean["probabilities"]
+    assert not whole["calibrated"]
+    assert whole["prediction_set"] is None
+    assert whole["confidence"] == whole["raw_confidence"] != trained["raw_confidence"]
+
+
+def test_the_docs_page_needs_nothing_from_elsewhere(server: Server) -> None:
+    page = server.http.get("/docs").text
+    assert server.http.get(re.findall(r'<script src="(/[^"]+)"', page)[0]).status_code == 200
+    assert not re.findall(r'(?:src|href)="(?:https?:)?//', page)
 
 
 def test_free_text_has_a_confidence_but_no_probabilities(server: Server) -> None:

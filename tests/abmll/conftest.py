@@ -1,0 +1,82 @@
+"""Random layers and posteriors, and tiny models of several architectures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from abmll.layers import Attached, attach, init_posterior
+from abmll.posterior import Family, LayerPosterior, Posterior, PosteriorConfig, init_layer
+
+FAMILIES: list[Family] = ["lowrank", "kronecker"]
+ARCHITECTURES = {
+    "llama": ("q_proj", "v_proj"),
+    "mistral": ("q_proj", "o_proj", "down_proj"),
+    "qwen2": ("k_proj", "up_proj"),
+    "opt": ("q_proj", "fc1"),
+    "gpt_neox": ("query_key_value", "dense_4h_to_h"),
+}
+_GROUPED = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def tiny_model(architecture: str, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    shared: dict[str, Any] = {"vocab_size": 96, "max_position_embeddings": 128, "pad_token_id": 0}
+    layers = {"num_hidden_layers": 2}
+    heads = {"hidden_size": 32, "num_attention_heads": 4}
+    model: Any = {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**shared, **layers, **_GROUPED)),
+        "mistral": lambda: MistralForCausalLM(MistralConfig(**shared, **layers, **_GROUPED)),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**shared, **layers, **_GROUPED)),
+        "opt": lambda: OPTForCausalLM(
+            OPTConfig(**shared, **layers, **heads, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0)
+        ),
+        "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**shared, **layers, **heads, intermediate_size=48)),
+    }[architecture]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0)  # else all logits are nearly equal
+    return model.to(dtype).eval()
+
+
+def random_layer(
+    family: Family, d_out: int, d_in: int, seed: int, dtype: torch.dtype = torch.float64
+) -> LayerPosterior:
+    """A layer whose every parameter is far from its start."""
+    generator = torch.Generator().manual_seed(seed)
+    config = PosteriorConfig(base_model="x", family=family, rank=3, scale_rank=2, scale_init=0.2)
+    layer = init_layer(d_out, d_in, config, generator, dtype)
+    noise = {k: 0.3 * torch.randn(t.shape, generator=generator, dtype=dtype) for k, t in layer.tensors().items()}
+    return layer.with_tensors({key: tensor + noise[key] for key, tensor in layer.tensors().items()})
+
+
+def random_posterior(attached: Attached, family: Family, targets: tuple[str, ...], seed: int) -> Posterior:
+    config = PosteriorConfig(base_model="tiny", targets=targets, family=family, rank=3, scale_rank=2, scale_init=0.05)
+    generator = torch.Generator().manual_seed(seed)
+    dtype = next(attached.model.parameters()).dtype
+    start = init_posterior(attached, config, seed)
+    return start.map(lambda t: t.to(dtype) + 0.1 * torch.randn(t.shape, generator=generator, dtype=dtype))
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Family:
+    return request.param
+
+
+@pytest.fixture
+def llama() -> Attached:
+    return attach(tiny_model("llama"), ARCHITECTURES["llama"])
