@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from scipy.optimize import minimize_scalar
+from sklearn.metrics import log_loss
+from torch import Tensor
+
+from abmll.calibration import (
+    Calibration,
+    ShotCalibration,
+    conformal_scores,
+    conformal_threshold,
+    fit_temperature,
+    prediction_set,
+    temper,
+)
+
+
+def labelled(count: int, options: int, temperature: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Predictions whose truth is drawn from them at a temperature."""
+    generator = torch.Generator().manual_seed(seed)
+    probabilities = (2.0 * torch.randn(count, options, generator=generator)).softmax(-1)
+    truth = (probabilities.log() / temperature).softmax(-1)
+    return probabilities, torch.multinomial(truth, 1, generator=generator)[:, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_the_true_temperature_is_found(temperature: float) -> None:
+    probabilities, answers = labelled(20_000, 4, temperature, 0)
+    assert fit_temperature([probabilities], [answers]) == pytest.approx(temperature, rel=0.05)
+
+
+def test_it_is_the_minimizer_of_the_mean_of_the_tasks_losses() -> None:
+    groups = [labelled(300, 3, 2.0, 1), labelled(30, 5, 0.8, 2)]
+
+    def loss(temperature: float) -> float:
+        tempered = [(temper(p, temperature).numpy(), y.numpy(), p.shape[1]) for p, y in groups]
+        return sum(float(log_loss(y, p, labels=list(range(k)))) for p, y, k in tempered) / 2
+
+    best: Any = minimize_scalar(loss, bounds=(0.1, 10), method="bounded", options={"xatol": 1e-6})
+    fitted = fit_temperature([p for p, _ in groups], [y for _, y in groups])
+    assert fitted == pytest.approx(float(best.x), rel=1e-3)
+    assert loss(fitted) < loss(1.0)
+
+
+def test_tempering_keeps_order_and_zeros() -> None:
+    probabilities = torch.tensor([[0.7, 0.2, 0.1, 0.0]])
+    for temperature in (0.3, 1.0, 5.0):
+        tempered = temper(probabilities, temperature)[0]
+        assert tempered.argsort(descending=True).tolist() == [0, 1, 2, 3]
+        assert tempered[3] == 0
+        assert tempered.sum().item() == pytest.approx(1)
+    torch.testing.assert_close(temper(probabilities, 1.0), probabilities.double())
+
+
+def test_fitting_needs_data() -> None:
+    with pytest.raises(ValueError, match="at least one group"):
+        fit_temperature([], [])
+    with pytest.raises(ValueError, match="none of them empty"):
+        fit_temperature([torch.zeros(0, 2)], [torch.zeros(0, dtype=torch.long)])
+
+
+@pytest.mark.parametrize("coverage", [0.8, 0.9])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_conformal_sets_cover_even_where_the_model_is_wrong(coverage: float, temperature: float) -> None:
+    covered: list[float] = []
+    for seed in range(200):
+        probabilities, answers = labelled(200, 4, temperature, seed)
+        threshold = conformal_threshold(conformal_scores(probabilities[:100], answers[:100]), coverage)
+        sets = prediction_set(probabilities[100:], threshold)
+        covered.append(sets.gather(1, answers[100:, None]).double().mean().item())
+    mean = sum(covered) / len(covered)
+    # Exact in expectation up to 1 / (n + 1) and the option that is always inside.
+    assert coverage - 0.01 < mean < coverage + 0.03
+
+
+def test_the_threshold_is_the_finite_sample_quantile() -> None:
+    scores = torch.tensor([0.1, 0.5, 0.3, 0.2, 0.4, 0.9, 0.7, 0.6, 0.8])
+    assert conformal_threshold(scores, 0.5) == pytest.approx(0.5)
+    assert conformal_threshold(scores, 0.9) == pytest.approx(0.9)
+    assert conformal_threshold(scores, 0.95) == 1.0
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        conformal_threshold(scores, 1.0)
+
+
+def test_no_set_is_empty() -> None:
+    assert prediction_set(torch.tensor([0.4, 0.35, 0.25]), 0.1).tolist() == [True, False, False]
+
+
+def test_the_entry_nearest_in_shots_is_used() -> None:
+    entries = [
+        ShotCalibration(shots=n, temperature=1, conformal={}, ece_before=0, ece_after=0, questions=1)
+        for n in (0, 4, 16)
+    ]
+    calibration = Calibration(by_shots=entries, fitted_on=[], draws=8)
+    assert [calibration.nearest(n).shots for n in (0, 1, 2, 8, 9, 64)] == [0, 0, 4, 4, 16, 16]

@@ -1,0 +1,61 @@
+"""Against torchmetrics and scikit-learn."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, brier_score_loss, log_loss, roc_auc_score
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from abmll import metrics
+
+
+@pytest.fixture(params=[2, 5])
+def predictions(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(request.param)
+    probabilities = (1.5 * torch.randn(700, request.param, generator=generator)).softmax(-1)
+    return probabilities, torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+def test_ece_is_torchmetrics(predictions: tuple[Tensor, Tensor]) -> None:
+    probabilities, answers = predictions
+    confidence, best = probabilities.max(-1)
+    expected = multiclass_calibration_error(probabilities, answers, probabilities.shape[1], n_bins=15)
+    assert metrics.expected_calibration_error(confidence, best == answers) == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_the_others_are_scikit_learns(predictions: tuple[Tensor, Tensor]) -> None:
+    probabilities, answers = predictions
+    p, y = probabilities.double().numpy(), answers.numpy()
+    p /= p.sum(-1, keepdims=True)
+    correct = p.argmax(-1) == y
+    assert metrics.accuracy(probabilities, answers) == pytest.approx(accuracy_score(y, p.argmax(-1)))
+    assert metrics.negative_log_likelihood(probabilities, answers) == pytest.approx(float(log_loss(y, p)), rel=1e-5)
+    parts = [brier_score_loss(y == k, p[:, k]) for k in range(p.shape[1])]
+    assert metrics.brier(probabilities, answers) == pytest.approx(sum(parts), rel=1e-5)
+    coarse = np.round(p.max(-1), 1)  # many ties
+    found = metrics.confidence_auroc(torch.tensor(coarse), torch.tensor(correct))
+    assert found == pytest.approx(float(roc_auc_score(correct, coarse)))
+
+
+def test_ece_of_a_known_case() -> None:
+    confidence = torch.tensor([0.9, 0.9, 0.9, 0.9, 0.6, 0.6])
+    correct = torch.tensor([True, True, True, False, False, True])
+    expected = (4 * abs(0.75 - 0.9) + 2 * abs(0.5 - 0.6)) / 6
+    assert metrics.expected_calibration_error(confidence, correct) == pytest.approx(expected)
+
+
+def test_edges_of_bins_and_of_certainty() -> None:
+    count, mean, right = metrics.calibration_bins(torch.tensor([0.0, 1.0, 0.5]), torch.tensor([True, True, False]), 2)
+    assert count.tolist() == [2, 1]
+    assert mean.tolist() == [0.25, 1.0]
+    assert right.tolist() == [0.5, 1.0]
+    sure = torch.tensor([[1.0, 0.0]])
+    assert metrics.negative_log_likelihood(sure, torch.tensor([1])) == pytest.approx(-math.log(1e-12))
+    assert metrics.brier(sure, torch.tensor([1])) == 2.0
+    for correct in ([True, True], [False, False]):
+        assert math.isnan(metrics.confidence_auroc(torch.tensor([0.3, 0.9]), torch.tensor(correct)))
