@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from abmll.draws import Signs
 from abmll.kl import kl
@@ -77,11 +77,15 @@ def data_loss(
     Returns:
         A scalar, differentiable in the posterior's parameters.
     """
-    device = next(attached.model.parameters()).device
-    batch = pack([item.question for item in data]).to(device)
     signs = None if generator is None else row_signs(posterior, len(data), generator)
     with attached.using(posterior, signs) as model:
-        log_probs = option_log_probs(option_scores(model, batch, posterior.config.normalize))
+        return _negative_log_likelihood(model, posterior, data)
+
+
+def _negative_log_likelihood(model: nn.Module, posterior: Posterior, data: Sequence[Labelled]) -> Tensor:
+    device = next(model.parameters()).device
+    batch = pack([item.question for item in data]).to(device)
+    log_probs = option_log_probs(option_scores(model, batch, posterior.config.normalize))
     answers = torch.tensor([item.answer for item in data], device=device)
     return -log_probs.gather(-1, answers[:, None]).sum()
 
@@ -133,8 +137,10 @@ def task_gradient(
     phi = q.with_tensors(leaves)
     total = torch.zeros(())
     for group in micro_batches(data, max_tokens):
-        loss = data_loss(attached, phi, group, generator) / len(data)
-        loss.backward()
+        signs = None if generator is None else row_signs(phi, len(group), generator)
+        with attached.using(phi, signs) as model:
+            loss = _negative_log_likelihood(model, phi, group) / len(data)
+            loss.backward()  # in here: gradient checkpointing runs the layers again, under the same posterior
         total = total + loss.detach().cpu()
     data_gradient = {key: _gradient(leaf) for key, leaf in leaves.items()}
     q_leaves = {key: tensor.detach().requires_grad_() for key, tensor in q.tensors().items()}

@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Sequence
 
+from abmll.errors import AbmllError
 from abmll.examples import Example
 from training.tasks import Task
 
@@ -42,6 +43,7 @@ _NAMES = (
 )
 _WORD = re.compile(r"[a-z]+")
 _MASKED = 0.3
+_TRIES = 200
 
 
 def balance(text: str) -> int | None:
@@ -65,11 +67,16 @@ def polarity_task(number: int, books: Sequence[str], rng: random.Random, items: 
         books: Texts of at least 20,000 characters.
         rng: Chooses the passages.
         items: Items of the task.
+
+    Raises:
+        AbmllError: The books hardly praise or hardly blame.
     """
     options = _NAMES[number % len(_NAMES)]
     wanted = [items // 2, items // 2]
     examples: list[Example] = []
-    while sum(wanted):
+    for _ in range(_TRIES * items):
+        if not sum(wanted):
+            break
         book = rng.choice(books)
         start = rng.randrange(2_000, len(book) - 1_500)
         passage = " ".join(book[start : start + rng.randint(60, 700)].split()[1:-1])
@@ -81,5 +88,7 @@ def polarity_task(number: int, books: Sequence[str], rng: random.Random, items: 
             # Some must be told by the words around: the lists are short, the words of praise are many.
             passage = re.sub(r"[A-Za-z]+", _mask, passage)
         examples.append(Example(passage, options, label))
+    if sum(wanted):
+        raise AbmllError("the books have too few passages that praise or blame; give more books", field="books")
     rng.shuffle(examples)
     return Task(f"polarity_{number:03d}", "polarity", "polarity", tuple(examples), fixed_labels=True)

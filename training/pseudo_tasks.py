@@ -13,6 +13,7 @@ import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from abmll.errors import AbmllError
 from abmll.examples import Example
 from training.base.corpus import read_books
 from training.polarity import polarity_task
@@ -61,6 +62,9 @@ def pseudo_tasks(folder: Path, count: int, seed: int, *, items: int = 80) -> lis
         count: Number of tasks of each of the three kinds.
         seed: The same seed and books give the same tasks.
         items: Items of a task, about.
+
+    Raises:
+        AbmllError: The books are too few or too short.
     """
     rng = random.Random(seed)
     books: list[tuple[str, str]] = []
@@ -82,6 +86,12 @@ def pseudo_tasks(folder: Path, count: int, seed: int, *, items: int = 80) -> lis
             by_word[word].append(sentence)
     usable = {word: found for word, found in by_word.items() if len(found) >= 20}
     unique = list({title: (title, text) for title, text in books}.values())
+    if len(unique) < 4 or len(usable) < 5:
+        raise AbmllError(
+            f"{folder} has {len(unique)} books of 20,000 characters and {len(usable)} words in 20 of their sentences; "
+            "pseudo-tasks need at least 4 such books and 5 such words: give more books",
+            field="books",
+        )
     tasks = [_cloze(f"cloze_{n:03d}", usable, rng, items) for n in range(count)]
     tasks += [_passages(f"passages_{n:03d}", unique, rng, items) for n in range(count)]
     texts = [text for _, text in unique]

@@ -95,12 +95,30 @@ def _make_task(
     return Task(name, family, category, examples, fixed, source, licence)
 
 
+def _of_manifest(entry: dict[str, Any], folder: Path) -> Task:
+    if "dataset" in entry:
+        columns = DatasetColumns(entry["text"], entry["label"], entry.get("options"))
+        more = {key: entry[key] for key in ("config", "split", "limit", "revision") if key in entry}
+        path, family, category = entry["dataset"], entry["family"], entry["category"]
+        return load_hub_task(path, columns, name=entry["name"], family=family, category=category, **more)
+    return _make_task(
+        entry["name"],
+        entry["family"],
+        entry["category"],
+        read_examples(folder / entry["file"]),
+        entry.get("source_repo", ""),
+        entry.get("licence", ""),
+    )
+
+
 def load_tasks(folder: Path) -> list[Task]:
     """Loads every task of a folder, sorted by name.
 
     A ``manifest.json`` (``{"tasks": [{"name", "file", "family", "category"}, ...]}``) names families
     and categories (``source_repo`` and ``licence`` may be given too); without one, every ``*.jsonl`` file
-    of the folder is a family of its own.
+    of the folder is a family of its own. An entry with ``dataset`` in place of ``file`` is loaded with
+    ``load_hub_task``: ``text`` (list of columns) and ``label`` are needed, ``options``, ``config``,
+    ``split``, ``limit`` and ``revision`` may be given.
 
     Raises:
         InvalidExamples: The folder has no tasks, or one is malformed.
@@ -109,17 +127,7 @@ def load_tasks(folder: Path) -> list[Task]:
     if manifest.is_file():
         try:
             entries = json.loads(manifest.read_text(encoding="utf-8"))["tasks"]
-            tasks = [
-                _make_task(
-                    entry["name"],
-                    entry["family"],
-                    entry["category"],
-                    read_examples(folder / entry["file"]),
-                    entry.get("source_repo", ""),
-                    entry.get("licence", ""),
-                )
-                for entry in entries
-            ]
+            tasks = [_of_manifest(entry, folder) for entry in entries]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InvalidExamples(
                 f'{manifest} must be {{"tasks": [{{"name", "file", "family", "category"}}, ...]}}: {error!r}',
@@ -211,4 +219,4 @@ def load_hub_task(
     if not examples:
         raise InvalidExamples(f"{path} split {split!r} is empty", field="split")
     task_name = name or path.rstrip("/").split("/")[-1]
-    return _make_task(task_name, family or task_name, category, tuple(examples))
+    return _make_task(task_name, family or task_name, category, tuple(examples), source=path)

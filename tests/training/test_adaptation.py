@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from abmll.errors import InvalidExamples, InvalidPosterior, PromptTooLong
+from abmll.examples import Example
+from abmll.kl import kl
+from abmll.layers import Attached, init_posterior
+from abmll.objective import data_loss
+from abmll.posterior import Posterior, PosteriorConfig
+from tests.training.conftest import TARGETS, rule_task
+from training.adaptation import AdaptConfig, adapt
+from training.base_model import BaseModel
+from training.episodes import label
+
+CONFIG = AdaptConfig(steps=8, learning_rate=2e-2)
+EXAMPLES = rule_task(0).examples[:8]
+
+
+@pytest.fixture
+def theta(attached: Attached) -> Posterior:
+    return init_posterior(attached, PosteriorConfig(base_model="tiny", targets=TARGETS), 0)
+
+
+def loss(base: BaseModel, attached: Attached, phi: Posterior) -> float:
+    with torch.no_grad():
+        return data_loss(attached, phi, label(base, phi.config.template, EXAMPLES), None).item()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_the_support_set_becomes_likelier(
+    base: BaseModel, attached: Attached, theta: Posterior, optimizer: str
+) -> None:
+    config = AdaptConfig.model_validate(CONFIG.model_dump() | {"optimizer": optimizer})
+    phi = adapt(base, attached, theta, EXAMPLES, config)
+    assert loss(base, attached, phi) < loss(base, attached, theta)
+    assert kl(phi, theta).item() > 0
+
+
+def test_the_same_seed_gives_the_same_posterior(base: BaseModel, attached: Attached, theta: Posterior) -> None:
+    first, again, other = (adapt(base, attached, theta, EXAMPLES, CONFIG, seed=seed) for seed in (1, 1, 2))
+    assert first.digest() == again.digest() != other.digest()
+
+
+def test_more_kl_keeps_it_nearer_the_prior(base: BaseModel, attached: Attached, theta: Posterior) -> None:
+    distances = [
+        kl(adapt(base, attached, theta, EXAMPLES, CONFIG.model_copy(update={"beta": beta})), theta).item()
+        for beta in (0.0, 1e-2, 1.0)
+    ]
+    assert distances[0] > distances[1] > distances[2]
+
+
+def test_no_steps_leave_the_prior(base: BaseModel, attached: Attached, theta: Posterior) -> None:
+    phi = adapt(base, attached, theta, EXAMPLES, CONFIG.model_copy(update={"steps": 0}))
+    assert phi.digest() == theta.digest()
+
+
+def test_progress_is_told_and_may_stop_it(base: BaseModel, attached: Attached, theta: Posterior) -> None:
+    seen: list[tuple[int, int]] = []
+    adapt(base, attached, theta, EXAMPLES, CONFIG, on_step=lambda step, steps: seen.append((step, steps)))
+    assert seen == [(step, 8) for step in range(8)]
+
+    def stop(step: int, _: int) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        adapt(base, attached, theta, EXAMPLES, CONFIG, on_step=stop)
+
+
+def test_input_that_cannot_be_adapted_to(base: BaseModel, attached: Attached, theta: Posterior) -> None:
+    with pytest.raises(InvalidExamples, match="at least one"):
+        adapt(base, attached, theta, [], CONFIG)
+    with pytest.raises(PromptTooLong, match="the model takes 256"):
+        adapt(base, attached, theta, [Example("word " * 300, ("a", "b"), 0)], CONFIG)
+    with pytest.raises(InvalidExamples, match="diverged"):
+        adapt(base, attached, theta, EXAMPLES, CONFIG.model_copy(update={"learning_rate": 1e30}))
+    with pytest.raises(InvalidPosterior, match="malformed inner-loop settings"):
+        AdaptConfig.from_record({"inner": {"steps": -1}})

@@ -1,0 +1,90 @@
+"""The commands, in processes of their own as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from abmll.store import load_posterior
+from tests.training.conftest import rule_task, write_tasks
+
+SETTINGS = """
+checkpoint_every = 2
+[inner]
+steps = 2
+[episodes]
+shots = [4]
+queries = 4
+"""
+PINS = ["--pin", "family_3=validation", "--pin", "family_4=test"]
+
+
+def abmll(*arguments: object, code: int = 0) -> str:
+    command = [sys.executable, "-m", "server.cli", *map(str, arguments)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    folder = tmp_path_factory.mktemp("commands")
+    data = write_tasks(folder / "data", [rule_task(number) for number in range(5)])
+    (folder / "settings.toml").write_text(SETTINGS)
+    printed = abmll(
+        "train", "--tasks", data, "--model", tiny_model_folder, "--steps", 3, "--config", folder / "settings.toml",
+        "--rank", 3, "--out", folder / "theta", *PINS,
+    )  # fmt: skip
+    return data, folder / "theta", printed
+
+
+@pytest.mark.slow
+def test_train_adapt_and_eval(trained: tuple[Path, Path, str], tmp_path: Path) -> None:
+    data, theta, printed = trained
+    assert "| rule | 16 | 1 |" in printed
+    stored = load_posterior(theta)
+    assert stored.calibration is not None
+    assert stored.calibration.fitted_on == ["rule_3"]
+    assert stored.record.training["split"]["families"]["family_4"] == "test"
+    table = tmp_path / "table.json"
+    printed = abmll("eval", theta, "--tasks", data, "--queries", 6, "--draws", 2, "--shots", "0,2", "--json", table)
+    assert "| rule | 2 | 1 |" in printed
+    assert [(row["category"], row["shots"], row["tasks"]) for row in json.loads(table.read_text())] == [
+        ("rule", 0, 1), ("rule", 2, 1), ("all", 0, 1), ("all", 2, 1),
+    ]  # fmt: skip
+    examples = data / "tasks" / "rule_4.jsonl"
+    abmll("adapt", theta, "--examples", examples, "--task", "films", "--out", tmp_path / "phi", "--steps", 3)
+    phi = load_posterior(tmp_path / "phi")
+    assert (phi.record.task, phi.record.shots, phi.record.parent) == ("films", 40, stored.digest)
+    assert phi.calibration == stored.calibration
+
+
+@pytest.mark.slow
+def test_wrong_input_is_one_line(trained: tuple[Path, Path, str], tmp_path: Path) -> None:
+    data, theta, _ = trained
+    out = ["--out", tmp_path / "out"]
+    examples = ["--examples", data / "tasks" / "rule_4.jsonl"]
+    cases: dict[str, list[object]] = {
+        "--part 'exam' must be": ["eval", theta, "--tasks", data, "--part", "exam"],
+        "neither a manifest.json": ["eval", theta, "--tasks", tmp_path],
+        "must be whole numbers": ["eval", theta, "--tasks", data, "--shots", "few"],
+        "not a posterior folder": ["eval", tmp_path, "--tasks", data],
+        "must be FAMILY=train": ["train", "--tasks", data, "--pin", "family_0", *out],
+        "'global' means the global posterior": ["adapt", theta, *examples, "--task", "global", *out],
+        "serve it with its own base model": ["adapt", theta, *examples, "--task", "a", "--model", "abmll-small", *out],
+    }
+    for message, arguments in cases.items():
+        printed = abmll(*arguments, code=2)
+        last = printed.strip().splitlines()[-1]
+        assert last.startswith("abmll: "), printed
+        assert message in last
+        assert "Traceback" not in printed
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, log_loss
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from abmll.layers import Attached, init_posterior
+from abmll.posterior import PosteriorConfig
+from tests.training.conftest import TARGETS, rule_task
+from training.adaptation import AdaptConfig
+from training.base_model import BaseModel
+from training.evaluation import EvalConfig, TaskPredictions, calibrate, predict_tasks, score
+from training.report import grouped, markdown
+
+CONFIG = EvalConfig(shots=(0, 4), queries=10, draws=3, supports=2)
+
+
+@pytest.fixture
+def predictions(base: BaseModel, attached: Attached) -> list[TaskPredictions]:
+    theta = init_posterior(attached, PosteriorConfig(base_model="tiny", targets=TARGETS), 0)
+    tasks = [rule_task(number) for number in range(3)]
+    return predict_tasks(base, attached, theta, tasks, AdaptConfig(steps=3, learning_rate=2e-2), CONFIG)
+
+
+def test_every_task_shots_and_support_set_is_predicted(predictions: list[TaskPredictions]) -> None:
+    assert len(predictions) == 3 * 2 * 2
+    for item in predictions:
+        assert item.probabilities.shape == (10, 2)
+        torch.testing.assert_close(item.probabilities.sum(-1), torch.ones(10, dtype=torch.float64))
+    zero = [item for item in predictions if item.shots == 0]
+    four = [item for item in predictions if item.shots == 4]
+    for before, after in zip(zero, four, strict=True):
+        assert torch.equal(before.answers, after.answers)  # the same questions
+        assert not torch.allclose(before.probabilities, after.probabilities)
+
+
+def test_scores_are_the_libraries(predictions: list[TaskPredictions]) -> None:
+    chosen = [item for item in predictions if item.shots == 4]
+    scores = score(chosen, None)
+    accuracies = [accuracy_score(item.answers, item.probabilities.argmax(-1)) for item in chosen]
+    assert scores.accuracy == pytest.approx(sum(accuracies) / len(accuracies))
+    losses = [float(log_loss(item.answers, item.probabilities, labels=[0, 1])) for item in chosen]
+    assert scores.nll == pytest.approx(sum(losses) / len(losses))
+    pooled = torch.cat([item.probabilities for item in chosen]).float()
+    answers = torch.cat([item.answers for item in chosen])
+    expected = multiclass_calibration_error(pooled, answers, 2, n_bins=15)
+    assert scores.ece == pytest.approx(expected.item(), abs=1e-5)
+    assert scores.tasks == 3
+
+
+def test_calibration_lowers_the_loss_it_is_fitted_to(predictions: list[TaskPredictions]) -> None:
+    calibration = calibrate(predictions, CONFIG)
+    assert [entry.shots for entry in calibration.by_shots] == [0, 4]
+    assert calibration.fitted_on == ["rule_0", "rule_1", "rule_2"]
+    for shots in (0, 4):
+        chosen = [item for item in predictions if item.shots == shots]
+        assert score(chosen, calibration).nll <= score(chosen, None).nll + 1e-9
+        assert score(chosen, calibration).accuracy == score(chosen, None).accuracy
+        assert (score(chosen, calibration).coverage_90 or 0) >= 0.9
+
+
+def test_the_table_has_a_row_for_each_group_and_shots(predictions: list[TaskPredictions]) -> None:
+    table = markdown(grouped(predictions, None, lambda item: item.task.family), "family")
+    lines = table.splitlines()
+    assert lines[0].startswith("| family | shots | tasks | chance | accuracy | ece |")
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [
+        *(f"family_{n}" for n in range(3) for _ in range(2)), "all", "all",
+    ]  # fmt: skip

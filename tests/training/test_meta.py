@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from abmll.errors import AbmllError
+from abmll.layers import Attached, attach
+from abmll.posterior import Posterior, PosteriorConfig
+from tests.training.conftest import TARGETS, rule_task
+from training.adaptation import AdaptConfig
+from training.base_model import BaseModel, load_base
+from training.episodes import EpisodeConfig
+from training.meta import MetaConfig, meta_train
+
+TASKS = [rule_task(number) for number in range(5)]
+CONFIG = MetaConfig(
+    steps=6,
+    warmup=2,
+    checkpoint_every=2,
+    inner=AdaptConfig(steps=2, learning_rate=1e-2),
+    episodes=EpisodeConfig(shots=(4, 8), queries=8),
+)
+POSTERIOR = PosteriorConfig(base_model="tiny", targets=TARGETS, rank=3)
+
+
+class _Killed(Exception):
+    pass
+
+
+class _Bar:
+    def __init__(self, stop: int) -> None:
+        self.stop = stop
+
+    def update(self, _: float, values: dict[str, Any]) -> None:
+        if values["step"] == self.stop:
+            raise _Killed
+
+
+def killed_after(step: int) -> Any:
+    @contextmanager
+    def progress(_: str, total: float) -> Generator[_Bar]:
+        yield _Bar(step)
+
+    return progress
+
+
+def rows(work: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
+
+
+def assert_equal(one: Posterior, other: Posterior) -> None:
+    for key, tensor in one.tensors().items():
+        assert torch.equal(tensor, other.tensors()[key]), key
+
+
+def test_a_killed_run_goes_on_to_the_same_end(base: BaseModel, attached: Attached, tmp_path: Path) -> None:
+    whole = meta_train(base, attached, TASKS, POSTERIOR, CONFIG, tmp_path / "whole")
+    with pytest.raises(_Killed):  # past the checkpoint at step 4, so that a step is done twice
+        meta_train(base, attached, TASKS, POSTERIOR, CONFIG, tmp_path / "parts", progress=killed_after(5))
+    resumed = meta_train(base, attached, TASKS, POSTERIOR, CONFIG, tmp_path / "parts")
+    assert_equal(whole, resumed)
+    logs = [rows(tmp_path / name) for name in ("whole", "parts")]
+    for row in (*logs[0], *logs[1]):
+        del row["seconds"]
+    assert logs[0] == logs[1]
+    assert [row["step"] for row in logs[0]] == [1, 2, 3, 4, 5, 6]
+    assert {"data", "kl", "query", "before", "gradient_norm", "hyperprior"} <= logs[0][0].keys()
+    done = meta_train(base, attached, TASKS, POSTERIOR, CONFIG, tmp_path / "parts", progress=killed_after(6))
+    assert_equal(whole, done)
+
+
+@pytest.mark.parametrize(
+    "change", [{"learning_rate": 1e-3}, {"seed": 1}, {"inner": AdaptConfig(steps=3)}], ids=["rate", "seed", "inner"]
+)
+def test_a_checkpoint_of_other_settings_is_refused(
+    base: BaseModel, attached: Attached, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    short = CONFIG.model_copy(update={"steps": 1})
+    meta_train(base, attached, TASKS, POSTERIOR, short, tmp_path)
+    with pytest.raises(AbmllError, match="made with other settings"):
+        meta_train(base, attached, TASKS, POSTERIOR, short.model_copy(update=change), tmp_path)
+    with pytest.raises(AbmllError, match="made with other settings"):
+        meta_train(base, attached, TASKS[1:], POSTERIOR, short, tmp_path)
+
+
+def test_it_learns_what_tasks_share(base: BaseModel, attached: Attached, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"steps": 40, "warmup": 4, "learning_rate": 1e-2})
+    theta = meta_train(base, attached, [rule_task(0)], POSTERIOR, config, tmp_path)
+    log = rows(tmp_path)
+    early, late = (sum(row["query"] for row in part) / len(part) for part in (log[:8], log[-8:]))
+    assert late < 0.8 * early
+    assert all(tensor.isfinite().all() for tensor in theta.tensors().values())
+    scales = [tensor for key, tensor in theta.tensors().items() if ".scale." in key]
+    assert any(tensor.std() > 1e-3 for tensor in scales)  # the variance is learned, not left at its start
+
+
+def test_the_gradient_is_clipped(base: BaseModel, attached: Attached, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"steps": 1, "clip": 1e-9, "warmup": 0})
+    sgd_like = meta_train(base, attached, TASKS, POSTERIOR, config, tmp_path / "clipped")
+    free = meta_train(base, attached, TASKS, POSTERIOR, config.model_copy(update={"clip": 1e9}), tmp_path / "free")
+    assert rows(tmp_path / "clipped")[0]["gradient_norm"] == rows(tmp_path / "free")[0]["gradient_norm"] > 1e-3
+    key = next(key for key in free.tensors() if key.endswith("mean.b"))  # starts at 0
+    # Adam divides by the gradient's size plus 1e-8: clipped far below that, the step all but vanishes.
+    assert sgd_like.tensors()[key].abs().max() < 0.5 * free.tensors()[key].abs().max()
+
+
+def test_checkpointed_gradients_and_bf16_weights_train_alike(tiny_model_folder: Path, tmp_path: Path) -> None:
+    losses: list[float] = []
+    options: list[dict[str, Any]] = [{}, {"gradient_checkpointing": True}, {"dtype": torch.bfloat16}]
+    for number, option in enumerate(options):
+        base = load_base(str(tiny_model_folder), **option)
+        attached = attach(base.model, TARGETS)
+        theta = meta_train(
+            base, attached, TASKS, POSTERIOR, CONFIG.model_copy(update={"steps": 2}), tmp_path / str(number)
+        )
+        assert {tensor.dtype for tensor in theta.tensors().values()} == {torch.float32}
+        losses.append(rows(tmp_path / str(number))[-1]["data"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[2] == pytest.approx(losses[0], rel=0.1)
+
+
+def test_nothing_to_train_on_is_told(base: BaseModel, attached: Attached, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"episodes": EpisodeConfig(max_chars=3)})
+    with pytest.raises(AbmllError, match="no training task is left"):
+        meta_train(base, attached, TASKS, POSTERIOR, config, tmp_path)

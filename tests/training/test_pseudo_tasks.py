@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import lzma
+from pathlib import Path
+
+import pytest
+
+from abmll.errors import AbmllError
+from training.polarity import BLAME, PRAISE, balance
+from training.pseudo_tasks import pseudo_tasks
+
+
+def test_tasks_are_a_function_of_books_and_seed(books: Path) -> None:
+    first = pseudo_tasks(books, 3, 0, items=20)
+    assert first == pseudo_tasks(books, 3, 0, items=20)
+    assert first != pseudo_tasks(books, 3, 1, items=20)
+    assert [task.family for task in first] == ["cloze"] * 3 + ["passages"] * 3 + ["polarity"] * 3
+    for task in first:
+        assert len({example.answer for example in task.examples}) > 1
+        assert all(len(set(example.options)) == len(example.options) for example in task.examples)
+
+
+def test_the_missing_word_is_missing(books: Path) -> None:
+    for task in pseudo_tasks(books, 3, 0, items=20)[:3]:
+        for example in task.examples:
+            assert "..." in example.prompt
+            assert example.options[example.answer] not in example.prompt.lower().split()
+
+
+def test_polarity_is_told_by_words_or_masked(books: Path) -> None:
+    masked = 0
+    for task in pseudo_tasks(books, 3, 0, items=20)[6:]:
+        answers = [example.answer for example in task.examples]
+        assert answers.count(0) == answers.count(1)
+        for example in task.examples:
+            label = balance(example.prompt)
+            assert label in (example.answer, None)
+            masked += label is None
+    assert masked
+
+
+def test_balance() -> None:
+    assert not PRAISE & BLAME
+    assert balance("A splendid, delightful day") == 1
+    assert balance("a dull and tedious book, if clever: awful") == 0
+    assert balance("good but bad") is None
+    assert balance("the house stood by the river") is None
+
+
+def test_books_that_no_task_can_be_made_from_are_told(tmp_path: Path) -> None:
+    with pytest.raises(AbmllError, match=r"no \*.txt.xz shard"):
+        pseudo_tasks(tmp_path, 1, 0)
+    with lzma.open(tmp_path / "a.txt.xz", "wt") as stream:
+        stream.write("short")
+    with pytest.raises(AbmllError, match="books"):
+        pseudo_tasks(tmp_path, 1, 0)
+    with lzma.open(tmp_path / "a.txt.xz", "wt") as stream:
+        stream.write("\n<|book|>\n".join("zzz zzz zzz zzz. " * 2_000 for _ in range(4)))
+    with pytest.raises(AbmllError, match="books"):
+        pseudo_tasks(tmp_path, 1, 0)
