@@ -74,13 +74,8 @@ def pretraining_tasks(tasks: Sequence[Task], split: Split) -> list[Task]:
     return [task for task in split.select(tasks, "train") if not task.name.startswith(("bbh_", "bigbench_"))]
 
 
-def item_text(example: Example, template: Template, options: Sequence[str]) -> str:
-    """Returns an item with its right answer as the model reads it, with the given option texts."""
-    return template.prompt(example.prompt) + template.option(options[example.answer]) + "\n"
-
-
-def task_document(task: Task, template: Template, rng: random.Random, items: int, permute: bool) -> str:
-    """Returns several items of one task in a row.
+def task_items(task: Task, template: Template, rng: random.Random, items: int, permute: bool) -> list[tuple[str, str]]:
+    """Returns several items of one task as the model reads them: prompt, and right answer with a line's end.
 
     Args:
         task: The task.
@@ -95,9 +90,16 @@ def task_document(task: Task, template: Template, rng: random.Random, items: int
     options = list(chosen[0].options)
     if permute and task.fixed_labels:
         rng.shuffle(options)
-    return "".join(
-        item_text(example, template, options if task.fixed_labels else example.options) for example in chosen[:items]
-    )
+    texts: list[tuple[str, str]] = []
+    for example in chosen[:items]:
+        names = options if task.fixed_labels else example.options
+        texts.append((template.prompt(example.prompt), template.option(names[example.answer]) + "\n"))
+    return texts
+
+
+def task_document(task: Task, template: Template, rng: random.Random, items: int, permute: bool) -> str:
+    """Returns several items of one task in a row, as ``task_items``."""
+    return "".join(prompt + answer for prompt, answer in task_items(task, template, rng, items, permute))
 
 
 def encode_books(folder: Path, tokenizer: Tokenizer, cache: Path, limit: int | None = None) -> np.ndarray:

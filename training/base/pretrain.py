@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from abmll.examples import Template
 from training.base.card import model_card
-from training.base.corpus import corpus_digest, encode_books, pretraining_tasks, task_document
+from training.base.corpus import corpus_digest, encode_books, pretraining_tasks, task_document, task_items
 from training.base.embedding import cooccurrence, ppmi_embedding
 from training.base.tokenizer import END, as_transformers, tokenizer_texts, train_tokenizer
 from training.progress import Progress, track
@@ -48,6 +48,7 @@ class PretrainConfig(BaseModel, frozen=True):
     micro_rows: int = Field(default=8, description="rows in a forward pass; small ones stay in the cache")
     minutes: float = Field(default=60.0, description="wall-clock budget; the learning rate falls to zero at its end")
     task_share: float = Field(default=0.5, ge=0, le=1, description="share of rows that hold task items")
+    answer_weight: float = Field(default=1.0, ge=1, description="weight of an answer's tokens in a task row's loss")
     pseudo_tasks: int = Field(default=20, ge=0, description="tasks of each kind made from the books")
     permuted_share: float = Field(default=0.3, ge=0, le=1, description="share of task rows whose labels are permuted")
     learning_rate: float = Field(default=2e-3, description="Muon's, in AdamW's scale")
@@ -94,34 +95,47 @@ class _Rows:
         self.weights = [len(task.examples) ** 0.5 for task in tasks]
         self.end: int = tokenizer.token_to_id(END) or 0
 
-    def _task_row(self, length: int) -> list[int]:
+    def _task_row(self, length: int) -> tuple[list[int], list[float]]:
         row: list[int] = []
+        weights: list[float] = []
         while len(row) < length:
             task = self.rng.choices(self.tasks, self.weights)[0]
             permute = self.rng.random() < self.config.permuted_share
-            document = task_document(task, self.template, self.rng, items=24, permute=permute)
-            row += [self.end, *self.tokenizer.encode(document[: 6 * length], add_special_tokens=False).ids]
-        return row[:length]
+            row.append(self.end)
+            weights.append(1.0)
+            for pair in task_items(task, self.template, self.rng, items=24, permute=permute):
+                # Prompt and answer apart, as they are when options are scored.
+                for text, weight in zip(pair, (1.0, self.config.answer_weight), strict=True):
+                    ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+                    row += ids
+                    weights += [weight] * len(ids)
+                if len(row) >= length:
+                    break
+        return row[:length], weights[:length]
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (ids, is_task): shapes (rows, tokens + 1) int64 and (rows,) bool."""
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yields (ids, weights, is_task): shapes (rows, tokens + 1) int64 and float32, and (rows,) bool."""
         length = self.config.row_tokens + 1
         while True:
             rows: list[list[int]] = []
+            weights: list[list[float]] = []
             flags: list[bool] = []
             for _ in range(self.config.batch_rows):
                 is_task = self.rng.random() < self.config.task_share
                 if is_task:
-                    rows.append(self._task_row(length))
+                    row, weight = self._task_row(length)
+                    rows.append(row)
+                    weights.append(weight)
                 else:
                     start = self.rng.randrange(len(self.books) - length)
                     rows.append([int(token) for token in self.books[start : start + length]])
+                    weights.append([1.0] * length)
                 flags.append(is_task)
-            yield torch.tensor(rows), torch.tensor(flags)
+            yield torch.tensor(rows), torch.tensor(weights), torch.tensor(flags)
 
 
-def _loss(model: Any, ids: Tensor, is_task: Tensor, share: float, amp: bool) -> tuple[Tensor, Tensor]:
-    """Mean token loss of task rows and of a random share of book positions: (total, per part)."""
+def _loss(model: Any, ids: Tensor, weights: Tensor, is_task: Tensor, share: float, amp: bool) -> tuple[Tensor, Tensor]:
+    """Weighted mean loss of task rows' tokens and of a random share of books': (total, plain mean of each part)."""
     device_type = ids.device.type
     with torch.autocast(device_type, torch.bfloat16) if amp else nullcontext():
         hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state
@@ -130,7 +144,8 @@ def _loss(model: Any, ids: Tensor, is_task: Tensor, share: float, amp: bool) -> 
     nll = F.cross_entropy(logits.float(), ids[:, 1:][keep], reduction="none")
     from_task = is_task[:, None].expand_as(keep)[keep]
     parts = torch.stack([nll[~from_task].mean(), nll[from_task].mean()]).detach()
-    return nll.mean(), parts
+    weight = weights[:, 1:][keep]
+    return (nll * weight).sum() / weight.sum(), parts
 
 
 def _earlier_runs(start: Path | None) -> list[dict[str, Any]]:
@@ -243,7 +258,7 @@ def pretrain(
     mean_parts = torch.zeros(2)
     step, snapshot = 0, 1
     with progress("pretrain", total=seconds) as bar:
-        for ids, is_task in _Rows(config, tokenizer, tokens, [*chosen, *made], template):
+        for ids, weights, is_task in _Rows(config, tokenizer, tokens, [*chosen, *made], template):
             elapsed = time.monotonic() - begin
             if elapsed >= seconds:
                 break
@@ -254,7 +269,8 @@ def pretrain(
                 group["lr"] = rate * scale
             all_parts: list[Tensor] = []
             for rows in torch.arange(len(ids)).split(config.micro_rows):
-                loss, parts = _loss(model, ids[rows].to(device), is_task[rows].to(device), config.loss_positions, amp)
+                part = (tensor[rows].to(device) for tensor in (ids, weights, is_task))
+                loss, parts = _loss(model, *part, share=config.loss_positions, amp=amp)
                 (loss * len(rows) / len(ids)).backward()
                 all_parts.append(parts)
             parts = torch.stack(all_parts).nanmean(0)
