@@ -42,7 +42,7 @@ _NAMES = (
     ("thumbs down", "thumbs up"),
 )
 _WORD = re.compile(r"[a-z]+")
-_MASKED = 0.3
+_MASKED, _SWAPPED = 0.2, 0.4
 _TRIES = 200
 
 
@@ -54,9 +54,14 @@ def balance(text: str) -> int | None:
     return None if high < 2 * low + 1 else int(praise > blame)
 
 
-def _mask(match: re.Match[str]) -> str:
-    word = match.group().lower()
-    return "..." if word in PRAISE or word in BLAME else match.group()
+def _replace(passage: str, praise: Sequence[str], blame: Sequence[str], rng: random.Random) -> str:
+    """Replaces each listed word by one of ``praise`` or ``blame``, as it was."""
+
+    def other(match: re.Match[str]) -> str:
+        word = match.group().lower()
+        return rng.choice(praise) if word in PRAISE else rng.choice(blame) if word in BLAME else match.group()
+
+    return re.sub(r"[A-Za-z]+", other, passage)
 
 
 def polarity_task(number: int, books: Sequence[str], rng: random.Random, items: int) -> Task:
@@ -72,6 +77,7 @@ def polarity_task(number: int, books: Sequence[str], rng: random.Random, items: 
         AbmllError: The books hardly praise or hardly blame.
     """
     options = _NAMES[number % len(_NAMES)]
+    praise, blame = sorted(PRAISE), sorted(BLAME)
     wanted = [items // 2, items // 2]
     examples: list[Example] = []
     for _ in range(_TRIES * items):
@@ -84,9 +90,13 @@ def polarity_task(number: int, books: Sequence[str], rng: random.Random, items: 
         if label is None or not wanted[label]:
             continue
         wanted[label] -= 1
-        if rng.random() < _MASKED:
+        chance = rng.random()
+        if chance < _MASKED:
             # Some must be told by the words around: the lists are short, the words of praise are many.
-            passage = re.sub(r"[A-Za-z]+", _mask, passage)
+            passage = _replace(passage, ("...",), ("...",), rng)
+        elif chance < _MASKED + _SWAPPED:
+            # Words that today's reviews use are rare in old books; swapped in, each listed word is met often.
+            passage = _replace(passage, praise, blame, rng)
         examples.append(Example(passage, options, label))
     if sum(wanted):
         raise AbmllError("the books have too few passages that praise or blame; give more books", field="books")

@@ -61,7 +61,7 @@ def pseudo_tasks(folder: Path, count: int, seed: int, *, items: int = 80) -> lis
         folder: The shards, as ``read_books`` takes them.
         count: Number of tasks of each of the three kinds.
         seed: The same seed and books give the same tasks.
-        items: Items of a task, about.
+        items: Items of a task, about; four times as many where passages praise or blame.
 
     Raises:
         AbmllError: The books are too few or too short.
@@ -95,4 +95,4 @@ def pseudo_tasks(folder: Path, count: int, seed: int, *, items: int = 80) -> lis
     tasks = [_cloze(f"cloze_{n:03d}", usable, rng, items) for n in range(count)]
     tasks += [_passages(f"passages_{n:03d}", unique, rng, items) for n in range(count)]
     texts = [text for _, text in unique]
-    return tasks + [polarity_task(n, texts, rng, 2 * items) for n in range(count)]
+    return tasks + [polarity_task(n, texts, rng, 4 * items) for n in range(count)]

@@ -48,12 +48,14 @@ class PretrainConfig(BaseModel, frozen=True):
     micro_rows: int = Field(default=8, description="rows in a forward pass; small ones stay in the cache")
     minutes: float = Field(default=60.0, description="wall-clock budget; the learning rate falls to zero at its end")
     task_share: float = Field(default=0.5, ge=0, le=1, description="share of rows that hold task items")
-    answer_weight: float = Field(default=1.0, ge=1, description="weight of an answer's tokens in a task row's loss")
+    answer_weight: float = Field(default=1.0, ge=1, description="weight of an answer's tokens in the loss")
     pseudo_tasks: int = Field(default=20, ge=0, description="tasks of each kind made from the books")
     permuted_share: float = Field(default=0.3, ge=0, le=1, description="share of task rows whose labels are permuted")
     learning_rate: float = Field(default=2e-3, description="Muon's, in AdamW's scale")
     embedding_rate: float = Field(default=1e-3, description="AdamW's, for embeddings and norms")
-    loss_positions: float = Field(default=0.3, description="share of book positions whose loss is computed")
+    loss_positions: float = Field(
+        default=0.3, gt=0, le=1, description="share of positions whose loss is computed; an answer's always is"
+    )
     window: int = Field(default=6, description="co-occurrence window of the embedding's start, in tokens")
     book_limit: int | None = None
     seed: int = 0
@@ -95,56 +97,62 @@ class _Rows:
         self.weights = [len(task.examples) ** 0.5 for task in tasks]
         self.end: int = tokenizer.token_to_id(END) or 0
 
-    def _task_row(self, length: int) -> tuple[list[int], list[float]]:
+    def _task_row(self, length: int) -> tuple[list[int], list[bool]]:
         row: list[int] = []
-        weights: list[float] = []
+        answers: list[bool] = []
         while len(row) < length:
             task = self.rng.choices(self.tasks, self.weights)[0]
             permute = self.rng.random() < self.config.permuted_share
             row.append(self.end)
-            weights.append(1.0)
+            answers.append(False)
             for pair in task_items(task, self.template, self.rng, items=24, permute=permute):
                 # Prompt and answer apart, as they are when options are scored.
-                for text, weight in zip(pair, (1.0, self.config.answer_weight), strict=True):
+                for text, is_answer in zip(pair, (False, True), strict=True):
                     ids = self.tokenizer.encode(text, add_special_tokens=False).ids
                     row += ids
-                    weights += [weight] * len(ids)
+                    answers += [is_answer] * len(ids)
                 if len(row) >= length:
                     break
-        return row[:length], weights[:length]
+        return row[:length], answers[:length]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yields (ids, weights, is_task): shapes (rows, tokens + 1) int64 and float32, and (rows,) bool."""
+        """Yields (ids, is_answer, is_task): shapes (rows, tokens + 1) int64 and bool, and (rows,) bool."""
         length = self.config.row_tokens + 1
         while True:
             rows: list[list[int]] = []
-            weights: list[list[float]] = []
+            answers: list[list[bool]] = []
             flags: list[bool] = []
             for _ in range(self.config.batch_rows):
                 is_task = self.rng.random() < self.config.task_share
                 if is_task:
-                    row, weight = self._task_row(length)
+                    row, is_answer = self._task_row(length)
                     rows.append(row)
-                    weights.append(weight)
+                    answers.append(is_answer)
                 else:
                     start = self.rng.randrange(len(self.books) - length)
                     rows.append([int(token) for token in self.books[start : start + length]])
-                    weights.append([1.0] * length)
+                    answers.append([False] * length)
                 flags.append(is_task)
-            yield torch.tensor(rows), torch.tensor(weights), torch.tensor(flags)
+            yield torch.tensor(rows), torch.tensor(answers), torch.tensor(flags)
 
 
-def _loss(model: Any, ids: Tensor, weights: Tensor, is_task: Tensor, share: float, amp: bool) -> tuple[Tensor, Tensor]:
-    """Weighted mean loss of task rows' tokens and of a random share of books': (total, plain mean of each part)."""
+def _loss(
+    model: Any, ids: Tensor, is_answer: Tensor, is_task: Tensor, config: PretrainConfig, amp: bool
+) -> tuple[Tensor, Tensor]:
+    """Weighted mean loss, and its plain parts, shape (3,): books, task items, and their answers alone."""
     device_type = ids.device.type
     with torch.autocast(device_type, torch.bfloat16) if amp else nullcontext():
         hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state
-        keep = torch.rand(hidden.shape[:2], device=ids.device) < torch.where(is_task, 1.0, share)[:, None]
+        answer = is_answer[:, 1:]
+        keep = (torch.rand(hidden.shape[:2], device=ids.device) < config.loss_positions) | answer
         logits = model.lm_head(hidden[keep])
     nll = F.cross_entropy(logits.float(), ids[:, 1:][keep], reduction="none")
-    from_task = is_task[:, None].expand_as(keep)[keep]
-    parts = torch.stack([nll[~from_task].mean(), nll[from_task].mean()]).detach()
-    weight = weights[:, 1:][keep]
+    from_task, answer = is_task[:, None].expand_as(keep)[keep], answer[keep]
+    # Prompts' positions stand for all of theirs; answers' are all there.
+    share = torch.where(answer, 1.0, 1.0 / config.loss_positions)
+    groups = (~from_task, from_task, answer)
+    parts = torch.stack([(nll[group] * share[group]).sum() / share[group].sum() for group in groups]).detach()
+    weight = share * torch.where(answer, config.answer_weight, 1.0)
     return (nll * weight).sum() / weight.sum(), parts
 
 
@@ -255,10 +263,10 @@ def pretrain(
     begin = time.monotonic()
     seconds = config.minutes * 60
     log: list[dict[str, float]] = []
-    mean_parts = torch.zeros(2)
+    mean_parts = torch.zeros(3)
     step, snapshot = 0, 1
     with progress("pretrain", total=seconds) as bar:
-        for ids, weights, is_task in _Rows(config, tokenizer, tokens, [*chosen, *made], template):
+        for ids, is_answer, is_task in _Rows(config, tokenizer, tokens, [*chosen, *made], template):
             elapsed = time.monotonic() - begin
             if elapsed >= seconds:
                 break
@@ -269,8 +277,8 @@ def pretrain(
                 group["lr"] = rate * scale
             all_parts: list[Tensor] = []
             for rows in torch.arange(len(ids)).split(config.micro_rows):
-                part = (tensor[rows].to(device) for tensor in (ids, weights, is_task))
-                loss, parts = _loss(model, *part, share=config.loss_positions, amp=amp)
+                part = (tensor[rows].to(device) for tensor in (ids, is_answer, is_task))
+                loss, parts = _loss(model, *part, config=config, amp=amp)
                 (loss * len(rows) / len(ids)).backward()
                 all_parts.append(parts)
             parts = torch.stack(all_parts).nanmean(0)
@@ -286,6 +294,7 @@ def pretrain(
                 "tokens": step * config.batch_rows * config.row_tokens,
                 "books_nll": round(mean_parts[0].item(), 4),
                 "tasks_nll": round(mean_parts[1].item(), 4),
+                "answers_nll": round(mean_parts[2].item(), 4),
             }
             bar.update(elapsed, row)
             if step % 20 == 0:
