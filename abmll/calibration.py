@@ -9,27 +9,19 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from abmll.predictive import predictive
+
 _RANGE = (0.05, 20.0)
 
 
-def temper(probabilities: Tensor, temperature: float) -> Tensor:
-    """Raises probabilities to 1/temperature and normalizes; the order of options stays.
-
-    Args:
-        probabilities: Shape (..., options); zeros stay zeros.
-        temperature: Above 1 less sure, below 1 surer.
-    """
-    return (probabilities.double().log() / temperature).softmax(dim=-1)
-
-
-def fit_temperature(probabilities: Sequence[Tensor], answers: Sequence[Tensor]) -> float:
+def fit_temperature(scores: Sequence[Tensor], answers: Sequence[Tensor]) -> float:
     """Fits a temperature to labelled predictions by minimizing NLL (Guo et al. 2017).
 
-    Groups (tasks) weigh equally, whatever their size. A convex problem in log-probabilities for a
-    single group's 1/T, solved by golden-section search on log T.
+    The temperature divides every draw's scores before the draws are averaged, as ``predictive`` does.
+    Groups (tasks) weigh equally, whatever their size. Golden-section search on log T.
 
     Args:
-        probabilities: For each group, predictive probabilities, shape (n, options).
+        scores: For each group, option scores under each draw in nats, shape (draws, n, options).
         answers: For each group, the right option's index, shape (n,).
 
     Returns:
@@ -38,15 +30,14 @@ def fit_temperature(probabilities: Sequence[Tensor], answers: Sequence[Tensor]) 
     Raises:
         ValueError: No group, or an empty one.
     """
-    if not probabilities or any(len(p) == 0 for p in probabilities):
+    if not scores or any(len(y) == 0 for y in answers):
         raise ValueError("fitting a temperature needs at least one group, none of them empty")
-    logs = [p.double().clamp_min(1e-12).log() for p in probabilities]
 
     def loss(log_temperature: float) -> float:
-        inverse = math.exp(-log_temperature)
+        temperature = math.exp(log_temperature)
         losses = [
-            -(log * inverse).log_softmax(dim=-1).gather(-1, y[:, None]).mean()
-            for log, y in zip(logs, answers, strict=True)
+            -predictive(each, temperature).probabilities.gather(-1, y[:, None]).clamp_min(1e-12).log().mean()
+            for each, y in zip(scores, answers, strict=True)
         ]
         return torch.stack(losses).mean().item()
 
@@ -101,7 +92,7 @@ class ShotCalibration(BaseModel, frozen=True):
 
     Attributes:
         shots: Labelled examples that the tasks were adapted with.
-        temperature: Applied to the predictive distribution.
+        temperature: Divides the scores of every draw, see ``predictive``.
         conformal: Coverage (as text, "0.9") to threshold on nonconformity after tempering.
         ece_before: Expected calibration error on the validation tasks before tempering.
         ece_after: After it, on held-out folds of validation tasks.

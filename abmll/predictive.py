@@ -49,17 +49,19 @@ def option_log_probs(scores: Tensor) -> Tensor:
     return scores.log_softmax(dim=-1)
 
 
-def predictive(scores: Tensor) -> Predictive:
+def predictive(scores: Tensor, temperature: float = 1.0) -> Predictive:
     """Averages the draws: p(y|x) = 1/S sum_s p(y|x, phi_s), entropy split as in Depeweg et al. (2018).
 
     Args:
         scores: Option scores under each draw in nats, shape (draws, ..., options); -inf where a
             question has fewer options.
+        temperature: Divides the scores of every draw, so that probabilities and all parts of the
+            uncertainty are on one scale: calibrated, or neither. Above 1 less sure, below 1 surer.
 
     Returns:
         The predictive distribution, computed in float64.
     """
-    each = option_log_probs(scores.double()).exp()
+    each = option_log_probs(scores.double() / temperature).exp()
     mean = each.mean(dim=0)
     total, aleatoric = entropy(mean), entropy(each).mean(dim=0)
     draws = each.shape[0]

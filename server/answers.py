@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from abmll.calibration import ShotCalibration, prediction_set, temper
+from abmll.calibration import ShotCalibration, prediction_set
 from abmll.errors import InvalidExamples, InvalidRequest, PromptTooLong
 from abmll.examples import Example, Template, check_options, resolve_answer
 from abmll.predictive import predictive
@@ -161,16 +161,15 @@ class Answerer:
         normalize = request.normalize or trained
         with EngineTime(clock):
             scores = await self.engine.score(served, question, range(draws), request.seed, normalize)
-        result = predictive(scores)
-        index = int(result.answer)
         entry = _calibration(stored) if normalize == trained else None
-        probabilities = result.probabilities if entry is None else temper(result.probabilities, entry.temperature)
+        raw, result = predictive(scores), predictive(scores, 1.0 if entry is None else entry.temperature)
+        index, probabilities = int(result.answer), result.probabilities
         return _Answer(
             answer=options[index],
             answer_index=index,
             probabilities=probabilities.tolist(),
             confidence=probabilities[index].item(),
-            raw_confidence=result.probabilities[index].item(),
+            raw_confidence=raw.probabilities[index].item(),
             calibrated=entry is not None,
             prediction_set=_set(probabilities, options, entry),
             uncertainty=Uncertainty(

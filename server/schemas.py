@@ -50,7 +50,7 @@ class GenerateRequest(Request):
 
 
 class Uncertainty(BaseModel):
-    """Entropies in nats; of free text, in nats per token."""
+    """Entropies in nats, of the distribution that `probabilities` gives; of free text, in nats per token."""
 
     total: float = Field(description="Entropy of the predictive distribution.", examples=[0.47])
     aleatoric: float = Field(description="The question's own: mean entropy of the draws.", examples=[0.43])
@@ -97,12 +97,14 @@ class GenerateReply(BaseModel):
     )
     calibrated: bool = Field(description="Whether the posterior's calibration was applied.", examples=[True])
     prediction_set: list[str] | None = Field(
-        description="Options that together hold the right one in 90 % of questions (split conformal); null for free "
-        "text or without calibration.",
+        description="Options that together hold the right one in 90 % of questions (split conformal); null for "
+        "free text or without calibration.",
         examples=[["positive"]],
     )
     uncertainty: Uncertainty
-    standard_error: float = Field(description="Monte Carlo standard error of `raw_confidence`.", examples=[0.02])
+    standard_error: float = Field(
+        description="Monte Carlo standard error of `confidence`; of free text, of `raw_confidence`.", examples=[0.02]
+    )
     draws: int = Field(description="Draws used.", examples=[8])
     timing: Timing
 

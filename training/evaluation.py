@@ -19,7 +19,6 @@ from abmll.calibration import (
     conformal_threshold,
     fit_temperature,
     prediction_set,
-    temper,
 )
 from abmll.draw_scores import score_draws
 from abmll.layers import Attached
@@ -50,16 +49,14 @@ class TaskPredictions:
     Attributes:
         task: The task.
         shots: Size of the support set.
-        probabilities: Predictive probabilities before tempering, shape (queries, options).
-        epistemic: Mutual information in nats, shape (queries,).
+        scores: Option scores under each draw in nats, shape (draws, queries, options).
         answers: The right options, shape (queries,).
         chance: Share of the most frequent answer of the task.
     """
 
     task: Task
     shots: int
-    probabilities: Tensor
-    epistemic: Tensor
+    scores: Tensor
     answers: Tensor
     chance: float
 
@@ -87,9 +84,8 @@ def predict_task(
     phi = adapt_labelled(attached, theta, support, inner, generator)
     questions = [item.question for item in query]
     scores = score_draws(attached, phi, questions, range(config.draws), config.seed)
-    result = predictive(scores)
     answers = torch.tensor([item.answer for item in query])
-    return TaskPredictions(task, shots, result.probabilities, result.epistemic, answers, task.majority_share)
+    return TaskPredictions(task, shots, scores, answers, task.majority_share)
 
 
 def predict_tasks(
@@ -141,14 +137,12 @@ def score(predictions: Sequence[TaskPredictions], calibration: Calibration | Non
     confidences: list[Tensor] = []
     corrects: list[Tensor] = []
     for item in predictions:
-        probabilities, sets = item.probabilities, None
-        if calibration is not None:
-            entry = calibration.nearest(item.shots)
-            probabilities = temper(probabilities, entry.temperature)
-            if "0.9" in entry.conformal:
-                sets = prediction_set(probabilities, entry.conformal["0.9"])
-        confidence = probabilities.amax(-1)
-        correct = probabilities.argmax(-1) == item.answers
+        entry = None if calibration is None else calibration.nearest(item.shots)
+        result = predictive(item.scores, 1.0 if entry is None else entry.temperature)
+        probabilities, sets = result.probabilities, None
+        if entry is not None and "0.9" in entry.conformal:
+            sets = prediction_set(probabilities, entry.conformal["0.9"])
+        confidence, correct = result.confidence, result.answer == item.answers
         confidences.append(confidence)
         corrects.append(correct)
         row = {
@@ -157,7 +151,7 @@ def score(predictions: Sequence[TaskPredictions], calibration: Calibration | Non
             "nll": metrics.negative_log_likelihood(probabilities, item.answers),
             "brier": metrics.brier(probabilities, item.answers),
             "auroc": metrics.confidence_auroc(confidence, correct),
-            "epistemic": item.epistemic.mean().item(),
+            "epistemic": result.epistemic.mean().item(),
         }
         if sets is not None:
             row["coverage_90"] = sets.gather(-1, item.answers[:, None]).double().mean().item()
@@ -176,8 +170,8 @@ def calibrate(predictions: Sequence[TaskPredictions], config: EvalConfig) -> Cal
     entries: list[ShotCalibration] = []
     for shots in sorted({item.shots for item in predictions}):
         group = [item for item in predictions if item.shots == shots]
-        temperature = fit_temperature([i.probabilities for i in group], [i.answers for i in group])
-        tempered = [temper(item.probabilities, temperature) for item in group]
+        temperature = fit_temperature([i.scores for i in group], [i.answers for i in group])
+        tempered = [predictive(item.scores, temperature).probabilities for item in group]
         nonconformity = torch.cat([conformal_scores(p, i.answers) for p, i in zip(tempered, group, strict=True)])
         entries.append(
             ShotCalibration(
@@ -198,9 +192,9 @@ def _held_out_ece(group: Sequence[TaskPredictions]) -> float:
     for family in sorted({item.task.family for item in group}):
         inside = [item for item in group if item.task.family == family]
         others = [item for item in group if item.task.family != family] or inside
-        temperature = fit_temperature([i.probabilities for i in others], [i.answers for i in others])
+        temperature = fit_temperature([i.scores for i in others], [i.answers for i in others])
         for item in inside:
-            probabilities = temper(item.probabilities, temperature)
-            confidences.append(probabilities.amax(-1))
-            corrects.append(probabilities.argmax(-1) == item.answers)
+            result = predictive(item.scores, temperature)
+            confidences.append(result.confidence)
+            corrects.append(result.answer == item.answers)
     return metrics.expected_calibration_error(torch.cat(confidences), torch.cat(corrects))

@@ -15,52 +15,44 @@ from abmll.calibration import (
     conformal_threshold,
     fit_temperature,
     prediction_set,
-    temper,
 )
+from abmll.predictive import predictive
 
 
 def labelled(count: int, options: int, temperature: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Predictions whose truth is drawn from them at a temperature."""
+    """Scores under four draws, and truth drawn from their predictive distribution at a temperature."""
     generator = torch.Generator().manual_seed(seed)
-    probabilities = (2.0 * torch.randn(count, options, generator=generator)).softmax(-1)
-    truth = (probabilities.log() / temperature).softmax(-1)
-    return probabilities, torch.multinomial(truth, 1, generator=generator)[:, 0]
+    scores = 2.0 * torch.randn(4, count, options, generator=generator)
+    truth = predictive(scores, temperature).probabilities
+    return scores, torch.multinomial(truth, 1, generator=generator)[:, 0]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_the_true_temperature_is_found(temperature: float) -> None:
-    probabilities, answers = labelled(20_000, 4, temperature, 0)
-    assert fit_temperature([probabilities], [answers]) == pytest.approx(temperature, rel=0.05)
+    scores, answers = labelled(20_000, 4, temperature, 0)
+    assert fit_temperature([scores], [answers]) == pytest.approx(temperature, rel=0.05)
 
 
 def test_it_is_the_minimizer_of_the_mean_of_the_tasks_losses() -> None:
     groups = [labelled(300, 3, 2.0, 1), labelled(30, 5, 0.8, 2)]
 
     def loss(temperature: float) -> float:
-        tempered = [(temper(p, temperature).numpy(), y.numpy(), p.shape[1]) for p, y in groups]
+        tempered = [
+            (predictive(each, temperature).probabilities.numpy(), y.numpy(), each.shape[-1]) for each, y in groups
+        ]
         return sum(float(log_loss(y, p, labels=list(range(k)))) for p, y, k in tempered) / 2
 
     best: Any = minimize_scalar(loss, bounds=(0.1, 10), method="bounded", options={"xatol": 1e-6})
-    fitted = fit_temperature([p for p, _ in groups], [y for _, y in groups])
+    fitted = fit_temperature([each for each, _ in groups], [y for _, y in groups])
     assert fitted == pytest.approx(float(best.x), rel=1e-3)
     assert loss(fitted) < loss(1.0)
-
-
-def test_tempering_keeps_order_and_zeros() -> None:
-    probabilities = torch.tensor([[0.7, 0.2, 0.1, 0.0]])
-    for temperature in (0.3, 1.0, 5.0):
-        tempered = temper(probabilities, temperature)[0]
-        assert tempered.argsort(descending=True).tolist() == [0, 1, 2, 3]
-        assert tempered[3] == 0
-        assert tempered.sum().item() == pytest.approx(1)
-    torch.testing.assert_close(temper(probabilities, 1.0), probabilities.double())
 
 
 def test_fitting_needs_data() -> None:
     with pytest.raises(ValueError, match="at least one group"):
         fit_temperature([], [])
     with pytest.raises(ValueError, match="none of them empty"):
-        fit_temperature([torch.zeros(0, 2)], [torch.zeros(0, dtype=torch.long)])
+        fit_temperature([torch.zeros(1, 0, 2)], [torch.zeros(0, dtype=torch.long)])
 
 
 @pytest.mark.parametrize("coverage", [0.8, 0.9])
@@ -68,7 +60,8 @@ def test_fitting_needs_data() -> None:
 def test_conformal_sets_cover_even_where_the_model_is_wrong(coverage: float, temperature: float) -> None:
     covered: list[float] = []
     for seed in range(200):
-        probabilities, answers = labelled(200, 4, temperature, seed)
+        scores, answers = labelled(200, 4, temperature, seed)
+        probabilities = predictive(scores).probabilities
         threshold = conformal_threshold(conformal_scores(probabilities[:100], answers[:100]), coverage)
         sets = prediction_set(probabilities[100:], threshold)
         covered.append(sets.gather(1, answers[100:, None]).double().mean().item())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 from hypothesis import given, settings
@@ -44,6 +45,16 @@ def test_draws_that_are_sure_of_different_answers_are_all_ignorance() -> None:
     result = predictive(torch.tensor([[[50.0, 0.0]], [[0.0, 50.0]]]))
     assert result.total.item() == pytest.approx(np.log(2))
     assert result.epistemic.item() == pytest.approx(np.log(2))
+
+
+def test_a_temperature_puts_every_part_on_its_scale() -> None:
+    scores = torch.randn(9, 5, 4, generator=torch.Generator().manual_seed(0)) * 2
+    tempered = predictive(scores, 3.0)
+    each = scipy.special.softmax(scores.double().numpy() / 3.0, axis=-1)
+    np.testing.assert_allclose(tempered.probabilities, each.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(tempered.total, scipy.stats.entropy(each.mean(0), axis=-1), rtol=1e-6)
+    np.testing.assert_allclose(tempered.aleatoric, scipy.stats.entropy(each, axis=-1).mean(0), rtol=1e-6)
+    assert (tempered.total > predictive(scores).total).all()
 
 
 def test_absent_options_take_no_part() -> None:
