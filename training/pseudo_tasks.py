@@ -1,8 +1,8 @@
 """Tasks made from plain text, which widen the range of tasks that meta-training sees.
 
-Labelled tasks are few; text is plenty. Three kinds: which word was left out of a sentence (SMLMT, Bansal
-et al. 2020), which book a passage is from, and whether a passage praises or blames. None needs a label
-that a person gave.
+Labelled tasks are few; text is plenty. Four kinds: which word was left out of a sentence (SMLMT, Bansal
+et al. 2020), which word is a sentence's theme, which book a passage is from, and whether a passage praises
+or blames. None needs a label that a person gave.
 """
 
 from __future__ import annotations
@@ -30,15 +30,28 @@ def _title(book: str, number: int) -> str:
     return found.group(1).strip().lower()[:40] if found else f"book {number}"
 
 
-def _cloze(name: str, sentences: dict[str, list[str]], rng: random.Random, items: int) -> Task:
-    words = rng.sample(sorted(sentences), rng.randint(2, 5))
+def _word_task(
+    name: str,
+    kind: str,
+    labels: int,
+    sentences: dict[str, list[str]],
+    rng: random.Random,
+    items: int,
+) -> Task:
+    """Sentences labelled with a word of theirs: marked as missing in "cloze"; there or cut in "themes"."""
+    words = rng.sample(sorted(sentences), labels)
     examples: list[Example] = []
     for position, word in enumerate(words):
         for sentence in rng.sample(sentences[word], min(items // len(words), len(sentences[word]))):
-            gap = re.sub(rf"\b{word}\b", "...", sentence, flags=re.IGNORECASE)
-            examples.append(Example(gap, tuple(words), position))
+            if kind == "cloze":
+                text = re.sub(rf"\b{word}\b", "...", sentence, flags=re.IGNORECASE)
+            elif rng.random() < 0.5:
+                text = sentence
+            else:
+                text = " ".join(re.sub(rf"\b{word}\b", "", sentence, flags=re.IGNORECASE).split())
+            examples.append(Example(text, tuple(words), position))
     rng.shuffle(examples)
-    return Task(name, "cloze", "cloze", tuple(examples), fixed_labels=True)
+    return Task(name, kind, kind, tuple(examples), fixed_labels=True)
 
 
 def _passages(name: str, books: list[tuple[str, str]], rng: random.Random, items: int) -> Task:
@@ -59,9 +72,9 @@ def pseudo_tasks(folder: Path, count: int, seed: int, *, items: int = 80) -> lis
 
     Args:
         folder: The shards, as ``read_books`` takes them.
-        count: Number of tasks of each of the three kinds.
+        count: Number of tasks of each of the four kinds.
         seed: The same seed and books give the same tasks.
-        items: Items of a task, about; four times as many where passages praise or blame.
+        items: Items of a task, about; twice as many for themes, four times where passages praise or blame.
 
     Raises:
         AbmllError: The books are too few or too short.
@@ -92,7 +105,11 @@ def pseudo_tasks(folder: Path, count: int, seed: int, *, items: int = 80) -> lis
             "pseudo-tasks need at least 4 such books and 5 such words: give more books",
             field="books",
         )
-    tasks = [_cloze(f"cloze_{n:03d}", usable, rng, items) for n in range(count)]
+    tasks = [_word_task(f"cloze_{n:03d}", "cloze", rng.randint(2, 5), usable, rng, items) for n in range(count)]
     tasks += [_passages(f"passages_{n:03d}", unique, rng, items) for n in range(count)]
     texts = [text for _, text in unique]
-    return tasks + [polarity_task(n, texts, rng, 4 * items) for n in range(count)]
+    tasks += [polarity_task(n, texts, rng, 4 * items) for n in range(count)]
+    most = min(10, len(usable))
+    for n in range(count):
+        tasks.append(_word_task(f"themes_{n:03d}", "themes", rng.randint(2, most), usable, rng, 2 * items))
+    return tasks

@@ -14,7 +14,7 @@ def test_tasks_are_a_function_of_books_and_seed(books: Path) -> None:
     first = pseudo_tasks(books, 3, 0, items=20)
     assert first == pseudo_tasks(books, 3, 0, items=20)
     assert first != pseudo_tasks(books, 3, 1, items=20)
-    assert [task.family for task in first] == ["cloze"] * 3 + ["passages"] * 3 + ["polarity"] * 3
+    assert [task.family for task in first] == ["cloze"] * 3 + ["passages"] * 3 + ["polarity"] * 3 + ["themes"] * 3
     for task in first:
         assert len({example.answer for example in task.examples}) > 1
         assert all(len(set(example.options)) == len(example.options) for example in task.examples)
@@ -27,9 +27,18 @@ def test_the_missing_word_is_missing(books: Path) -> None:
             assert example.options[example.answer] not in example.prompt.lower().split()
 
 
+def test_a_theme_is_there_in_some_sentences_and_cut_out_of_others(books: Path) -> None:
+    for task in pseudo_tasks(books, 3, 0, items=20)[9:]:
+        assert 2 <= len(task.examples[0].options) <= 10
+        seen = [example.options[example.answer] in example.prompt.lower() for example in task.examples]
+        assert any(seen)
+        assert not all(seen)
+        assert not any("..." in example.prompt or "  " in example.prompt for example in task.examples)
+
+
 def test_polarity_is_told_by_words_or_masked(books: Path) -> None:
     masked = 0
-    for task in pseudo_tasks(books, 3, 0, items=20)[6:]:
+    for task in pseudo_tasks(books, 3, 0, items=20)[6:9]:
         answers = [example.answer for example in task.examples]
         assert answers.count(0) == answers.count(1)
         for example in task.examples:
