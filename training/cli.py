@@ -266,8 +266,10 @@ def eval_command(
     queries: Annotated[int, typer.Option(help="Items predicted in each task, at most.")] = 100,
     supports: Annotated[int, typer.Option(help="Support sets of each task and number of shots.")] = 1,
     seed: int = 0,
-    by: Annotated[str, typer.Option(help="Rows of the table: category, family or task.")] = "category",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the table here as JSON.")] = None,
+    by: Annotated[
+        str, typer.Option(help="Rows of the table: category, family or task; joined by commas, a table each.")
+    ] = "category",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the tables' rows here as JSON.")] = None,
     dtype: _Dtype = "float32",
     device: _Device = None,
 ) -> None:
@@ -287,8 +289,9 @@ def eval_command(
         "family": lambda item: item.task.family,
         "task": lambda item: item.task.name,
     }
-    if by not in names:
-        raise AbmllError(f"--by {by!r} must be category, family or task", field="by")
+    levels = by.split(",")
+    if not set(levels) <= names.keys():
+        raise AbmllError(f"--by {by!r} must be category, family or task, or several joined by commas", field="by")
     try:
         numbers = tuple(sorted({int(number) for number in shots.split(",")}))
     except ValueError as error:
@@ -312,10 +315,12 @@ def eval_command(
     base, attached, theta = _open(stored.posterior, model, dtype, device)
     inner = AdaptConfig.from_record(stored.record.training)
     predictions = predict_tasks(base, attached, theta, loaded, inner, config, track)
-    rows = grouped(predictions, stored.calibration, names[by])
-    typer.echo(markdown(rows, by))
+    table: list[dict[str, Any]] = []
+    for level in levels:
+        rows = grouped(predictions, stored.calibration, names[level])
+        typer.echo(markdown(rows, level) + "\n")
+        table += [{level: name, "shots": k, **scores.model_dump()} for name, k, scores in rows]
     if json_file is not None:
-        table = [{by: name, "shots": k, **scores.model_dump()} for name, k, scores in rows]
         json_file.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 

@@ -131,6 +131,7 @@ def start_server(
 
     yield start
     for server in started:
+        server.http.close()
         if server.process.poll() is None:
             server.stop()
 

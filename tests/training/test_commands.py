@@ -55,11 +55,14 @@ def test_train_adapt_and_eval(trained: tuple[Path, Path, str], tmp_path: Path) -
     assert stored.calibration.fitted_on == ["rule_3"]
     assert stored.record.training["split"]["families"]["family_4"] == "test"
     table = tmp_path / "table.json"
-    printed = abmll("eval", theta, "--tasks", data, "--queries", 6, "--draws", 2, "--shots", "0,2", "--json", table)
+    wanted = ["--queries", 6, "--draws", 2, "--shots", "0,2", "--by", "category,task"]
+    printed = abmll("eval", theta, "--tasks", data, *wanted, "--json", table)
     assert "| rule | 2 | 1 |" in printed
-    assert [(row["category"], row["shots"], row["tasks"]) for row in json.loads(table.read_text())] == [
-        ("rule", 0, 1), ("rule", 2, 1), ("all", 0, 1), ("all", 2, 1),
-    ]  # fmt: skip
+    assert "| rule_4 | 2 | 1 |" in printed
+    rows = json.loads(table.read_text())
+    assert [(row.get("category") or row["task"], row["shots"], row["tasks"]) for row in rows] == [
+        (name, shots, 1) for level in ("rule", "rule_4") for name in (level, "all") for shots in (0, 2)
+    ]
     examples = data / "tasks" / "rule_4.jsonl"
     abmll("adapt", theta, "--examples", examples, "--task", "films", "--out", tmp_path / "phi", "--steps", 3)
     phi = load_posterior(tmp_path / "phi")
