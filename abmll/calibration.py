@@ -14,15 +14,18 @@ from abmll.predictive import predictive
 _RANGE = (0.05, 20.0)
 
 
-def fit_temperature(scores: Sequence[Tensor], answers: Sequence[Tensor]) -> float:
+def fit_temperature(
+    scores: Sequence[Tensor], answers: Sequence[Tensor], weights: Sequence[float] | None = None
+) -> float:
     """Fits a temperature to labelled predictions by minimizing NLL (Guo et al. 2017).
 
     The temperature divides every draw's scores before the draws are averaged, as ``predictive`` does.
-    Groups (tasks) weigh equally, whatever their size. Golden-section search on log T.
+    A group (a task) weighs the same whatever its size. Golden-section search on log T.
 
     Args:
         scores: For each group, option scores under each draw in nats, shape (draws, n, options).
         answers: For each group, the right option's index, shape (n,).
+        weights: What each group counts, positive; the same by default.
 
     Returns:
         The temperature, within 0.05 to 20.
@@ -32,6 +35,8 @@ def fit_temperature(scores: Sequence[Tensor], answers: Sequence[Tensor]) -> floa
     """
     if not scores or any(len(y) == 0 for y in answers):
         raise ValueError("fitting a temperature needs at least one group, none of them empty")
+    share = torch.ones(len(scores)) if weights is None else torch.tensor(weights)
+    share = share.double() / share.sum()
 
     def loss(log_temperature: float) -> float:
         temperature = math.exp(log_temperature)
@@ -39,7 +44,7 @@ def fit_temperature(scores: Sequence[Tensor], answers: Sequence[Tensor]) -> floa
             -predictive(each, temperature).probabilities.gather(-1, y[:, None]).clamp_min(1e-12).log().mean()
             for each, y in zip(scores, answers, strict=True)
         ]
-        return torch.stack(losses).mean().item()
+        return (share @ torch.stack(losses)).item()
 
     low, high = math.log(_RANGE[0]), math.log(_RANGE[1])
     ratio = (math.sqrt(5) - 1) / 2
@@ -57,9 +62,27 @@ def fit_temperature(scores: Sequence[Tensor], answers: Sequence[Tensor]) -> floa
     return math.exp((low + high) / 2)
 
 
+def _mass_above(probabilities: Tensor) -> Tensor:
+    """Probability of the options likelier than each, and half of what is as likely, shape (..., options)."""
+    others, own = probabilities[..., None, :], probabilities[..., :, None]
+    return ((others > own) * others + 0.5 * (others == own) * others).sum(dim=-1)
+
+
 def conformal_scores(probabilities: Tensor, answers: Tensor) -> Tensor:
-    """Nonconformity of the right answers, 1 - p(right answer), shape (n,)."""
-    return 1.0 - probabilities.gather(-1, answers[:, None]).squeeze(-1)
+    """Nonconformity of the right answers: the probability that lies above them.
+
+    The score of adaptive prediction sets (Romano et al. 2020, arXiv 2006.02544) with its random number
+    at its mean, so that a set depends on its question alone. Unlike 1 - p it means the same for two
+    options as for twenty: a threshold from questions of one kind serves the other.
+
+    Args:
+        probabilities: Shape (n, options).
+        answers: The right option's index, shape (n,).
+
+    Returns:
+        Shape (n,), between 0 and 1.
+    """
+    return _mass_above(probabilities).gather(-1, answers[:, None]).squeeze(-1)
 
 
 def conformal_threshold(scores: Tensor, coverage: float) -> float:
@@ -79,11 +102,11 @@ def conformal_threshold(scores: Tensor, coverage: float) -> float:
 
 
 def prediction_set(probabilities: Tensor, threshold: float) -> Tensor:
-    """Which options belong to the set, shape (..., options): those with 1 - p at most the threshold.
+    """Which options belong to the set, shape (..., options): those with nonconformity within the threshold.
 
     The most probable option always belongs, so that no set is empty; coverage can only rise by it.
     """
-    inside = (1.0 - probabilities) <= threshold + 1e-12
+    inside = _mass_above(probabilities) <= threshold + 1e-12
     return inside | (probabilities == probabilities.amax(dim=-1, keepdim=True))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -170,7 +171,7 @@ def calibrate(predictions: Sequence[TaskPredictions], config: EvalConfig) -> Cal
     entries: list[ShotCalibration] = []
     for shots in sorted({item.shots for item in predictions}):
         group = [item for item in predictions if item.shots == shots]
-        temperature = fit_temperature([i.scores for i in group], [i.answers for i in group])
+        temperature = _fit_temperature(group)
         tempered = [predictive(item.scores, temperature).probabilities for item in group]
         nonconformity = torch.cat([conformal_scores(p, i.answers) for p, i in zip(tempered, group, strict=True)])
         entries.append(
@@ -186,13 +187,20 @@ def calibrate(predictions: Sequence[TaskPredictions], config: EvalConfig) -> Cal
     return Calibration(by_shots=entries, fitted_on=sorted({item.task.name for item in predictions}), draws=config.draws)
 
 
+def _fit_temperature(group: Sequence[TaskPredictions]) -> float:
+    # New tasks come from new families: a family counts once, not once for each of its tasks.
+    tasks = Counter(item.task.family for item in group)
+    weights = [1 / tasks[item.task.family] for item in group]
+    return fit_temperature([item.scores for item in group], [item.answers for item in group], weights)
+
+
 def _held_out_ece(group: Sequence[TaskPredictions]) -> float:
     confidences: list[Tensor] = []
     corrects: list[Tensor] = []
     for family in sorted({item.task.family for item in group}):
         inside = [item for item in group if item.task.family == family]
         others = [item for item in group if item.task.family != family] or inside
-        temperature = fit_temperature([i.scores for i in others], [i.answers for i in others])
+        temperature = _fit_temperature(others)
         for item in inside:
             result = predictive(item.scores, temperature)
             confidences.append(result.confidence)

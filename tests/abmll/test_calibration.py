@@ -48,6 +48,12 @@ def test_it_is_the_minimizer_of_the_mean_of_the_tasks_losses() -> None:
     assert loss(fitted) < loss(1.0)
 
 
+def test_a_weight_counts_like_so_many_copies() -> None:
+    one, other = labelled(300, 3, 2.0, 1), labelled(300, 3, 0.8, 2)
+    copies = fit_temperature([one[0], other[0], other[0]], [one[1], other[1], other[1]])
+    assert fit_temperature([one[0], other[0]], [one[1], other[1]], [1, 2]) == pytest.approx(copies, rel=1e-6)
+
+
 def test_fitting_needs_data() -> None:
     with pytest.raises(ValueError, match="at least one group"):
         fit_temperature([], [])
@@ -68,6 +74,25 @@ def test_conformal_sets_cover_even_where_the_model_is_wrong(coverage: float, tem
     mean = sum(covered) / len(covered)
     # Exact in expectation up to 1 / (n + 1) and the option that is always inside.
     assert coverage - 0.01 < mean < coverage + 0.03
+
+
+def test_the_nonconformity_is_that_of_adaptive_prediction_sets_on_average() -> None:
+    generator = torch.Generator().manual_seed(5)
+    probabilities = torch.randn(20, 5, dtype=torch.double, generator=generator).softmax(-1)
+    uniform = torch.rand(20_000, dtype=torch.double, generator=generator)
+    for row in probabilities:
+        for answer in range(5):
+            above = sum(p for p in row.tolist() if p > row[answer])
+            want = (above + uniform * row[answer]).mean().item()
+            assert conformal_scores(row[None], torch.tensor([answer])).item() == pytest.approx(want, abs=0.01)
+
+
+def test_a_threshold_from_few_options_covers_many() -> None:
+    few, many = labelled(20_000, 3, 1.0, 3), labelled(20_000, 12, 1.0, 4)
+    threshold = conformal_threshold(conformal_scores(predictive(few[0]).probabilities, few[1]), 0.9)
+    sets = prediction_set(predictive(many[0]).probabilities, threshold)
+    assert sets.gather(1, many[1][:, None]).double().mean().item() == pytest.approx(0.9, abs=0.03)
+    assert sets.double().sum(-1).mean() < 12
 
 
 def test_the_threshold_is_the_finite_sample_quantile() -> None:
