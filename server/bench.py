@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
 import socket
 import statistics
@@ -216,6 +215,7 @@ def _timed(function: Callable[[], float]) -> list[float]:
 
 def main() -> None:
     """Prints the tables."""
+    from training.bench import machine
     from training.embedded import POSTERIOR, resolve
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     loop = PeftLoop(POSTERIOR, resolve(None))
-    print(f"machine: {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(f"machine: {machine()}")
     results: dict[str, dict[str, Any]] = {}
     for engine in arguments.engines:
         with running_server(engine, []) as (url, ready):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -84,6 +85,14 @@ def _measure_memory(method: str, model: str) -> None:
     print(json.dumps(_peak_mib()))
 
 
+def machine() -> str:
+    """Names the machine that figures come from."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    processor = names[0] if names else platform.processor() or platform.machine()
+    return f"{processor}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
+
+
 def main() -> None:
     """Prints the table."""
     from training.embedded import resolve
@@ -111,7 +120,7 @@ def main() -> None:
             if number >= 3:
                 times[method].append(time.perf_counter() - begin)
     reference = statistics.median(times["peft-lora"])
-    print(f"training step, {ROWS} rows of {TOKENS} tokens, {platform.machine()}, {torch.get_num_threads()} threads")
+    print(f"training step, {ROWS} rows of {TOKENS} tokens; {machine()}")
     print("| method | step ms | time ratio | peak MiB | memory ratio |\n|---|---|---|---|---|")
     for method in METHODS:
         median = statistics.median(times[method])
