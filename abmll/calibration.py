@@ -1,4 +1,4 @@
-"""Calibration of the predictive distribution: temperature scaling and split conformal sets."""
+"""Calibration of the predictive distribution: temperatures of tasks, and split conformal sets."""
 
 from __future__ import annotations
 
@@ -12,54 +12,109 @@ from torch import Tensor
 from abmll.predictive import predictive
 
 _RANGE = (0.05, 20.0)
+_GRID_POINTS = 121
+# Standard deviations of log T among tasks that a prior is chosen from. 0: all tasks share one temperature.
+_SPREADS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 
-def fit_temperature(
-    scores: Sequence[Tensor], answers: Sequence[Tensor], weights: Sequence[float] | None = None
-) -> float:
-    """Fits a temperature to labelled predictions by minimizing NLL (Guo et al. 2017).
+def _grid() -> Tensor:
+    return torch.linspace(math.log(_RANGE[0]), math.log(_RANGE[1]), _GRID_POINTS, dtype=torch.float64)
 
-    The temperature divides every draw's scores before the draws are averaged, as ``predictive`` does.
-    A group (a task) weighs the same whatever its size. Golden-section search on log T.
+
+def _losses(scores: Tensor, answers: Tensor) -> Tensor:
+    """Mean NLL at each temperature of the grid, shape (temperatures,); zeros for no answers."""
+    if len(answers) == 0:
+        return torch.zeros(_GRID_POINTS, dtype=torch.float64)
+    right = answers[None, :, None].expand(_GRID_POINTS, -1, 1)
+    tempered = scores.double()[:, None] / _grid().exp()[:, None, None]
+    return -predictive(tempered).probabilities.gather(-1, right).clamp_min(1e-12).log().mean(dim=(1, 2))
+
+
+def _shares(weights: Sequence[float] | None, count: int) -> Tensor:
+    share = torch.ones(count) if weights is None else torch.tensor(weights)
+    return share.double() / share.sum()
+
+
+class TemperaturePrior(BaseModel, frozen=True):
+    """How tasks' temperatures are spread: log T of a task ~ N(log median, spread^2).
+
+    Attributes:
+        median: The temperature of a task of which nothing is known.
+        spread: Standard deviation of log T among tasks; 0 where all share one.
+    """
+
+    median: float = Field(gt=0)
+    spread: float = Field(default=0.0, ge=0)
+
+    def penalty(self) -> Tensor:
+        """-log p(T) up to a constant at each temperature of the grid."""
+        deviation = (_grid() - math.log(self.median)) ** 2
+        if self.spread == 0:
+            return torch.where(deviation == deviation.min(), 0.0, torch.inf)
+        return deviation / (2 * self.spread**2)
+
+
+def task_temperature(prior: TemperaturePrior, scores: Tensor | None, answers: Tensor | None) -> float:
+    """A task's own temperature: the mode of its posterior given held-out answers of its support set.
+
+    log p(T | support) = sum_n log p(y_n | x_n, T, support without n) + log N(log T; log median, spread^2)
+
+    Tasks differ far more in how far to trust the model than one temperature can say: one that it half
+    knows needs T below 1, one that it cannot do needs T near infinity.
 
     Args:
-        scores: For each group, option scores under each draw in nats, shape (draws, n, options).
-        answers: For each group, the right option's index, shape (n,).
-        weights: What each group counts, positive; the same by default.
+        prior: How temperatures are spread among tasks.
+        scores: Option scores of the support examples, each by a posterior that has not seen it, shape
+            (draws, n, options) in nats; None where there are none.
+        answers: The right options, shape (n,).
 
     Returns:
-        The temperature, within 0.05 to 20.
+        The temperature; the prior's median where there are no answers or the spread is 0.
+    """
+    if scores is None or answers is None or len(answers) == 0 or prior.spread == 0:
+        return prior.median
+    return _grid()[(len(answers) * _losses(scores, answers) + prior.penalty()).argmin()].exp().item()
+
+
+def fit_temperature_prior(
+    support: Sequence[tuple[Tensor, Tensor] | None],
+    query: Sequence[tuple[Tensor, Tensor]],
+    weights: Sequence[float] | None = None,
+) -> TemperaturePrior:
+    """Fits the prior of tasks' temperatures: with it, tasks' own temperatures minimize NLL on their queries.
+
+    A temperature divides every draw's scores before the draws are averaged, as ``predictive`` does. A task
+    weighs the same whatever its size. Without support sets this is temperature scaling (Guo et al. 2017)
+    with one temperature for all. Temperatures lie on a logarithmic grid from 0.05 to 20.
+
+    Args:
+        support: For each validation task, scores and answers of its support set as ``task_temperature``
+            takes them; None where it has none.
+        query: For each task, scores (draws, n, options) and answers (n,) of its query set.
+        weights: What each task counts, positive; the same by default.
 
     Raises:
-        ValueError: No group, or an empty one.
+        ValueError: No task, or one without queries.
     """
-    if not scores or any(len(y) == 0 for y in answers):
-        raise ValueError("fitting a temperature needs at least one group, none of them empty")
-    share = torch.ones(len(scores)) if weights is None else torch.tensor(weights)
-    share = share.double() / share.sum()
+    if not query or any(len(answers) == 0 for _, answers in query):
+        raise ValueError("fitting temperatures needs at least one task, and queries of each")
+    known = [(0, _losses(*_EMPTY)) if s is None else (len(s[1]), _losses(*s)) for s in support]
+    evidence = torch.stack([count * losses for count, losses in known])
+    cost = torch.stack([_losses(*item) for item in query])
+    share = _shares(weights, len(query))
+    best: tuple[float, TemperaturePrior] | None = None
+    for spread in _SPREADS if any(count for count, _ in known) else (0.0,):
+        for log_median in _grid().tolist():
+            prior = TemperaturePrior(median=math.exp(log_median), spread=spread)
+            chosen = (evidence + prior.penalty()).argmin(dim=-1, keepdim=True)
+            loss = (share @ cost.gather(-1, chosen)).item()
+            if best is None or loss < best[0] - 1e-9:
+                best = loss, prior
+    assert best is not None
+    return best[1]
 
-    def loss(log_temperature: float) -> float:
-        temperature = math.exp(log_temperature)
-        losses = [
-            -predictive(each, temperature).probabilities.gather(-1, y[:, None]).clamp_min(1e-12).log().mean()
-            for each, y in zip(scores, answers, strict=True)
-        ]
-        return (share @ torch.stack(losses)).item()
 
-    low, high = math.log(_RANGE[0]), math.log(_RANGE[1])
-    ratio = (math.sqrt(5) - 1) / 2
-    left, right = high - ratio * (high - low), low + ratio * (high - low)
-    f_left, f_right = loss(left), loss(right)
-    for _ in range(60):
-        if f_left < f_right:
-            high, right, f_right = right, left, f_left
-            left = high - ratio * (high - low)
-            f_left = loss(left)
-        else:
-            low, left, f_left = left, right, f_right
-            right = low + ratio * (high - low)
-            f_right = loss(right)
-    return math.exp((low + high) / 2)
+_EMPTY = (torch.zeros(1, 0, 2), torch.zeros(0, dtype=torch.long))
 
 
 def _mass_above(probabilities: Tensor) -> Tensor:
@@ -115,7 +170,9 @@ class ShotCalibration(BaseModel, frozen=True):
 
     Attributes:
         shots: Labelled examples that the tasks were adapted with.
-        temperature: Divides the scores of every draw, see ``predictive``.
+        temperature: Divides the scores of every draw, see ``predictive``: the median of tasks', or one task's own.
+        spread: Standard deviation of log T among tasks; 0 where all share one temperature, or it is a task's own.
+        support: Held-out answers of its support set that a task's own temperature was fitted on; else 0.
         conformal: Coverage (as text, "0.9") to threshold on nonconformity after tempering.
         ece_before: Expected calibration error on the validation tasks before tempering.
         ece_after: After it, on held-out folds of validation tasks.
@@ -124,10 +181,20 @@ class ShotCalibration(BaseModel, frozen=True):
 
     shots: int = Field(ge=0)
     temperature: float = Field(gt=0)
+    spread: float = Field(default=0.0, ge=0)
+    support: int = Field(default=0, ge=0)
     conformal: dict[str, float]
     ece_before: float
     ece_after: float
     questions: int
+
+    def for_task(self, scores: Tensor | None, answers: Tensor | None) -> ShotCalibration:
+        """Returns the calibration of one task with its own temperature; arguments as ``task_temperature``."""
+        prior = TemperaturePrior(median=self.temperature, spread=self.spread)
+        own = task_temperature(prior, scores, answers)
+        return self.model_copy(
+            update={"temperature": own, "spread": 0.0, "support": 0 if answers is None else len(answers)}
+        )
 
 
 class Calibration(BaseModel, frozen=True):
@@ -146,3 +213,8 @@ class Calibration(BaseModel, frozen=True):
     def nearest(self, shots: int) -> ShotCalibration:
         """Returns the entry whose number of shots is nearest on a log scale."""
         return min(self.by_shots, key=lambda entry: abs(math.log1p(entry.shots) - math.log1p(shots)))
+
+    def for_task(self, shots: int, scores: Tensor | None, answers: Tensor | None) -> Calibration:
+        """Returns the calibration of one task after adaptation; arguments as ``task_temperature``."""
+        entry = self.nearest(shots).for_task(scores, answers).model_copy(update={"shots": shots})
+        return self.model_copy(update={"by_shots": [entry]})

@@ -55,3 +55,27 @@ def confidence_auroc(confidence: Tensor, correct: Tensor) -> float:
     if correct.all() or not correct.any():
         return float("nan")
     return float(roc_auc_score(correct.numpy(), confidence.double().numpy()))
+
+
+def adaptive_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
+    """Mean |accuracy - confidence| over bins of equal count (Nixon et al. 2019, arXiv 1904.01685)."""
+    order = confidence.double().argsort(stable=True)
+    errors = [
+        len(part) * abs((correct[part].double().mean() - confidence[part].double().mean()).item())
+        for part in order.tensor_split(min(bins, len(order)))
+    ]
+    return sum(errors) / len(order)
+
+
+def area_under_risk_coverage(confidence: Tensor, correct: Tensor) -> float:
+    """Mean error rate among the n surest answers, over n (Geifman & El-Yaniv 2017): 0 is perfect.
+
+    Answers of equal confidence count as their mean, in whatever order they come.
+    """
+    order = confidence.double().argsort(descending=True, stable=True)
+    errors = 1 - correct[order].double()
+    _, group = confidence.double()[order].unique_consecutive(return_inverse=True)
+    count = torch.zeros(int(group.max()) + 1, dtype=torch.float64).index_add(0, group, torch.ones_like(errors))
+    mean = torch.zeros_like(count).index_add(0, group, errors) / count
+    ranks = torch.arange(1, len(errors) + 1, dtype=torch.float64)
+    return (mean[group].cumsum(0) / ranks).mean().item()

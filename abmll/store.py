@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from abmll.calibration import Calibration
+from abmll.calibration import Calibration, ShotCalibration
 from abmll.errors import AbmllError, InvalidPosterior
 from abmll.posterior import LayerPosterior, Posterior, PosteriorConfig
 
@@ -98,11 +98,17 @@ def _card(posterior: Posterior, record: Record, calibration: Calibration | None)
     if calibration is None:
         lines.append("- not calibrated: its confidence is the raw predictive probability")
     lines += [
-        f"- after {entry.shots} shots: temperature {entry.temperature:.3f}, ECE on validation tasks "
+        f"- after {entry.shots} shots: temperature {_temperature_text(entry)}, ECE on validation tasks "
         f"{entry.ece_before:.3f} before and {entry.ece_after:.3f} after it ({entry.questions} answers)"
         for entry in (calibration.by_shots if calibration else [])
     ]
     return "\n".join(lines) + "\n"
+
+
+def _temperature_text(entry: ShotCalibration) -> str:
+    if entry.support:
+        return f"{entry.temperature:.3f} (the task's own, from {entry.support} held-out answers)"
+    return f"{entry.temperature:.3f}" + (f" (log T of tasks spread by {entry.spread:.2f})" if entry.spread else "")
 
 
 def _sync(path: Path) -> None:

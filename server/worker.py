@@ -54,8 +54,9 @@ class Adapter:
     def _adapt(self, job: Job) -> None:
         import torch
 
-        from training.adaptation import AdaptConfig, adapt  # these load transformers, which takes seconds
+        from training.adaptation import AdaptConfig  # these load transformers, which takes seconds
         from training.base_model import BaseModel, load_base
+        from training.task_calibration import adapt_and_calibrate
 
         settings, posterior = self.settings, self.prior.posterior
         if self._loaded is None:
@@ -73,12 +74,13 @@ class Adapter:
         if job.steps is not None:
             config = config.model_copy(update={"steps": job.steps})
         examples = self.registry.examples(job.id)
-        phi = adapt(
+        phi, calibration = adapt_and_calibrate(
             base,
             attached,
             posterior.map(lambda tensor: tensor.to(settings.adapt_device)),
             examples,
             config,
+            self.prior.calibration,
             seed=job.seed,
             on_step=lambda step, steps: self.registry.report(job.id, step / max(1, steps)),
         )
@@ -94,7 +96,7 @@ class Adapter:
             )
 
         def save() -> tuple[str, int]:
-            stored = self.store.add(job.task, phi, self.prior.calibration, record)
+            stored = self.store.add(job.task, phi, calibration, record)
             return stored.digest, stored.record.version
 
         self.registry.complete(job.id, save)
@@ -116,7 +118,7 @@ def main() -> None:
 
     import torch
 
-    import training.adaptation  # noqa: F401 # pyright: ignore[reportUnusedImport] -- spends its seconds before a job comes
+    import training.task_calibration  # noqa: F401 # pyright: ignore[reportUnusedImport] -- spends its seconds before a job comes
     from training.allocator import keep_freed_memory
 
     if hasattr(os, "nice"):

@@ -1,4 +1,4 @@
-"""The commands ``abmll pretrain``, ``train``, ``adapt`` and ``eval``.
+"""The commands ``abmll pretrain``, ``train``, ``adapt``, ``calibrate``, ``eval`` and ``bench``.
 
 Signatures stand here; whatever needs torch is imported inside, so that ``--help`` stays quick.
 """
@@ -6,13 +6,16 @@ Signatures stand here; whatever needs torch is imported inside, so that ``--help
 from __future__ import annotations
 
 import json
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from training.benchmark.command import bench_command
+from training.settings import checked, numbers, read_toml
+
 if TYPE_CHECKING:
+    from abmll.store import StoredPosterior
     from training.splits import Split
     from training.tasks import Task
 
@@ -38,18 +41,9 @@ def register(app: typer.Typer) -> None:
     app.command("pretrain")(pretrain_command)
     app.command("train")(train_command)
     app.command("adapt")(adapt_command)
+    app.command("calibrate")(calibrate_command)
     app.command("eval")(eval_command)
-
-
-def _read_settings(path: Path | None) -> dict[str, Any]:
-    from abmll.errors import AbmllError
-
-    if path is None:
-        return {}
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise AbmllError(f"cannot read settings from {path}: {error}", field="config") from error
+    app.command("bench")(bench_command)
 
 
 def _device(wanted: str | None) -> str:
@@ -70,19 +64,6 @@ def _dtype(name: str) -> Any:
     if name not in known:
         raise AbmllError(f"dtype is {name!r}; give float32 or bfloat16", field="dtype")
     return known[name]
-
-
-def _settings(model: Any, values: dict[str, Any]) -> Any:
-    from pydantic import ValidationError
-
-    from abmll.errors import AbmllError
-
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise AbmllError(f"setting {where}: {first['msg']} (got {first['input']!r})", field=where) from error
 
 
 def _split(tasks: list[Task], path: Path | None, seed: int, pins: list[str] | None, target: Path) -> Split:
@@ -124,7 +105,7 @@ def pretrain_command(
 
     loaded = load_tasks(tasks)
     chosen = _split(loaded, split, seed, pin, out.with_name(out.name + ".split.json"))
-    settings = _settings(PretrainConfig, {"minutes": minutes, "seed": seed} | _read_settings(config))
+    settings = checked(PretrainConfig, {"minutes": minutes, "seed": seed} | read_toml(config))
     pretrain(books, loaded, chosen, out, settings, start=start, device=_device(device))
     typer.echo(f"wrote {out}")
 
@@ -159,17 +140,17 @@ def train_command(
     from training.base.corpus import unseen_items
     from training.base_model import load_base
     from training.embedded import NAME, resolve
-    from training.evaluation import EvalConfig, calibrate, predict_tasks
+    from training.evaluation import EvalConfig, calibrate_anew
     from training.meta import MetaConfig, meta_train
     from training.progress import track
     from training.pseudo_tasks import pseudo_tasks
     from training.report import grouped, markdown
     from training.tasks import load_tasks
 
-    values = _read_settings(config)
+    values = read_toml(config)
     inner = {"beta": beta} | values.pop("inner", {})
     posterior_values = values.pop("posterior", {})
-    settings = _settings(MetaConfig, {"steps": steps, "minutes": minutes, "seed": seed, "inner": inner} | values)
+    settings = checked(MetaConfig, {"steps": steps, "minutes": minutes, "seed": seed, "inner": inner} | values)
     loaded = load_tasks(tasks)
     work = out.with_name(out.name + ".work")
     chosen = _split(loaded, split, seed, pin, work / "split.json")
@@ -182,7 +163,7 @@ def train_command(
         context=context,
         gradient_checkpointing=gradient_checkpointing,
     )
-    posterior_config = _settings(
+    posterior_config = checked(
         PosteriorConfig,
         {
             "base_model": model or NAME,
@@ -194,17 +175,17 @@ def train_command(
         | posterior_values,
     )
     attached = attach(base.model, posterior_config.targets)
-    training_tasks = unseen_items(Path(source), chosen.select(loaded, "train"))
-    if books is not None:
-        training_tasks += pseudo_tasks(books, pseudo, seed)
+    familiar = unseen_items(Path(source), chosen.select(loaded, "train"))
+    training_tasks = [*familiar, *(pseudo_tasks(books, pseudo, seed) if books is not None else [])]
     theta = meta_train(base, attached, training_tasks, posterior_config, settings, work)
     theta = theta.map(lambda tensor: tensor.to(base.device))
     evaluation = EvalConfig(draws=calibration_draws, seed=seed)
     validation = chosen.select(loaded, "validation")
     calibration, results = None, {}
     if validation:
-        predictions = predict_tasks(base, attached, theta, validation, settings.inner, evaluation, track)
-        calibration = calibrate(predictions, evaluation)
+        calibration, predictions = calibrate_anew(
+            base, attached, theta, validation, familiar, settings.inner, evaluation, track
+        )
         rows = grouped(predictions, calibration, lambda item: item.task.category)
         results = {f"{name}/{shots}": scores.model_dump() for name, shots, scores in rows}
         typer.echo(markdown(rows, "category (validation)"))
@@ -232,27 +213,101 @@ def adapt_command(
     """Adapt a global posterior to a task from labelled examples."""
     from abmll.errors import AbmllError
     from abmll.store import Record, load_posterior, save_posterior
-    from training.adaptation import AdaptConfig, adapt
+    from training.adaptation import AdaptConfig
     from training.progress import track
+    from training.task_calibration import adapt_and_calibrate
     from training.tasks import read_examples
 
     support = read_examples(examples)
     stored = load_posterior(posterior)
     inner = AdaptConfig.from_record(stored.record.training)
     if steps is not None:
-        inner = _settings(AdaptConfig, inner.model_dump() | {"steps": steps})
+        inner = checked(AdaptConfig, inner.model_dump() | {"steps": steps})
     if task == "global":
         raise AbmllError("the task name 'global' means the global posterior; choose another", field="task")
     base, attached, theta = _open(stored.posterior, model, dtype, device)
-    with track("adapt", total=inner.steps) as bar:
-        phi = adapt(
-            base, attached, theta, support, inner, seed=seed, on_step=lambda step, _: bar.update(step, {"step": step})
+    with track("adapt", total=1) as bar:
+        phi, calibration = adapt_and_calibrate(
+            base,
+            attached,
+            theta,
+            support,
+            inner,
+            stored.calibration,
+            seed=seed,
+            on_step=lambda step, steps: bar.update(step / max(1, steps), {"step": step}),
         )
     record = Record(
         task=task, parent=stored.digest, seed=seed, shots=len(support), training={"inner": inner.model_dump()}
     )
-    saved = save_posterior(out, phi, record, stored.calibration)
+    saved = save_posterior(out, phi, record, calibration)
     typer.echo(f"wrote {out}, posterior {saved.digest}")
+
+
+def calibrate_command(
+    posterior: Annotated[Path, typer.Argument(help="Folder of the global posterior; its calibration is replaced.")],
+    tasks: _Tasks,
+    model: _Model = None,
+    split: Annotated[Path | None, typer.Option(help="Split file; default: the posterior's own.")] = None,
+    shots: Annotated[str, typer.Option(help="Numbers of shots, joined by commas.")] = "0,4,16",
+    draws: Annotated[int, typer.Option(help="Draws.")] = 8,
+    queries: Annotated[int, typer.Option(help="Items predicted in each task, at most.")] = 100,
+    supports: Annotated[int, typer.Option(help="Support sets of each task and number of shots.")] = 1,
+    seed: int = 0,
+    dtype: _Dtype = "float32",
+    device: _Device = None,
+) -> None:
+    """Calibrate a global posterior anew, on validation families and new tasks of the training families' kinds."""
+    from abmll.store import load_posterior, save_posterior
+    from training.adaptation import AdaptConfig
+    from training.base.corpus import unseen_items
+    from training.embedded import resolve
+    from training.evaluation import EvalConfig, calibrate_anew
+    from training.progress import track
+    from training.report import grouped, markdown
+
+    stored = load_posterior(posterior)
+    validation = _tasks_of_part(tasks, split, "validation", stored)
+    training = unseen_items(
+        Path(resolve(model or stored.posterior.config.base_model)), _tasks_of_part(tasks, split, "train", stored)
+    )
+    config = checked(
+        EvalConfig,
+        {"shots": numbers(shots, "shots"), "draws": draws, "queries": queries, "supports": supports, "seed": seed},
+    )
+    base, attached, theta = _open(stored.posterior, model, dtype, device)
+    inner = AdaptConfig.from_record(stored.record.training)
+    calibration, predictions = calibrate_anew(base, attached, theta, validation, training, inner, config, track)
+    rows = grouped(predictions, calibration, lambda item: item.task.category)
+    typer.echo(markdown(rows, "category (validation)"))
+    results = {f"{name}/{shots}": scores.model_dump() for name, shots, scores in rows}
+    save_posterior(posterior, stored.posterior, stored.record.model_copy(update={"results": results}), calibration)
+    for entry in calibration.by_shots:
+        typer.echo(
+            f"{entry.shots} shots: temperatures around {entry.temperature:.2f}, log spread {entry.spread:.2f}; "
+            f"ECE {entry.ece_before:.3f} before, {entry.ece_after:.3f} after"
+        )
+
+
+def _tasks_of_part(tasks: Path, split: Path | None, part: str, stored: StoredPosterior) -> list[Task]:
+    """Loads the tasks of a part of the split; all of them for the part ``all``."""
+    from abmll.errors import AbmllError
+    from training.splits import Split, read_split
+    from training.tasks import load_tasks
+
+    loaded = load_tasks(tasks)
+    if part != "all":
+        own = stored.record.training.get("split")
+        if split is None and own is None:
+            raise AbmllError("the posterior carries no split; give --split FILE or --part all", field="split")
+        chosen = read_split(split) if split is not None else Split.model_validate(own)
+        parts = _PARTS.get(part)
+        if parts is None:
+            raise AbmllError(f"--part {part!r} must be train, validation, test, held-out or all", field="part")
+        loaded = [task for name in parts for task in chosen.select(loaded, name)]
+    if not loaded:
+        raise AbmllError(f"no task belongs to the part {part!r}", field="part")
+    return loaded
 
 
 def eval_command(
@@ -281,8 +336,6 @@ def eval_command(
     from training.evaluation import EvalConfig, predict_tasks
     from training.progress import track
     from training.report import grouped, markdown
-    from training.splits import Split, read_split
-    from training.tasks import load_tasks
 
     names = {
         "category": lambda item: item.task.category,
@@ -292,25 +345,11 @@ def eval_command(
     levels = by.split(",")
     if not set(levels) <= names.keys():
         raise AbmllError(f"--by {by!r} must be category, family or task, or several joined by commas", field="by")
-    try:
-        numbers = tuple(sorted({int(number) for number in shots.split(",")}))
-    except ValueError as error:
-        raise AbmllError(f"--shots {shots!r} must be whole numbers joined by commas, such as 0,4,16") from error
     stored = load_posterior(posterior or POSTERIOR)
-    loaded = load_tasks(tasks)
-    if part != "all":
-        own = stored.record.training.get("split")
-        if split is None and own is None:
-            raise AbmllError("the posterior carries no split; give --split FILE or --part all", field="split")
-        chosen = read_split(split) if split is not None else Split.model_validate(own)
-        parts = _PARTS.get(part)
-        if parts is None:
-            raise AbmllError(f"--part {part!r} must be train, validation, test, held-out or all", field="part")
-        loaded = [task for name in parts for task in chosen.select(loaded, name)]
-    if not loaded:
-        raise AbmllError(f"no task belongs to the part {part!r}", field="part")
-    config = _settings(
-        EvalConfig, {"shots": numbers, "draws": draws, "queries": queries, "supports": supports, "seed": seed}
+    loaded = _tasks_of_part(tasks, split, part, stored)
+    config = checked(
+        EvalConfig,
+        {"shots": numbers(shots, "shots"), "draws": draws, "queries": queries, "supports": supports, "seed": seed},
     )
     base, attached, theta = _open(stored.posterior, model, dtype, device)
     inner = AdaptConfig.from_record(stored.record.training)

@@ -87,6 +87,29 @@ def sample_episode(tasks: Sequence[Task], config: EpisodeConfig, rng: random.Ran
     return Episode(task.name, support, rest[: config.queries])
 
 
+def relabelled(tasks: Sequence[Task], per_family: int, items: int, max_chars: int, seed: int) -> list[Task]:
+    """Returns tasks of each family with their labels' meanings permuted: new tasks of a familiar kind.
+
+    Args:
+        tasks: The tasks.
+        per_family: At most so many of each family.
+        items: Tasks with fewer are left out.
+        max_chars: Items with longer text are left out.
+        seed: Seed of the choice and of the permutations.
+    """
+    families: dict[str, list[Task]] = {}
+    for task in keep_items(tasks, lambda _, e: len(e.prompt) + sum(map(len, e.options)) <= max_chars):
+        families.setdefault(task.family, []).append(task)
+    rng, config = random.Random(seed), EpisodeConfig(subset=0.0, permute=1.0)
+    made: list[Task] = []
+    for family in sorted(families):
+        for task in rng.sample(families[family], min(per_family, len(families[family]))):
+            varied = _vary(task, config, rng)
+            if len(varied.examples) >= items:
+                made.append(varied)
+    return made
+
+
 def keep_items(tasks: Sequence[Task], keep: Callable[[Task, Example], bool]) -> list[Task]:
     """Returns the tasks with only the items that ``keep`` accepts; tasks left with under 8 are dropped."""
     kept = [replace(task, examples=tuple(e for e in task.examples if keep(task, e))) for task in tasks]

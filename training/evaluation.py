@@ -16,10 +16,12 @@ from abmll import metrics
 from abmll.calibration import (
     Calibration,
     ShotCalibration,
+    TemperaturePrior,
     conformal_scores,
     conformal_threshold,
-    fit_temperature,
+    fit_temperature_prior,
     prediction_set,
+    task_temperature,
 )
 from abmll.draw_scores import score_draws
 from abmll.layers import Attached
@@ -27,9 +29,15 @@ from abmll.posterior import Posterior
 from abmll.predictive import predictive
 from training.adaptation import AdaptConfig, adapt_labelled
 from training.base_model import BaseModel as Base
-from training.episodes import draw_support, label
+from training.episodes import draw_support, label, relabelled
 from training.progress import Progress, silent
+from training.task_calibration import held_out_scores
 from training.tasks import Task
+
+# Of each training family so many tasks calibrate, with so many queries of at most so many characters.
+FAMILIAR_TASKS = 2
+FAMILIAR_QUERIES = 60
+FAMILIAR_CHARACTERS = 500
 
 
 class EvalConfig(BaseModel, frozen=True):
@@ -53,6 +61,8 @@ class TaskPredictions:
         scores: Option scores under each draw in nats, shape (draws, queries, options).
         answers: The right options, shape (queries,).
         chance: Share of the most frequent answer of the task.
+        support: Scores and answers of the support set, each by a posterior that has not seen it, as
+            ``task_temperature`` takes them; None where it is too small.
     """
 
     task: Task
@@ -60,6 +70,7 @@ class TaskPredictions:
     scores: Tensor
     answers: Tensor
     chance: float
+    support: tuple[Tensor, Tensor] | None = None
 
 
 def predict_task(
@@ -86,7 +97,8 @@ def predict_task(
     questions = [item.question for item in query]
     scores = score_draws(attached, phi, questions, range(config.draws), config.seed)
     answers = torch.tensor([item.answer for item in query])
-    return TaskPredictions(task, shots, scores, answers, task.majority_share)
+    held_out = held_out_scores(attached, theta, support, inner, draws=config.draws, seed=config.seed)
+    return TaskPredictions(task, shots, scores, answers, task.majority_share, held_out)
 
 
 def predict_tasks(
@@ -106,6 +118,41 @@ def predict_tasks(
             results.append(predict_task(base, attached, theta, task, shots, inner, config, repeat))
             bar.update(number, {"tasks": (number - 1) // (len(config.shots) * config.supports) + 1})
     return results
+
+
+def calibrate_anew(
+    base: Base,
+    attached: Attached,
+    theta: Posterior,
+    validation: Sequence[Task],
+    training: Sequence[Task],
+    inner: AdaptConfig,
+    config: EvalConfig,
+    progress: Progress = silent,
+) -> tuple[Calibration, list[TaskPredictions]]:
+    """Predicts validation tasks and new tasks of the training families' kinds, and calibrates on them.
+
+    Args:
+        base: Model and tokenizer.
+        attached: The same model, attached.
+        theta: The global posterior.
+        validation: Tasks that meta-training has not seen.
+        training: Tasks of the training families, best items that the base model has not read.
+        inner: Inner-loop settings.
+        config: Settings.
+        progress: Shows progress.
+
+    Returns:
+        The calibration, and the predictions on the validation tasks.
+    """
+    predictions = predict_tasks(base, attached, theta, validation, inner, config, progress)
+    some = tuple(shots for shots in config.shots if shots > 0)  # with none, new labels cannot be known
+    familiar: list[TaskPredictions] = []
+    if some:
+        fewer = config.model_copy(update={"shots": some, "queries": min(config.queries, FAMILIAR_QUERIES)})
+        tasks = relabelled(training, FAMILIAR_TASKS, FAMILIAR_QUERIES, FAMILIAR_CHARACTERS, config.seed)
+        familiar = predict_tasks(base, attached, theta, tasks, inner, fewer, progress)
+    return calibrate(predictions, config, familiar), predictions
 
 
 class Scores(BaseModel, frozen=True):
@@ -138,7 +185,8 @@ def score(predictions: Sequence[TaskPredictions], calibration: Calibration | Non
     confidences: list[Tensor] = []
     corrects: list[Tensor] = []
     for item in predictions:
-        entry = None if calibration is None else calibration.nearest(item.shots)
+        own = None if calibration is None else calibration.for_task(item.shots, *(item.support or (None, None)))
+        entry = None if own is None else own.by_shots[0]
         result = predictive(item.scores, 1.0 if entry is None else entry.temperature)
         probabilities, sets = result.probabilities, None
         if entry is not None and "0.9" in entry.conformal:
@@ -163,46 +211,64 @@ def score(predictions: Sequence[TaskPredictions], calibration: Calibration | Non
     return Scores(**means, ece=ece, tasks=len({item.task.name for item in predictions}))
 
 
-def calibrate(predictions: Sequence[TaskPredictions], config: EvalConfig) -> Calibration:
-    """Fits temperature and conformal thresholds for each number of shots on validation tasks.
+def calibrate(
+    predictions: Sequence[TaskPredictions], config: EvalConfig, familiar: Sequence[TaskPredictions] = ()
+) -> Calibration:
+    """Fits how temperatures are spread, and conformal thresholds, for each number of shots.
 
+    Tasks to come lie between those of a kind that meta-training knew and those that are like none of them: the
+    two kinds count the same in the spread of temperatures. Thresholds come from the validation tasks alone.
     ``ece_after`` is honest: each family's answers are tempered by a fit to the other families.
+
+    Args:
+        predictions: On validation tasks.
+        config: Their settings.
+        familiar: On new tasks of the training families' kinds; none for validation tasks alone.
     """
     entries: list[ShotCalibration] = []
     for shots in sorted({item.shots for item in predictions}):
         group = [item for item in predictions if item.shots == shots]
-        temperature = _fit_temperature(group)
-        tempered = [predictive(item.scores, temperature).probabilities for item in group]
+        known = [item for item in familiar if item.shots == shots]
+        prior = _fit_prior(group, known)
+        tempered = [predictive(item.scores, _temperature(prior, item)).probabilities for item in group]
         nonconformity = torch.cat([conformal_scores(p, i.answers) for p, i in zip(tempered, group, strict=True)])
         entries.append(
             ShotCalibration(
                 shots=shots,
-                temperature=temperature,
+                temperature=prior.median,
+                spread=prior.spread,
                 conformal={str(level): conformal_threshold(nonconformity, level) for level in config.coverage},
                 ece_before=score(group, None).ece,
-                ece_after=_held_out_ece(group),
+                ece_after=_held_out_ece(group, known),
                 questions=len(nonconformity),
             )
         )
     return Calibration(by_shots=entries, fitted_on=sorted({item.task.name for item in predictions}), draws=config.draws)
 
 
-def _fit_temperature(group: Sequence[TaskPredictions]) -> float:
-    # New tasks come from new families: a family counts once, not once for each of its tasks.
-    tasks = Counter(item.task.family for item in group)
-    weights = [1 / tasks[item.task.family] for item in group]
-    return fit_temperature([item.scores for item in group], [item.answers for item in group], weights)
+def _fit_prior(group: Sequence[TaskPredictions], familiar: Sequence[TaskPredictions]) -> TemperaturePrior:
+    weights: list[float] = []
+    for part in (group, familiar):
+        # New tasks come from new families: a family counts once, not once for each of its tasks.
+        tasks = Counter(item.task.family for item in part)
+        weights += [1 / (len(tasks) * tasks[item.task.family]) for item in part]
+    items = [*group, *familiar]
+    return fit_temperature_prior([i.support for i in items], [(i.scores, i.answers) for i in items], weights)
 
 
-def _held_out_ece(group: Sequence[TaskPredictions]) -> float:
+def _temperature(prior: TemperaturePrior, item: TaskPredictions) -> float:
+    return task_temperature(prior, *(item.support or (None, None)))
+
+
+def _held_out_ece(group: Sequence[TaskPredictions], familiar: Sequence[TaskPredictions]) -> float:
     confidences: list[Tensor] = []
     corrects: list[Tensor] = []
     for family in sorted({item.task.family for item in group}):
         inside = [item for item in group if item.task.family == family]
         others = [item for item in group if item.task.family != family] or inside
-        temperature = _fit_temperature(others)
+        prior = _fit_prior(others, familiar)
         for item in inside:
-            result = predictive(item.scores, temperature)
+            result = predictive(item.scores, _temperature(prior, item))
             confidences.append(result.confidence)
             corrects.append(result.answer == item.answers)
     return metrics.expected_calibration_error(torch.cat(confidences), torch.cat(corrects))

@@ -35,7 +35,11 @@ class Split(BaseModel, frozen=True):
         """
         unknown = sorted({task.family for task in tasks} - self.families.keys())
         if unknown:
-            raise AbmllError(f"the split does not know the family {unknown[0]!r}; make a new split", field="split")
+            raise AbmllError(
+                f"the split does not know the family {unknown[0]!r}: is the tasks' folder the one with the "
+                "manifest.json that names the families? Else give --split, or --part all",
+                field="split",
+            )
         return [task for task in tasks if self.families[task.family] == part]
 
 

@@ -2,19 +2,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize_scalar
+from scipy.stats import norm
 from sklearn.metrics import log_loss
 from torch import Tensor
 
 from abmll.calibration import (
     Calibration,
     ShotCalibration,
+    TemperaturePrior,
     conformal_scores,
     conformal_threshold,
-    fit_temperature,
+    fit_temperature_prior,
     prediction_set,
+    task_temperature,
 )
 from abmll.predictive import predictive
 
@@ -27,10 +31,15 @@ def labelled(count: int, options: int, temperature: float, seed: int) -> tuple[T
     return scores, torch.multinomial(truth, 1, generator=generator)[:, 0]
 
 
+def shared_temperature(groups: list[tuple[Tensor, Tensor]], weights: list[float] | None = None) -> float:
+    prior = fit_temperature_prior([None] * len(groups), groups, weights)
+    assert prior.spread == 0
+    return prior.median
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_the_true_temperature_is_found(temperature: float) -> None:
-    scores, answers = labelled(20_000, 4, temperature, 0)
-    assert fit_temperature([scores], [answers]) == pytest.approx(temperature, rel=0.05)
+    assert shared_temperature([labelled(20_000, 4, temperature, 0)]) == pytest.approx(temperature, rel=0.06)
 
 
 def test_it_is_the_minimizer_of_the_mean_of_the_tasks_losses() -> None:
@@ -43,22 +52,58 @@ def test_it_is_the_minimizer_of_the_mean_of_the_tasks_losses() -> None:
         return sum(float(log_loss(y, p, labels=list(range(k)))) for p, y, k in tempered) / 2
 
     best: Any = minimize_scalar(loss, bounds=(0.1, 10), method="bounded", options={"xatol": 1e-6})
-    fitted = fit_temperature([each for each, _ in groups], [y for _, y in groups])
-    assert fitted == pytest.approx(float(best.x), rel=1e-3)
-    assert loss(fitted) < loss(1.0)
+    fitted = shared_temperature(groups)
+    assert fitted == pytest.approx(float(best.x), rel=0.03)  # the grid's step is 5 %
+    assert loss(fitted) == pytest.approx(float(best.fun), abs=1e-4)
 
 
 def test_a_weight_counts_like_so_many_copies() -> None:
     one, other = labelled(300, 3, 2.0, 1), labelled(300, 3, 0.8, 2)
-    copies = fit_temperature([one[0], other[0], other[0]], [one[1], other[1], other[1]])
-    assert fit_temperature([one[0], other[0]], [one[1], other[1]], [1, 2]) == pytest.approx(copies, rel=1e-6)
+    assert shared_temperature([one, other], [1, 2]) == shared_temperature([one, other, other])
 
 
 def test_fitting_needs_data() -> None:
-    with pytest.raises(ValueError, match="at least one group"):
-        fit_temperature([], [])
-    with pytest.raises(ValueError, match="none of them empty"):
-        fit_temperature([torch.zeros(1, 0, 2)], [torch.zeros(0, dtype=torch.long)])
+    with pytest.raises(ValueError, match="at least one task"):
+        fit_temperature_prior([], [])
+    with pytest.raises(ValueError, match="queries of each"):
+        fit_temperature_prior([None], [(torch.zeros(1, 0, 2), torch.zeros(0, dtype=torch.long))])
+
+
+def test_a_task_temperature_is_the_mode_of_prior_and_likelihood() -> None:
+    scores, answers = labelled(16, 3, 4.0, 3)
+    prior = TemperaturePrior(median=1.0, spread=0.7)
+
+    def negative_log_posterior(log_temperature: float) -> float:
+        p = predictive(scores, float(np.exp(log_temperature))).probabilities.numpy()
+        likelihood = float(log_loss(answers.numpy(), p, labels=[0, 1, 2], normalize=False))
+        return likelihood - float(norm.logpdf(log_temperature, 0.0, 0.7))
+
+    best: Any = minimize_scalar(negative_log_posterior, bounds=(-3, 3), method="bounded")
+    assert task_temperature(prior, scores, answers) == pytest.approx(float(np.exp(best.x)), rel=0.03)
+
+
+def test_a_task_of_which_nothing_is_known_has_the_median_temperature() -> None:
+    scores, answers = labelled(16, 3, 4.0, 3)
+    assert task_temperature(TemperaturePrior(median=2.0, spread=0.7), None, None) == 2.0
+    assert task_temperature(TemperaturePrior(median=2.0), scores, answers) == 2.0
+
+
+def test_temperatures_of_tasks_are_found_to_differ_where_they_do() -> None:
+    true = [0.3, 0.5, 1.0, 2.0, 4.0, 8.0]
+    support = [labelled(40, 4, t, 10 + i) for i, t in enumerate(true)]
+    query = [labelled(400, 4, t, 50 + i) for i, t in enumerate(true)]
+    prior = fit_temperature_prior(support, query)
+    assert prior.spread >= 0.75
+    for temperature, (scores, answers) in zip(true, support, strict=True):
+        assert task_temperature(prior, scores, answers) == pytest.approx(temperature, rel=0.6)
+
+
+def test_temperatures_of_tasks_are_shared_where_they_are_the_same() -> None:
+    support = [labelled(8, 4, 2.0, 10 + i) for i in range(8)]
+    query = [labelled(400, 4, 2.0, 50 + i) for i in range(8)]
+    prior = fit_temperature_prior(support, query)
+    assert prior.spread <= 0.2
+    assert prior.median == pytest.approx(2.0, rel=0.12)
 
 
 @pytest.mark.parametrize("coverage", [0.8, 0.9])

@@ -59,3 +59,21 @@ def test_edges_of_bins_and_of_certainty() -> None:
     assert metrics.brier(sure, torch.tensor([1])) == 2.0
     for correct in ([True, True], [False, False]):
         assert math.isnan(metrics.confidence_auroc(torch.tensor([0.3, 0.9]), torch.tensor(correct)))
+
+
+def test_adaptive_ece_is_the_gap_in_bins_of_equal_count() -> None:
+    generator = torch.Generator().manual_seed(3)
+    confidence = torch.rand(60, generator=generator, dtype=torch.double)
+    correct = torch.rand(60, generator=generator) < confidence
+    pairs = sorted(zip(confidence.tolist(), correct.tolist(), strict=True))
+    gaps = [abs(sum(c for c, _ in pairs[i : i + 4]) - sum(r for _, r in pairs[i : i + 4])) for i in range(0, 60, 4)]
+    assert metrics.adaptive_calibration_error(confidence, correct) == pytest.approx(sum(gaps) / 60)
+
+
+def test_area_under_risk_coverage_is_the_mean_risk_of_the_surest() -> None:
+    confidence = torch.tensor([0.9, 0.3, 0.8, 0.6])
+    correct = torch.tensor([True, False, False, True])
+    assert metrics.area_under_risk_coverage(confidence, correct) == pytest.approx((0 + 1 / 2 + 1 / 3 + 2 / 4) / 4)
+    equal = torch.full((4,), 0.5)
+    assert metrics.area_under_risk_coverage(equal, correct) == pytest.approx(0.5)
+    assert metrics.area_under_risk_coverage(equal, correct.flip(0)) == pytest.approx(0.5)

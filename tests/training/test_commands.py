@@ -67,7 +67,16 @@ def test_train_adapt_and_eval(trained: tuple[Path, Path, str], tmp_path: Path) -
     abmll("adapt", theta, "--examples", examples, "--task", "films", "--out", tmp_path / "phi", "--steps", 3)
     phi = load_posterior(tmp_path / "phi")
     assert (phi.record.task, phi.record.shots, phi.record.parent) == ("films", 40, stored.digest)
-    assert phi.calibration == stored.calibration
+    assert stored.calibration is not None
+    assert phi.calibration is not None
+    assert [entry.shots for entry in phi.calibration.by_shots] == [40]
+    assert phi.calibration.fitted_on == stored.calibration.fitted_on
+    table_again = abmll("calibrate", theta, "--tasks", data, "--shots", "0,4", "--draws", 2, "--queries", 10)
+    assert "4 shots: temperatures around" in table_again
+    again = load_posterior(theta)
+    assert again.digest == stored.digest
+    assert again.calibration is not None
+    assert [entry.shots for entry in again.calibration.by_shots] == [0, 4]
 
 
 @pytest.mark.slow

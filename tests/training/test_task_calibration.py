@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from abmll.calibration import Calibration, ShotCalibration
+from abmll.layers import Attached, init_posterior
+from abmll.posterior import Posterior, PosteriorConfig
+from tests.training.conftest import TARGETS, rule_task
+from training.adaptation import AdaptConfig, adapt
+from training.base_model import BaseModel
+from training.episodes import label
+from training.task_calibration import adapt_and_calibrate, folds_of, held_out_scores
+
+CONFIG = AdaptConfig(steps=4, learning_rate=2e-2)
+EXAMPLES = rule_task(0).examples[:10]
+CALIBRATION = Calibration(
+    by_shots=[
+        ShotCalibration(
+            shots=shots, temperature=2.0, spread=spread, conformal={"0.9": 0.8}, ece_before=0, ece_after=0, questions=1
+        )
+        for shots, spread in ((0, 0.0), (16, 1.0))
+    ],
+    fitted_on=["films"],
+    draws=2,
+)
+
+
+@pytest.fixture
+def theta(attached: Attached) -> Posterior:
+    return init_posterior(attached, PosteriorConfig(base_model="tiny", targets=TARGETS), 0)
+
+
+def test_no_example_is_scored_by_a_posterior_that_has_seen_it(
+    base: BaseModel, attached: Attached, theta: Posterior
+) -> None:
+    support = label(base, theta.config.template, EXAMPLES)
+    before = held_out_scores(attached, theta, support, CONFIG, draws=2, seed=0)
+    support[3] = replace(support[3], answer=1 - support[3].answer)
+    after = held_out_scores(attached, theta, support, CONFIG, draws=2, seed=0)
+    assert before is not None
+    assert after is not None
+    same = [torch.equal(before[0][:, i], after[0][:, i]) for i in range(10)]
+    assert same[3]
+    assert same.count(False) >= 6  # those of the other folds have met the changed label
+    assert before[0].shape == (2, 10, 2)
+    assert before[0].isfinite().all()
+    assert before[1].tolist() == [example.answer for example in EXAMPLES]
+
+
+def test_one_example_leaves_nothing_to_hold_out(base: BaseModel, attached: Attached, theta: Posterior) -> None:
+    support = label(base, theta.config.template, EXAMPLES[:1])
+    assert held_out_scores(attached, theta, support, CONFIG, draws=2, seed=0) is None
+    assert [folds_of(n) for n in (0, 1, 2, 3, 4, 64)] == [0, 0, 2, 3, 4, 4]
+
+
+def test_a_task_gets_its_own_temperature_and_the_posterior_of_adaptation(
+    base: BaseModel, attached: Attached, theta: Posterior
+) -> None:
+    steps: list[tuple[int, int]] = []
+    phi, calibration = adapt_and_calibrate(
+        base, attached, theta, EXAMPLES, CONFIG, CALIBRATION, seed=1, on_step=lambda *at: steps.append(at)
+    )
+    assert phi.digest() == adapt(base, attached, theta, EXAMPLES, CONFIG, seed=1).digest()
+    assert calibration is not None
+    (entry,) = calibration.by_shots
+    assert (entry.shots, entry.support, entry.spread) == (10, 10, 0.0)
+    assert entry.temperature != 2.0
+    assert entry.conformal == {"0.9": 0.8}
+    assert steps == [(n, 20) for n in range(20)]
+
+
+def test_where_tasks_share_a_temperature_nothing_is_held_out(
+    base: BaseModel, attached: Attached, theta: Posterior
+) -> None:
+    steps: list[tuple[int, int]] = []
+    few = EXAMPLES[:2]
+    _, calibration = adapt_and_calibrate(
+        base, attached, theta, few, CONFIG, CALIBRATION, on_step=lambda *at: steps.append(at)
+    )
+    assert calibration is not None
+    assert (calibration.by_shots[0].temperature, calibration.by_shots[0].support) == (2.0, 0)
+    assert steps == [(n, 4) for n in range(4)]
+    assert adapt_and_calibrate(base, attached, theta, few, CONFIG, None)[1] is None

@@ -1,0 +1,92 @@
+"""What a method of the benchmark is: something that learns from tasks, then predicts from a few examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from abmll.examples import Example
+from training.base_model import BaseModel
+from training.episodes import EpisodeConfig
+from training.tasks import Task
+
+# Returns a fresh copy of the base model: a method may put adapters into it.
+Load = Callable[[], BaseModel]
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every method may spend.
+
+    Attributes:
+        meta_steps: Steps of learning over tasks.
+        tasks_per_step: Episodes in a step.
+        episodes: How episodes are drawn.
+        steps: Gradient steps of adaptation to one task, in meta-learning as in prediction.
+        batch: Support examples in a gradient step, at most.
+        draws: Draws (or samples, or members) in prediction.
+        rank: Rank of LoRA; of a posterior's draw, where the method has draws.
+        targets: Names of the adapted modules.
+    """
+
+    meta_steps: int
+    tasks_per_step: int
+    episodes: EpisodeConfig
+    steps: int = 12
+    batch: int = 16
+    draws: int = 8
+    rank: int = 8
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+
+
+class Learner(Protocol):
+    """A method that has learned from the training tasks, or needs none.
+
+    Attributes:
+        parameters: Trained parameters of one task's model.
+        passes: Forward passes for one answer.
+    """
+
+    parameters: int
+    passes: int
+
+    def predict(self, support: Sequence[Example], query: Sequence[Example], seed: int) -> Tensor:
+        """Scores the options of questions after seeing labelled examples.
+
+        Args:
+            support: The labelled examples; perhaps none.
+            query: The questions; their answers are not looked at.
+            seed: Seed of whatever is random.
+
+        Returns:
+            Option scores under each draw in nats, shape (draws, queries, options), on the CPU.
+        """
+        ...
+
+
+class Method(Protocol):
+    """A way to learn tasks.
+
+    Attributes:
+        name: Shown in tables.
+        trials: Settings that are tried on the validation tasks; every method has as many.
+    """
+
+    name: str
+    trials: Sequence[Settings]
+
+    def learn(self, load: Load, tasks: Sequence[Task], settings: Settings, budget: Budget, seed: int) -> Learner:
+        """Learns from the training tasks.
+
+        Args:
+            load: Gives a fresh base model.
+            tasks: The training tasks.
+            settings: One of ``trials``.
+            budget: What may be spent.
+            seed: Seed of learning.
+        """
+        ...

@@ -1,0 +1,119 @@
+"""Pictures of the benchmark's results, drawn from its rows alone, as PNG and SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+
+from abmll.metrics import calibration_bins, expected_calibration_error
+from training.benchmark.report import BOUND, Row, answers, names, select
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Draws every picture; returns the PNG files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [reliability(rows, folder), risk_coverage(rows, folder), against_shots(rows, folder)]
+
+
+def _save(figure: Any, folder: Path, name: str) -> Path:
+    for kind in ("png", "svg"):
+        figure.savefig(folder / f"{name}.{kind}", dpi=130, bbox_inches="tight")
+    plt.close(figure)
+    return folder / f"{name}.png"
+
+
+def _colours(methods: Sequence[str]) -> dict[str, Any]:
+    palette = plt.get_cmap("tab20")
+    colours: dict[str, Any] = {name: palette(number % 20) for number, name in enumerate(methods)}
+    return colours | ({BOUND: "black"} if BOUND in colours else {})
+
+
+def reliability(rows: Sequence[Row], folder: Path) -> Path:
+    """Accuracy against confidence after calibration, a panel a method, all shots pooled."""
+    chosen = select(rows, calibrated=True)
+    methods = names(chosen)
+    columns = min(4, len(methods))
+    height = -(-len(methods) // columns)
+    figure, axes = plt.subplots(
+        height, columns, figsize=(3 * columns, 3 * height), squeeze=False, sharex=True, sharey=True
+    )
+    for axis in axes.flat[len(methods) :]:
+        axis.set_axis_off()
+    for axis, method in zip(axes.flat, methods, strict=False):
+        pairs = answers(select(chosen, method=method))
+        confidence, correct = torch.cat([c for c, _ in pairs]), torch.cat([c for _, c in pairs])
+        count, mean, right = calibration_bins(confidence, correct)
+        used = count > 0
+        axis.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+        axis.bar(mean[used], count[used] / count.sum(), width=0.03, color="0.85")
+        axis.plot(mean[used], right[used], marker="o", markersize=3.5, linewidth=1.2)
+        axis.set_title(f"{method}\nECE {expected_calibration_error(confidence, correct):.3f}", fontsize=9)
+        axis.set_xlim(0, 1)
+        axis.set_ylim(0, 1)
+    figure.supxlabel("confidence (bars: share of answers)", fontsize=10)
+    figure.supylabel("accuracy", fontsize=10)
+    figure.tight_layout()
+    return _save(figure, folder, "reliability")
+
+
+def risk_coverage(rows: Sequence[Row], folder: Path) -> Path:
+    """Error among the surest answers against their share, at the most shots."""
+    chosen = select(rows, calibrated=True, shots=max(row["shots"] for row in rows))
+    methods = names(chosen)
+    colours = _colours(methods)
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    for method in methods:
+        pairs = answers(select(chosen, method=method))
+        confidence, correct = torch.cat([c for c, _ in pairs]), torch.cat([c for _, c in pairs])
+        error = 1 - correct[confidence.argsort(descending=True)].double().numpy()
+        covered = np.arange(1, len(error) + 1)
+        axis.plot(covered / len(error), error.cumsum() / covered, label=method, color=colours[method], linewidth=1.3)
+    axis.set_xlabel("coverage: share of answers kept, the surest first")
+    axis.set_ylabel("risk: error rate among them")
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _save(figure, folder, "risk-coverage")
+
+
+def against_shots(rows: Sequence[Row], folder: Path) -> Path:
+    """Accuracy, ECE, NLL and epistemic uncertainty against shots, calibrated."""
+    chosen = select(rows, calibrated=True)
+    methods = names(chosen)
+    colours = _colours(methods)
+
+    def mean(column: str) -> Callable[[Sequence[Row]], float]:
+        return lambda own: sum(row[column] for row in own) / len(own)
+
+    def ece(own: Sequence[Row]) -> float:
+        pairs = answers(own)
+        return expected_calibration_error(torch.cat([c for c, _ in pairs]), torch.cat([c for _, c in pairs]))
+
+    panels: list[tuple[str, Callable[[Sequence[Row]], float]]] = [
+        ("accuracy", mean("accuracy")),
+        ("ECE", ece),
+        ("NLL (nats)", mean("nll")),
+    ]
+    if any("kl_exact" in row for row in chosen):
+        panels.append(("KL(exact Bayes ‖ method) (nats)", mean("kl_exact")))
+    panels.append(("epistemic uncertainty (nats)", mean("epistemic")))
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.4))
+    shots = sorted({row["shots"] for row in chosen})
+    for axis, (title, measure) in zip(axes, panels, strict=True):
+        for method in methods:
+            own = select(chosen, method=method)
+            values = [measure(select(own, shots=k)) for k in shots]
+            axis.plot(shots, values, marker="o", markersize=3, color=colours[method], label=method, linewidth=1.2)
+        axis.set_xscale("symlog", base=2)
+        axis.set_xticks(shots, [str(k) for k in shots])
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("shots")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    return _save(figure, folder, "against-shots")

@@ -1,0 +1,92 @@
+"""Tables of the benchmark's results, drawn from its rows alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abmll.metrics import adaptive_calibration_error, expected_calibration_error
+from training.benchmark.measures import LESS_IS_BETTER, bootstrap, pooled_interval
+
+Row = dict[str, Any]
+POOLED = {"ece": expected_calibration_error, "adaptive ece": adaptive_calibration_error}
+MEANS = ("accuracy", "nll", "brier", "auroc", "aurc", "kl_exact")
+BOUND = "exact bayes"
+
+
+def select(rows: Sequence[Row], **wanted: Any) -> list[Row]:
+    """Returns the rows whose columns have the wanted values."""
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def answers(rows: Sequence[Row]) -> list[tuple[Tensor, Tensor]]:
+    """Confidence and correctness of each row's answers, shape (n,) each."""
+    return [(torch.tensor(row["confidence"], dtype=torch.float64), torch.tensor(row["correct"])) for row in rows]
+
+
+def names(rows: Sequence[Row]) -> list[str]:
+    """Methods in the order of their first row."""
+    return list(dict.fromkeys(row["method"] for row in rows))
+
+
+def _interval(value: tuple[float, float, float]) -> str:
+    mean, low, high = value
+    return "–" if math.isnan(mean) else f"{mean:.3f} ({low:.3f} to {high:.3f})"
+
+
+def quality_table(rows: Sequence[Row], shots: int, calibrated: bool) -> str:
+    """Measures of each method at a number of shots: mean over tasks and seeds, 95 % bootstrap interval over tasks.
+
+    ECE and adaptive ECE are of the pooled answers.
+    """
+    chosen = select(rows, shots=shots, calibrated=calibrated)
+    means = [name for name in MEANS if any(name in row for row in chosen)]
+    heads = ["method", *POOLED, *(name.replace("_", " ") for name in means)]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for method in names(chosen):
+        own = select(chosen, method=method)
+        cells = [_interval(pooled_interval(answers(own), measure)) for measure in POOLED.values()]
+        cells += [_interval(bootstrap([row.get(name, math.nan) for row in own])) for name in means]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def paired_table(rows: Sequence[Row], shots: int, calibrated: bool, ours: Sequence[str]) -> str:
+    """Paired differences of our methods to the best baseline of each measure, task by task; below 0 we are better.
+
+    For measures of which more is better, the difference's sign is turned.
+    """
+    chosen = select(rows, shots=shots, calibrated=calibrated)
+    means = [name for name in MEANS if any(name in row for row in chosen)]
+    baselines = [name for name in names(chosen) if name not in ours and name != BOUND]
+    lines = ["| measure | best baseline | " + " | ".join(ours) + " |", "|" + "---|" * (2 + len(ours))]
+    for measure in means:
+        sign = 1 if LESS_IS_BETTER[measure] else -1
+
+        def values(method: str, measure: str = measure, sign: int = sign) -> dict[tuple[int, str], float]:
+            own = select(chosen, method=method)
+            return {(row["seed"], row["task"]): sign * row.get(measure, math.nan) for row in own}
+
+        best = min(baselines, key=lambda name: bootstrap(list(values(name).values()))[0])
+        theirs = values(best)
+        cells = [_interval(bootstrap([v - theirs[k] for k, v in values(name).items()])) for name in ours]
+        lines.append(f"| {measure.replace('_', ' ')} | {best} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cost_table(rows: Sequence[Row]) -> str:
+    """What each method costs: parameters, seconds of learning, seconds of one task, passes of an answer."""
+    lines = [
+        "| method | trained parameters | learning s | a task's adaptation and queries s | passes an answer |",
+        "|" + "---|" * 5,
+    ]
+    for method in names(rows):
+        own = select(rows, method=method, calibrated=False)
+        learn = sum(row["learn_s"] for row in own) / len(own)
+        predict = sum(row["predict_s"] for row in own) / len(own)
+        lines.append(f"| {method} | {own[0]['parameters']:,} | {learn:.1f} | {predict:.2f} | {own[0]['passes']} |")
+    return "\n".join(lines)

@@ -1,0 +1,126 @@
+"""A task's own temperature, from support examples that its posterior was not told of."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from abmll.calibration import Calibration
+from abmll.draw_scores import score_draws
+from abmll.examples import Example
+from abmll.layers import Attached
+from abmll.objective import Labelled
+from abmll.posterior import Posterior
+from training.adaptation import AdaptConfig, adapt, adapt_labelled
+from training.base_model import BaseModel as Base
+from training.episodes import label
+
+FOLDS = 4
+
+
+def folds_of(support: int) -> int:
+    """Number of folds for a support set; 0 where it is too small to leave something out."""
+    return 0 if support < 2 else min(FOLDS, support)
+
+
+def held_out_scores(
+    attached: Attached,
+    theta: Posterior,
+    support: Sequence[Labelled],
+    config: AdaptConfig,
+    *,
+    draws: int,
+    seed: int,
+    on_step: Callable[[int, int], None] | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """Scores each support example under a posterior adapted to the other folds (cross-validation).
+
+    Args:
+        attached: The model.
+        theta: The global posterior.
+        support: The support set.
+        config: Inner-loop settings.
+        draws: Draws of each fold's posterior.
+        seed: Seed of adaptation and draws.
+        on_step: Called before each step with (step, steps) of all folds.
+
+    Returns:
+        Option scores (draws, n, options) in nats and answers (n,); None for fewer than two examples.
+    """
+    folds = folds_of(len(support))
+    if folds == 0:
+        return None
+    width = max(len(item.question.options) for item in support)
+    scores = torch.full((draws, len(support), width), float("-inf"))
+    order = list(range(len(support)))
+    random.Random(seed).shuffle(order)  # users list labels in turn: unshuffled, a fold could hold all of one label
+    for fold in range(folds):
+        left_out = order[fold::folds]
+        rest = [support[i] for i in order if i not in left_out]
+
+        def report(step: int, steps: int, fold: int = fold) -> None:
+            if on_step is not None:
+                on_step(fold * steps + step, folds * steps)
+
+        phi = adapt_labelled(attached, theta, rest, config, torch.Generator().manual_seed(seed), report)
+        part = score_draws(attached, phi, [support[i].question for i in left_out], range(draws), seed)
+        scores[:, left_out, : part.shape[-1]] = part
+    return scores, torch.tensor([item.answer for item in support])
+
+
+def adapt_and_calibrate(
+    base: Base,
+    attached: Attached,
+    prior: Posterior,
+    examples: Sequence[Example],
+    config: AdaptConfig,
+    calibration: Calibration | None,
+    *,
+    seed: int = 0,
+    on_step: Callable[[int, int], None] | None = None,
+) -> tuple[Posterior, Calibration | None]:
+    """Adapts a posterior to a task and fits the task's own temperature.
+
+    Args:
+        base: Model and tokenizer.
+        attached: The same model, attached.
+        prior: The global posterior, on the model's device.
+        examples: The support set.
+        config: Inner-loop settings.
+        calibration: The global posterior's; None if it has none.
+        seed: The same seed and examples give the same posterior and calibration.
+        on_step: Called before each step with (step, steps); what it raises ends the adaptation.
+
+    Returns:
+        The task posterior and its calibration.
+
+    Raises:
+        InvalidExamples: There are no examples, or adaptation diverged on them.
+        PromptTooLong: An example exceeds the model's context.
+    """
+    known = calibration is not None and calibration.nearest(len(examples)).spread > 0
+    folds = folds_of(len(examples)) if known else 0
+
+    def report(step: int, steps: int) -> None:
+        if on_step is not None:
+            on_step(step, steps * (1 + folds))
+
+    phi = adapt(base, attached, prior, examples, config, seed=seed, on_step=report)
+    if calibration is None:
+        return phi, None
+    held_out = None
+    if folds:
+
+        def report_fold(step: int, steps: int) -> None:
+            if on_step is not None:
+                on_step(config.steps + step, config.steps + steps)
+
+        support = label(base, prior.config.template, examples)
+        held_out = held_out_scores(
+            attached, prior, support, config, draws=calibration.draws, seed=seed, on_step=report_fold
+        )
+    scores, answers = held_out or (None, None)
+    return phi, calibration.for_task(len(examples), scores, answers)
