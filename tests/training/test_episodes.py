@@ -8,7 +8,7 @@ import pytest
 from abmll.errors import InvalidExamples
 from abmll.examples import Example
 from tests.training.conftest import rule_task
-from training.episodes import EpisodeConfig, draw_support, keep_items, sample_episode
+from training.episodes import EpisodeConfig, draw_support, keep_items, relabelled, sample_episode
 from training.tasks import Task
 
 FIVE = Task(
@@ -77,3 +77,19 @@ def test_what_cannot_be_drawn() -> None:
         draw_support(FIVE, 60, random.Random(0))
     assert keep_items([FIVE], lambda _, example: example.answer == 0)[0].examples[1].prompt == "text 5"
     assert keep_items([FIVE], lambda _, example: example.prompt == "text 5") == []
+
+
+def test_relabelled_tasks_are_new_tasks_of_each_family() -> None:
+    tasks = [replace(FIVE, name=f"five_{n}") for n in range(4)] + [rule_task(0), rule_task(1, items=20)]
+    made = relabelled(tasks, per_family=2, items=40, max_chars=100, seed=0)
+    assert [task.family for task in made] == ["family_0", "five", "five"]  # rule_1 has too few items
+    for task in made:
+        original = next(t for t in tasks if t.name == task.name)
+        true = {example.prompt: example.options[example.answer] for example in original.examples}
+        pairs = {(true[example.prompt], example.options[example.answer]) for example in task.examples}
+        assert len(pairs) == len({one for one, _ in pairs}) == len({other for _, other in pairs})
+    assert any(
+        example.options[example.answer] != TRUTH[example.prompt] for task in made[1:] for example in task.examples
+    )
+    assert relabelled(tasks, 2, 40, 100, seed=0) == made
+    assert relabelled(tasks, 2, 40, 3, seed=0) == []

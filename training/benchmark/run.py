@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,10 @@ def _support(task: Task, shots: int, config: BenchConfig, seed: int) -> tuple[li
     return list(pool[: min(shots, largest)]), list(rest[: config.queries])
 
 
-class _Predicted(BaseModel, arbitrary_types_allowed=True):
+@dataclass(frozen=True)
+class _Predicted:
+    """A task's predictions, and what they were made from and took."""
+
     scores: Tensor
     answers: Tensor
     support: list[Example]
@@ -65,7 +70,7 @@ def _predict(learner: Learner, task: Task, shots: int, config: BenchConfig, seed
     scores = learner.predict(support, query, seed).detach()
     seconds = time.perf_counter() - begin
     answers = torch.tensor([example.answer for example in query])
-    return _Predicted(scores=scores, answers=answers, support=support, query=query, seconds=seconds)
+    return _Predicted(scores, answers, support, query, seconds)
 
 
 def _validation_loss(predicted: Sequence[_Predicted]) -> tuple[float, float]:
@@ -112,7 +117,8 @@ def run(
     Returns:
         All rows, those of earlier runs with the same settings included.
     """
-    identity = json.dumps([config.model_dump(mode="json"), [t.name for t in (*train, *validation, *test)]])
+    parts = [[task.name for task in part] for part in (train, validation, test)]
+    identity = hashlib.sha256(json.dumps([config.model_dump(mode="json"), model, parts]).encode()).hexdigest()[:16]
     rows = [row for row in read_rows(out) if row["identity"] == identity]
     done = {(row["method"], row["seed"]) for row in rows}
     budget = Budget(
@@ -185,7 +191,7 @@ def _measure(
                         "passes": learner.passes,
                         "learn_s": learn_seconds,
                         "predict_s": item.seconds,
-                        "confidence": result.confidence.tolist(),
+                        "confidence": [round(value, 5) for value in result.confidence.tolist()],
                         "correct": (result.answer == item.answers).tolist(),
                         **measures,
                     }
