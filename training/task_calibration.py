@@ -10,6 +10,7 @@ from torch import Tensor
 
 from abmll.calibration import Calibration
 from abmll.draw_scores import score_draws
+from abmll.errors import InvalidExamples
 from abmll.examples import Example
 from abmll.layers import Attached
 from abmll.objective import Labelled
@@ -49,6 +50,9 @@ def held_out_scores(
 
     Returns:
         Option scores (draws, n, options) in nats and answers (n,); None for fewer than two examples.
+
+    Raises:
+        InvalidExamples: Adaptation to a part of the examples diverged.
     """
     folds = folds_of(len(support))
     if folds == 0:
@@ -68,6 +72,10 @@ def held_out_scores(
         phi = adapt_labelled(attached, theta, rest, config, torch.Generator().manual_seed(seed), report)
         part = score_draws(attached, phi, [support[i].question for i in left_out], range(draws), seed)
         scores[:, left_out, : part.shape[-1]] = part
+    if scores.isnan().any():
+        raise InvalidExamples(
+            "adaptation diverged on a part of these examples; lower learning_rate or steps", field="examples"
+        )
     return scores, torch.tensor([item.answer for item in support])
 
 

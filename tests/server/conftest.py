@@ -43,9 +43,15 @@ def random_posterior(folder: Path, seed: int, *, family: Any = "kronecker", nois
 def global_posterior(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StoredPosterior]:
     entries = [
         ShotCalibration(
-            shots=shots, temperature=t, conformal={"0.9": 0.95}, ece_before=0.1, ece_after=0.05, questions=100
+            shots=shots,
+            temperature=t,
+            spread=spread,
+            conformal={"0.9": 0.95},
+            ece_before=0.1,
+            ece_after=0.05,
+            questions=100,
         )
-        for shots, t in ((0, 2.0), (4, 1.5), (16, 1.25))
+        for shots, t, spread in ((0, 2.0, 0.0), (4, 1.5, 0.5), (16, 1.25, 0.5))
     ]
     calibration = Calibration(by_shots=entries, fitted_on=["a", "b"], draws=8)
     inner = {"steps": 5, "learning_rate": 5e-3, "beta": 1e-5}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from abmll.calibration import Calibration, ShotCalibration
+from abmll.errors import InvalidExamples
 from abmll.layers import Attached, init_posterior
 from abmll.posterior import Posterior, PosteriorConfig
 from tests.training.conftest import TARGETS, rule_task
@@ -54,6 +55,13 @@ def test_one_example_leaves_nothing_to_hold_out(base: BaseModel, attached: Attac
     support = label(base, theta.config.template, EXAMPLES[:1])
     assert held_out_scores(attached, theta, support, CONFIG, draws=2, seed=0) is None
     assert [folds_of(n) for n in (0, 1, 2, 3, 4, 64)] == [0, 0, 2, 3, 4, 4]
+
+
+def test_divergence_is_told(base: BaseModel, attached: Attached, theta: Posterior) -> None:
+    support = label(base, theta.config.template, EXAMPLES)
+    wild = CONFIG.model_copy(update={"learning_rate": 1e30})
+    with pytest.raises(InvalidExamples, match="diverged on a part"):
+        held_out_scores(attached, theta, support, wild, draws=2, seed=0)
 
 
 def test_a_task_gets_its_own_temperature_and_the_posterior_of_adaptation(
