@@ -16,10 +16,11 @@ QUICK = {
     "shots": (4, 16),
     "seeds": (0,),
     "train_tasks": 60,
-    "validation_tasks": 6,
-    "test_tasks": 12,
-    "queries": 24,
-    "meta_steps": 12,
+    "validation_tasks": 3,
+    "test_tasks": 6,
+    "queries": 16,
+    "meta_steps": 3,
+    "steps": 6,
     "draws": 4,
 }
 

@@ -33,7 +33,13 @@ def _save(figure: Any, folder: Path, name: str) -> Path:
 def _colours(methods: Sequence[str]) -> dict[str, Any]:
     palette = plt.get_cmap("tab20")
     colours: dict[str, Any] = {name: palette(number % 20) for number, name in enumerate(methods)}
-    return colours | ({BOUND: "black"} if BOUND in colours else {})
+    fixed = {BOUND: "black", "abmll kronecker": "#d00000", "abmll lowrank": "#0040d0"}
+    return colours | {name: colour for name, colour in fixed.items() if name in colours}
+
+
+def _line(method: str, colours: dict[str, Any]) -> dict[str, Any]:
+    """How a method's line looks: ABMLL's stand out."""
+    return {"label": method, "color": colours[method], "linewidth": 2.4 if method.startswith("abmll") else 1.1}
 
 
 def reliability(rows: Sequence[Row], folder: Path) -> Path:
@@ -75,7 +81,7 @@ def risk_coverage(rows: Sequence[Row], folder: Path) -> Path:
         confidence, correct = torch.cat([c for c, _ in pairs]), torch.cat([c for _, c in pairs])
         error = 1 - correct[confidence.argsort(descending=True)].double().numpy()
         covered = np.arange(1, len(error) + 1)
-        axis.plot(covered / len(error), error.cumsum() / covered, label=method, color=colours[method], linewidth=1.3)
+        axis.plot(covered / len(error), error.cumsum() / covered, **_line(method, colours))
     axis.set_xlabel("coverage: share of answers kept, the surest first")
     axis.set_ylabel("risk: error rate among them")
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -109,7 +115,7 @@ def against_shots(rows: Sequence[Row], folder: Path) -> Path:
         for method in methods:
             own = select(chosen, method=method)
             values = [measure(select(own, shots=k)) for k in shots]
-            axis.plot(shots, values, marker="o", markersize=3, color=colours[method], label=method, linewidth=1.2)
+            axis.plot(shots, values, marker="o", markersize=3, **_line(method, colours))
         axis.set_xscale("symlog", base=2)
         axis.set_xticks(shots, [str(k) for k in shots])
         axis.set_title(title, fontsize=10)

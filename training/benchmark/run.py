@@ -172,7 +172,8 @@ def _measure(
             item = _predict(learner, task, shots, config, seed)
             exact = None if world is None else world.exact(item.support, item.query)
             for calibrated in (False, True):
-                chosen = temperature if calibrated else 1.0
+                # The exact predictive is calibrated by definition: a temperature could only spoil it.
+                chosen = temperature if calibrated and not isinstance(learner, ExactBayes) else 1.0
                 result = predictive(item.scores, chosen)
                 measures = of_task(item.scores, item.answers, chosen, exact)
                 if world is not None and exact is not None and isinstance(learner, ExactBayes):
