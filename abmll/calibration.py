@@ -11,6 +11,10 @@ from torch import Tensor
 
 from abmll.predictive import predictive
 
+# Option scores of support examples, each by a posterior that has not seen it, shape (draws, n, options) in nats,
+# and the right options, shape (n,).
+HeldOut = tuple[Tensor, Tensor]
+
 _RANGE = (0.05, 20.0)
 _GRID_POINTS = 121
 # Standard deviations of log T among tasks that a prior is chosen from. 0: all tasks share one temperature.
@@ -22,12 +26,17 @@ def _grid() -> Tensor:
 
 
 def _losses(scores: Tensor, answers: Tensor) -> Tensor:
-    """Mean NLL at each temperature of the grid, shape (temperatures,); zeros for no answers."""
-    if len(answers) == 0:
-        return torch.zeros(_GRID_POINTS, dtype=torch.float64)
+    """Mean NLL at each temperature of the grid, shape (temperatures,)."""
     right = answers[None, :, None].expand(_GRID_POINTS, -1, 1)
     tempered = scores.double()[:, None] / _grid().exp()[:, None, None]
     return -predictive(tempered).probabilities.gather(-1, right).clamp_min(1e-12).log().mean(dim=(1, 2))
+
+
+def _evidence(held_out: HeldOut | None) -> Tensor:
+    """-log likelihood of held-out answers at each temperature of the grid; zeros where there are none."""
+    if held_out is None or len(held_out[1]) == 0:
+        return torch.zeros(_GRID_POINTS, dtype=torch.float64)
+    return len(held_out[1]) * _losses(*held_out)
 
 
 def _shares(weights: Sequence[float] | None, count: int) -> Tensor:
@@ -54,7 +63,7 @@ class TemperaturePrior(BaseModel, frozen=True):
         return deviation / (2 * self.spread**2)
 
 
-def task_temperature(prior: TemperaturePrior, scores: Tensor | None, answers: Tensor | None) -> float:
+def task_temperature(prior: TemperaturePrior, held_out: HeldOut | None) -> float:
     """A task's own temperature: the mode of its posterior given held-out answers of its support set.
 
     log p(T | support) = sum_n log p(y_n | x_n, T, support without n) + log N(log T; log median, spread^2)
@@ -64,20 +73,18 @@ def task_temperature(prior: TemperaturePrior, scores: Tensor | None, answers: Te
 
     Args:
         prior: How temperatures are spread among tasks.
-        scores: Option scores of the support examples, each by a posterior that has not seen it, shape
-            (draws, n, options) in nats; None where there are none.
-        answers: The right options, shape (n,).
+        held_out: Scores and answers of its support examples; None where there are none.
 
     Returns:
         The temperature; the prior's median where there are no answers or the spread is 0.
     """
-    if scores is None or answers is None or len(answers) == 0 or prior.spread == 0:
+    if held_out is None or len(held_out[1]) == 0 or prior.spread == 0:
         return prior.median
-    return _grid()[(len(answers) * _losses(scores, answers) + prior.penalty()).argmin()].exp().item()
+    return _grid()[(_evidence(held_out) + prior.penalty()).argmin()].exp().item()
 
 
 def fit_temperature_prior(
-    support: Sequence[tuple[Tensor, Tensor] | None],
+    support: Sequence[HeldOut | None],
     query: Sequence[tuple[Tensor, Tensor]],
     weights: Sequence[float] | None = None,
 ) -> TemperaturePrior:
@@ -88,8 +95,7 @@ def fit_temperature_prior(
     with one temperature for all. Temperatures lie on a logarithmic grid from 0.05 to 20.
 
     Args:
-        support: For each validation task, scores and answers of its support set as ``task_temperature``
-            takes them; None where it has none.
+        support: For each validation task, what ``task_temperature`` takes.
         query: For each task, scores (draws, n, options) and answers (n,) of its query set.
         weights: What each task counts, positive; the same by default.
 
@@ -98,12 +104,11 @@ def fit_temperature_prior(
     """
     if not query or any(len(answers) == 0 for _, answers in query):
         raise ValueError("fitting temperatures needs at least one task, and queries of each")
-    known = [(0, _losses(*_EMPTY)) if s is None else (len(s[1]), _losses(*s)) for s in support]
-    evidence = torch.stack([count * losses for count, losses in known])
+    evidence = torch.stack([_evidence(held_out) for held_out in support])
     cost = torch.stack([_losses(*item) for item in query])
     share = _shares(weights, len(query))
     best: tuple[float, TemperaturePrior] | None = None
-    for spread in _SPREADS if any(count for count, _ in known) else (0.0,):
+    for spread in _SPREADS if evidence.any() else (0.0,):
         for log_median in _grid().tolist():
             prior = TemperaturePrior(median=math.exp(log_median), spread=spread)
             chosen = (evidence + prior.penalty()).argmin(dim=-1, keepdim=True)
@@ -112,9 +117,6 @@ def fit_temperature_prior(
                 best = loss, prior
     assert best is not None
     return best[1]
-
-
-_EMPTY = (torch.zeros(1, 0, 2), torch.zeros(0, dtype=torch.long))
 
 
 def _mass_above(probabilities: Tensor) -> Tensor:
@@ -188,12 +190,12 @@ class ShotCalibration(BaseModel, frozen=True):
     ece_after: float
     questions: int
 
-    def for_task(self, scores: Tensor | None, answers: Tensor | None) -> ShotCalibration:
-        """Returns the calibration of one task with its own temperature; arguments as ``task_temperature``."""
+    def for_task(self, held_out: HeldOut | None) -> ShotCalibration:
+        """Returns the calibration of one task with its own temperature; ``held_out`` as in ``task_temperature``."""
         prior = TemperaturePrior(median=self.temperature, spread=self.spread)
-        own = task_temperature(prior, scores, answers)
+        own = task_temperature(prior, held_out)
         return self.model_copy(
-            update={"temperature": own, "spread": 0.0, "support": 0 if answers is None else len(answers)}
+            update={"temperature": own, "spread": 0.0, "support": 0 if held_out is None else len(held_out[1])}
         )
 
 
@@ -214,7 +216,7 @@ class Calibration(BaseModel, frozen=True):
         """Returns the entry whose number of shots is nearest on a log scale."""
         return min(self.by_shots, key=lambda entry: abs(math.log1p(entry.shots) - math.log1p(shots)))
 
-    def for_task(self, shots: int, scores: Tensor | None, answers: Tensor | None) -> Calibration:
-        """Returns the calibration of one task after adaptation; arguments as ``task_temperature``."""
-        entry = self.nearest(shots).for_task(scores, answers).model_copy(update={"shots": shots})
+    def for_task(self, shots: int, held_out: HeldOut | None) -> Calibration:
+        """Returns the calibration of one task after adaptation; ``held_out`` as in ``task_temperature``."""
+        entry = self.nearest(shots).for_task(held_out).model_copy(update={"shots": shots})
         return self.model_copy(update={"by_shots": [entry]})

@@ -15,7 +15,7 @@ from abmll.layers import Attached
 from abmll.objective import Labelled, task_gradient
 from abmll.posterior import Posterior
 from training.base_model import BaseModel as Base
-from training.episodes import label
+from training.episodes import label, minibatch
 
 
 class AdaptConfig(BaseModel, frozen=True):
@@ -106,8 +106,7 @@ def adapt_labelled(
     for step in range(config.steps if support else 0):
         if on_step is not None:
             on_step(step, config.steps)
-        batch = support if len(support) <= config.batch else order.sample(support, config.batch)
-        loop.step(batch, len(support), generator)
+        loop.step(minibatch(support, config.batch, order), len(support), generator)
     return loop.phi
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from training.benchmark.command import bench_command
-from training.settings import checked, numbers, read_toml
+from training.settings import checked, choose_device, numbers, read_toml
 
 if TYPE_CHECKING:
     from abmll.store import StoredPosterior
@@ -44,15 +44,6 @@ def register(app: typer.Typer) -> None:
     app.command("calibrate")(calibrate_command)
     app.command("eval")(eval_command)
     app.command("bench")(bench_command)
-
-
-def _device(wanted: str | None) -> str:
-    import torch
-
-    from training.allocator import keep_freed_memory
-
-    keep_freed_memory()
-    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _dtype(name: str) -> Any:
@@ -106,7 +97,7 @@ def pretrain_command(
     loaded = load_tasks(tasks)
     chosen = _split(loaded, split, seed, pin, out.with_name(out.name + ".split.json"))
     settings = checked(PretrainConfig, {"minutes": minutes, "seed": seed} | read_toml(config))
-    pretrain(books, loaded, chosen, out, settings, start=start, device=_device(device))
+    pretrain(books, loaded, chosen, out, settings, start=start, device=choose_device(device))
     typer.echo(f"wrote {out}")
 
 
@@ -159,7 +150,7 @@ def train_command(
         source,
         revision=revision,
         dtype=_dtype(dtype),
-        device=_device(device),
+        device=choose_device(device),
         context=context,
         gradient_checkpointing=gradient_checkpointing,
     )
@@ -265,11 +256,13 @@ def calibrate_command(
     from training.evaluation import EvalConfig, calibrate_anew
     from training.progress import track
     from training.report import grouped, markdown
+    from training.tasks import load_tasks
 
     stored = load_posterior(posterior)
-    validation = _tasks_of_part(tasks, split, "validation", stored)
+    loaded = load_tasks(tasks)
+    validation = _tasks_of_part(loaded, split, "validation", stored)
     training = unseen_items(
-        Path(resolve(model or stored.posterior.config.base_model)), _tasks_of_part(tasks, split, "train", stored)
+        Path(resolve(model or stored.posterior.config.base_model)), _tasks_of_part(loaded, split, "train", stored)
     )
     config = checked(
         EvalConfig,
@@ -289,13 +282,11 @@ def calibrate_command(
         )
 
 
-def _tasks_of_part(tasks: Path, split: Path | None, part: str, stored: StoredPosterior) -> list[Task]:
-    """Loads the tasks of a part of the split; all of them for the part ``all``."""
+def _tasks_of_part(loaded: list[Task], split: Path | None, part: str, stored: StoredPosterior) -> list[Task]:
+    """Returns the tasks of a part of the split; all of them for the part ``all``."""
     from abmll.errors import AbmllError
     from training.splits import Split, read_split
-    from training.tasks import load_tasks
 
-    loaded = load_tasks(tasks)
     if part != "all":
         own = stored.record.training.get("split")
         if split is None and own is None:
@@ -336,6 +327,7 @@ def eval_command(
     from training.evaluation import EvalConfig, predict_tasks
     from training.progress import track
     from training.report import grouped, markdown
+    from training.tasks import load_tasks
 
     names = {
         "category": lambda item: item.task.category,
@@ -346,7 +338,7 @@ def eval_command(
     if not set(levels) <= names.keys():
         raise AbmllError(f"--by {by!r} must be category, family or task, or several joined by commas", field="by")
     stored = load_posterior(posterior or POSTERIOR)
-    loaded = _tasks_of_part(tasks, split, part, stored)
+    loaded = _tasks_of_part(load_tasks(tasks), split, part, stored)
     config = checked(
         EvalConfig,
         {"shots": numbers(shots, "shots"), "draws": draws, "queries": queries, "supports": supports, "seed": seed},
@@ -371,7 +363,7 @@ def _open(posterior: Any, model: str | None, dtype: str, device: str | None) -> 
 
     name = model or posterior.config.base_model
     base = load_base(
-        resolve(name), revision=posterior.config.base_revision, dtype=_dtype(dtype), device=_device(device)
+        resolve(name), revision=posterior.config.base_revision, dtype=_dtype(dtype), device=choose_device(device)
     )
     attached = attach(base.model, posterior.config.targets)
     check_base(posterior, fingerprint(lambda key: attached.layers[key].base.weight, attached.layers), name)

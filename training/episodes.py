@@ -74,11 +74,17 @@ def _vary(task: Task, config: EpisodeConfig, rng: random.Random) -> Task:
     return replace(task, examples=examples) if len(examples) >= 8 else task
 
 
-def sample_episode(tasks: Sequence[Task], config: EpisodeConfig, rng: random.Random) -> Episode:
-    """Draws an episode: a family by the root of its number of tasks, a task of it, a variation, items."""
+def by_family(tasks: Sequence[Task]) -> dict[str, list[Task]]:
+    """Groups tasks by family."""
     families: dict[str, list[Task]] = {}
     for task in tasks:
         families.setdefault(task.family, []).append(task)
+    return families
+
+
+def sample_episode(tasks: Sequence[Task], config: EpisodeConfig, rng: random.Random) -> Episode:
+    """Draws an episode: a family by the root of its number of tasks, a task of it, a variation, items."""
+    families = by_family(tasks)
     names = sorted(families)
     family = rng.choices(names, [len(families[name]) ** 0.5 for name in names])[0]
     task = _vary(rng.choice(families[family]), config, rng)
@@ -97,9 +103,7 @@ def relabelled(tasks: Sequence[Task], per_family: int, items: int, max_chars: in
         max_chars: Items with longer text are left out.
         seed: Seed of the choice and of the permutations.
     """
-    families: dict[str, list[Task]] = {}
-    for task in keep_items(tasks, lambda _, e: len(e.prompt) + sum(map(len, e.options)) <= max_chars):
-        families.setdefault(task.family, []).append(task)
+    families = by_family(short_items(tasks, max_chars))
     rng, config = random.Random(seed), EpisodeConfig(subset=0.0, permute=1.0)
     made: list[Task] = []
     for family in sorted(families):
@@ -114,6 +118,16 @@ def keep_items(tasks: Sequence[Task], keep: Callable[[Task, Example], bool]) -> 
     """Returns the tasks with only the items that ``keep`` accepts; tasks left with under 8 are dropped."""
     kept = [replace(task, examples=tuple(e for e in task.examples if keep(task, e))) for task in tasks]
     return [task for task in kept if len(task.examples) >= 8]
+
+
+def short_items(tasks: Sequence[Task], max_chars: int) -> list[Task]:
+    """Returns the tasks with only the items whose prompt and options together have at most ``max_chars``."""
+    return keep_items(tasks, lambda _, example: len(example.prompt) + sum(map(len, example.options)) <= max_chars)
+
+
+def minibatch(support: Sequence[Labelled], size: int, rng: random.Random) -> Sequence[Labelled]:
+    """Returns all examples, or ``size`` random ones where there are more."""
+    return support if len(support) <= size else rng.sample(support, size)
 
 
 def label(base: Base, template: Template, examples: Sequence[Example]) -> list[Labelled]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from abmll import metrics
 from abmll.calibration import (
     Calibration,
+    HeldOut,
     ShotCalibration,
     TemperaturePrior,
     conformal_scores,
@@ -61,8 +62,7 @@ class TaskPredictions:
         scores: Option scores under each draw in nats, shape (draws, queries, options).
         answers: The right options, shape (queries,).
         chance: Share of the most frequent answer of the task.
-        support: Scores and answers of the support set, each by a posterior that has not seen it, as
-            ``task_temperature`` takes them; None where it is too small.
+        support: Scores and answers of the support set, held out; None where it is too small.
     """
 
     task: Task
@@ -70,7 +70,7 @@ class TaskPredictions:
     scores: Tensor
     answers: Tensor
     chance: float
-    support: tuple[Tensor, Tensor] | None = None
+    support: HeldOut | None = None
 
 
 def predict_task(
@@ -185,8 +185,7 @@ def score(predictions: Sequence[TaskPredictions], calibration: Calibration | Non
     confidences: list[Tensor] = []
     corrects: list[Tensor] = []
     for item in predictions:
-        own = None if calibration is None else calibration.for_task(item.shots, *(item.support or (None, None)))
-        entry = None if own is None else own.by_shots[0]
+        entry = None if calibration is None else calibration.nearest(item.shots).for_task(item.support)
         result = predictive(item.scores, 1.0 if entry is None else entry.temperature)
         probabilities, sets = result.probabilities, None
         if entry is not None and "0.9" in entry.conformal:
@@ -230,7 +229,7 @@ def calibrate(
         group = [item for item in predictions if item.shots == shots]
         known = [item for item in familiar if item.shots == shots]
         prior = _fit_prior(group, known)
-        tempered = [predictive(item.scores, _temperature(prior, item)).probabilities for item in group]
+        tempered = [predictive(item.scores, task_temperature(prior, item.support)).probabilities for item in group]
         nonconformity = torch.cat([conformal_scores(p, i.answers) for p, i in zip(tempered, group, strict=True)])
         entries.append(
             ShotCalibration(
@@ -256,10 +255,6 @@ def _fit_prior(group: Sequence[TaskPredictions], familiar: Sequence[TaskPredicti
     return fit_temperature_prior([i.support for i in items], [(i.scores, i.answers) for i in items], weights)
 
 
-def _temperature(prior: TemperaturePrior, item: TaskPredictions) -> float:
-    return task_temperature(prior, *(item.support or (None, None)))
-
-
 def _held_out_ece(group: Sequence[TaskPredictions], familiar: Sequence[TaskPredictions]) -> float:
     confidences: list[Tensor] = []
     corrects: list[Tensor] = []
@@ -268,7 +263,7 @@ def _held_out_ece(group: Sequence[TaskPredictions], familiar: Sequence[TaskPredi
         others = [item for item in group if item.task.family != family] or inside
         prior = _fit_prior(others, familiar)
         for item in inside:
-            result = predictive(item.scores, _temperature(prior, item))
+            result = predictive(item.scores, task_temperature(prior, item.support))
             confidences.append(result.confidence)
             corrects.append(result.answer == item.answers)
     return metrics.expected_calibration_error(torch.cat(confidences), torch.cat(corrects))

@@ -21,7 +21,7 @@ from abmll.objective import data_loss, micro_batches, task_gradient
 from abmll.posterior import Posterior, PosteriorConfig
 from training.adaptation import AdaptConfig, adapt_labelled
 from training.base_model import BaseModel as Base
-from training.episodes import EpisodeConfig, keep_items, label, sample_episode
+from training.episodes import EpisodeConfig, label, sample_episode, short_items
 from training.progress import Progress, track
 from training.tasks import Task
 
@@ -135,7 +135,7 @@ def meta_train(
     """
     limit = config.episodes.max_chars
     if limit is not None:
-        tasks = keep_items(tasks, lambda _, example: len(example.prompt) + sum(map(len, example.options)) <= limit)
+        tasks = short_items(tasks, limit)
     if not tasks:
         raise AbmllError("no training task is left; check the split and episodes.max_chars", field="tasks")
     work.mkdir(parents=True, exist_ok=True)

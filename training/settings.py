@@ -42,6 +42,16 @@ def checked(model: type[M], values: Mapping[str, Any]) -> M:
         raise AbmllError(f"setting {where}: {first['msg']} (got {first['input']!r})", field=where) from error
 
 
+def choose_device(wanted: str | None) -> str:
+    """Returns a device, a GPU if there is one by default, and sets the allocator up for passes on the CPU."""
+    import torch
+
+    from training.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def numbers(text: str, name: str) -> tuple[int, ...]:
     """Reads whole numbers joined by commas, sorted, each once.
 

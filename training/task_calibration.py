@@ -6,9 +6,8 @@ import random
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
-from abmll.calibration import Calibration
+from abmll.calibration import Calibration, HeldOut
 from abmll.draw_scores import score_draws
 from abmll.errors import InvalidExamples
 from abmll.examples import Example
@@ -36,7 +35,7 @@ def held_out_scores(
     draws: int,
     seed: int,
     on_step: Callable[[int, int], None] | None = None,
-) -> tuple[Tensor, Tensor] | None:
+) -> HeldOut | None:
     """Scores each support example under a posterior adapted to the other folds (cross-validation).
 
     Args:
@@ -130,5 +129,4 @@ def adapt_and_calibrate(
         held_out = held_out_scores(
             attached, prior, support, config, draws=calibration.draws, seed=seed, on_step=report_fold
         )
-    scores, answers = held_out or (None, None)
-    return phi, calibration.for_task(len(examples), scores, answers)
+    return phi, calibration.for_task(len(examples), held_out)

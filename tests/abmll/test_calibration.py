@@ -79,13 +79,13 @@ def test_a_task_temperature_is_the_mode_of_prior_and_likelihood() -> None:
         return likelihood - float(norm.logpdf(log_temperature, 0.0, 0.7))
 
     best: Any = minimize_scalar(negative_log_posterior, bounds=(-3, 3), method="bounded")
-    assert task_temperature(prior, scores, answers) == pytest.approx(float(np.exp(best.x)), rel=0.03)
+    assert task_temperature(prior, (scores, answers)) == pytest.approx(float(np.exp(best.x)), rel=0.03)
 
 
 def test_a_task_of_which_nothing_is_known_has_the_median_temperature() -> None:
     scores, answers = labelled(16, 3, 4.0, 3)
-    assert task_temperature(TemperaturePrior(median=2.0, spread=0.7), None, None) == 2.0
-    assert task_temperature(TemperaturePrior(median=2.0), scores, answers) == 2.0
+    assert task_temperature(TemperaturePrior(median=2.0, spread=0.7), None) == 2.0
+    assert task_temperature(TemperaturePrior(median=2.0), (scores, answers)) == 2.0
 
 
 def test_temperatures_of_tasks_are_found_to_differ_where_they_do() -> None:
@@ -95,7 +95,7 @@ def test_temperatures_of_tasks_are_found_to_differ_where_they_do() -> None:
     prior = fit_temperature_prior(support, query)
     assert prior.spread >= 0.75
     for temperature, (scores, answers) in zip(true, support, strict=True):
-        assert task_temperature(prior, scores, answers) == pytest.approx(temperature, rel=0.6)
+        assert task_temperature(prior, (scores, answers)) == pytest.approx(temperature, rel=0.6)
 
 
 def test_temperatures_of_tasks_are_shared_where_they_are_the_same() -> None:

@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.func import jvp
 
 from abmll.examples import Example
+from abmll.metrics import negative_log_likelihood
 from abmll.objective import Labelled
 from abmll.predictive import option_log_probs
 from training.benchmark.lora import LoraNet, State
 from training.benchmark.method import Budget, Learner, Load, Settings
 from training.benchmark.point import RATES
+from training.episodes import minibatch
 from training.tasks import Task
 
 
@@ -85,25 +86,13 @@ def linearized(net: LoraNet, at: State, step: State, questions: Sequence[Labelle
         group = questions[start : start + size]
 
         def function(weights: State, group: Sequence[Labelled] = group) -> Tensor:
-            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
-                return functional_call(_Scores(net), {f"wrapped.{n}": t for n, t in weights.items()}, (group,))
+            return net.at(weights, lambda: net.option_scores(group))
 
         value, change, *_ = jvp(function, (at,), (step,))
         missing = value.isneginf()
         part = torch.where(missing, value, value + change.masked_fill(missing, 0.0)).detach().cpu().double()
         result[start : start + len(group), : part.shape[-1]] = part
     return result
-
-
-class _Scores(torch.nn.Module):
-    """A net's option scores as a module's forward pass, for ``functional_call``."""
-
-    def __init__(self, net: LoraNet) -> None:
-        super().__init__()
-        self.wrapped, self.net = net.wrapped, [net]
-
-    def forward(self, data: Sequence[Labelled]) -> Tensor:
-        return self.net[0].option_scores(data)
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -146,7 +135,7 @@ class _Blob:
         optimizer = torch.optim.AdamW([*weights.values(), *roots.values()], lr=self.rate, weight_decay=0.0)
         labelled, rng = net.label(support), random.Random(seed)
         for _ in range(self.budget.steps if labelled else 0):
-            batch = labelled if len(labelled) <= self.budget.batch else rng.sample(labelled, self.budget.batch)
+            batch = minibatch(labelled, self.budget.batch, rng)
             noise = {name: _normal(each, generator) for name, each in roots.items()}
             net.load(_sample(weights, roots, noise))
             gradient = net.gradient(batch)
@@ -223,7 +212,7 @@ class _Tfb:
             for draw in range(self.budget.draws):
                 net.load(noisy(trained, sigma, torch.Generator().manual_seed(seed * 1000 + draw)))
                 parts.append(option_log_probs(net.scores(labelled)).exp())
-            return -torch.stack(parts).mean(0).gather(-1, answers[:, None]).clamp_min(1e-12).log().mean().item()
+            return negative_log_likelihood(torch.stack(parts).mean(0), answers)
 
         low, high = 1e-4, 1.0
         limit = loss(0.0) + self.tolerance

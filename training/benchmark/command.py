@@ -42,18 +42,14 @@ def bench_command(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU if there is one.")] = None,
 ) -> None:
     """Compare ABMLL with what one would use instead: same base model, data, shots and budget."""
-    import torch
-
-    from training.allocator import keep_freed_memory
     from training.benchmark.catalogue import choose
     from training.benchmark.pictures import draw_all
     from training.benchmark.run import BenchConfig, run
     from training.benchmark.world import World
     from training.embedded import resolve
     from training.progress import track
-    from training.settings import checked, numbers
+    from training.settings import checked, choose_device, numbers
 
-    keep_freed_memory()
     values: dict[str, Any] = {"shots": numbers(shots, "shots"), "seeds": numbers(seeds, "seeds")}
     values |= {"meta_steps": meta_steps, "test_tasks": test_tasks}
     config: BenchConfig = checked(BenchConfig, values | (QUICK if quick else {}))
@@ -68,7 +64,7 @@ def bench_command(
         config,
         out / "results.jsonl",
         world=world,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=choose_device(device),
         progress=track,
     )
     text = _report(rows, config)
@@ -94,13 +90,13 @@ def _real(tasks: Path | None, model: str, config: Any) -> tuple[list[Task], list
     from abmll.store import load_posterior
     from training.base.corpus import unseen_items
     from training.embedded import POSTERIOR
-    from training.episodes import keep_items
+    from training.episodes import short_items
     from training.splits import Part, Split
     from training.tasks import load_tasks
 
     assert tasks is not None
     split = Split.model_validate(load_posterior(POSTERIOR).record.training["split"])
-    loaded = keep_items(load_tasks(tasks), lambda _, e: len(e.prompt) + sum(map(len, e.options)) <= 500)
+    loaded = short_items(load_tasks(tasks), 500)
     need = config.queries + 2
     parts: list[list[Task]] = []
     counts: dict[Part, int] = {
@@ -125,7 +121,7 @@ def _real(tasks: Path | None, model: str, config: Any) -> tuple[list[Task], list
 def _report(rows: list[dict[str, Any]], config: Any) -> str:
     from training.bench import machine
     from training.benchmark.catalogue import OURS
-    from training.benchmark.report import cost_table, names, paired_table, quality_table
+    from training.benchmark.report import BOUND, cost_table, names, paired_table, quality_table
 
     present = names(rows)
     ours = [name for name in OURS if name in present]
@@ -134,7 +130,7 @@ def _report(rows: list[dict[str, Any]], config: Any) -> str:
         for shots in config.shots:
             kind = "calibrated on the validation tasks" if calibrated else "not calibrated"
             parts.append(f"## {shots} shots, {kind}\n\n{quality_table(rows, shots, calibrated)}\n")
-            if calibrated and ours and set(present) - set(ours) - {"exact bayes"}:
+            if calibrated and ours and set(present) - set(ours) - {BOUND}:
                 parts.append(f"Paired differences, below 0 is better:\n\n{paired_table(rows, shots, True, ours)}\n")
     parts.append(f"## Cost\n\n{cost_table(rows)}\n")
     return "\n".join(parts)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from abmll.examples import Example
 from abmll.objective import Labelled, micro_batches
@@ -17,12 +19,23 @@ from abmll.predictive import option_log_probs
 from abmll.scoring import option_scores, pack
 from training.base_model import BaseModel
 from training.benchmark.method import Budget
-from training.episodes import label
+from training.episodes import label, minibatch
 
 State = dict[str, Tensor]
 NORMALIZE = PosteriorConfig.model_fields["normalize"].default
 TEMPLATE = PosteriorConfig(base_model="").template
 MAX_TOKENS = 4096
+
+
+class _Evaluated(torch.nn.Module):
+    """A function of a net as a module's forward pass, for ``functional_call``."""
+
+    def __init__(self, wrapped: torch.nn.Module, function: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.wrapped, self.function = wrapped, function
+
+    def forward(self) -> Tensor:
+        return self.function()
 
 
 class LoraNet:
@@ -83,26 +96,28 @@ class LoraNet:
         zero = torch.zeros((), device=self.base.device)
         return {n: zero.expand_as(w) if w.grad is None else w.grad.clone() for n, w in self.weights.items()}
 
-    def fit(
-        self,
-        support: Sequence[Labelled],
-        steps: int,
-        rate: float,
-        seed: int,
-        decay: float = 0.0,
-    ) -> None:
-        """Trains the adapter on a support set from where it stands, by Adam(W), as many steps as ABMLL takes."""
+    def step(self, data: Sequence[Labelled], optimizer: torch.optim.Optimizer) -> None:
+        """Takes one step of an optimizer over ``weights`` on the mean loss."""
+        gradient = self.gradient(data)
+        for name, weight in self.weights.items():
+            weight.grad = gradient[name]
+        optimizer.step()
+
+    def fit(self, support: Sequence[Labelled], steps: int, rate: float, seed: int) -> None:
+        """Trains the adapter on a support set from where it stands, by Adam, as many steps as ABMLL takes."""
         if not support:
             return
-        optimizer = torch.optim.AdamW(self.weights.values(), lr=rate, betas=(0.9, 0.99), weight_decay=decay)
+        optimizer = torch.optim.AdamW(self.weights.values(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
         rng = random.Random(seed)
         torch.manual_seed(seed)
         for _ in range(steps):
-            batch = support if len(support) <= self.budget.batch else rng.sample(support, self.budget.batch)
-            gradient = self.gradient(batch)
-            for name, weight in self.weights.items():
-                weight.grad = gradient[name]
-            optimizer.step()
+            self.step(minibatch(support, self.budget.batch, rng), optimizer)
+
+    def at(self, weights: Mapping[str, Tensor], function: Callable[[], Tensor]) -> Tensor:
+        """Returns a function of this net at other weights, with derivatives of any order and mode in them."""
+        named = {f"wrapped.{name}": tensor for name, tensor in weights.items()}
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second and no forward derivative
+            return functional_call(_Evaluated(self.wrapped, function), named, ())
 
     @torch.no_grad()
     def scores(self, query: Sequence[Labelled]) -> Tensor:

@@ -12,10 +12,9 @@ from torch import Tensor
 from abmll import metrics
 from abmll.predictive import predictive
 
-# Whether less is better; a column that is no measure of quality is absent.
+# Measures of quality that are means over tasks, and whether less is better.
 LESS_IS_BETTER = {
     "accuracy": False,
-    "ece": True,
     "nll": True,
     "brier": True,
     "auroc": False,

@@ -7,28 +7,22 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from abmll.objective import Labelled
 from training.benchmark.lora import LoraNet, State
-from training.benchmark.method import Budget, Learner, Load, Settings
+from training.benchmark.method import META_RATE, Budget, Learner, Load, Settings
 from training.benchmark.point import RATES, adapted, fitted
 from training.episodes import sample_episode
 from training.tasks import Task
-
-META_RATE = 1e-3
 
 # From a net at the start's weights, support and query to the gradient of the start.
 Outer = Callable[[LoraNet, State, list[Labelled], list[Labelled], int], State]
 
 
-def _meta_train(
-    net: LoraNet, tasks: Sequence[Task], budget: Budget, seed: int, outer: Outer, meta_rate: float = META_RATE
-) -> State:
+def _meta_train(net: LoraNet, tasks: Sequence[Task], budget: Budget, seed: int, outer: Outer) -> State:
     """Learns a start by Adam on the gradients that ``outer`` gives for one episode each."""
     leaves = {name: tensor.requires_grad_() for name, tensor in net.state().items()}
-    optimizer = torch.optim.Adam(leaves.values(), lr=meta_rate, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(leaves.values(), lr=META_RATE, betas=(0.9, 0.99))
     for step in range(budget.meta_steps):
         total = {name: torch.zeros_like(tensor) for name, tensor in leaves.items()}
         for number in range(budget.tasks_per_step):
@@ -110,22 +104,9 @@ class Maml:
         return adapted(net, start, fit)
 
 
-class _Losses(torch.nn.Module):
-    """A net's loss as a module's forward pass, for ``functional_call``."""
-
-    def __init__(self, net: LoraNet) -> None:
-        super().__init__()
-        self.wrapped, self.net = net.wrapped, [net]
-
-    def forward(self, data: Sequence[Labelled]) -> Tensor:
-        return self.net[0].losses(data).mean()
-
-
 def loss_of(net: LoraNet, weights: State, data: Sequence[Labelled]) -> Tensor:
     """Mean loss at given weights, twice differentiable in them."""
-    named = {f"wrapped.{name}": tensor for name, tensor in weights.items()}
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
-        return functional_call(_Losses(net), named, (data,))
+    return net.at(weights, lambda: net.losses(data).mean())
 
 
 def descend(

@@ -13,6 +13,9 @@ from training.base_model import BaseModel
 from training.episodes import EpisodeConfig
 from training.tasks import Task
 
+# Rate of learning over tasks (Adam), the same for all methods that do.
+META_RATE = 1e-3
+
 # Returns a fresh copy of the base model: a method may put adapters into it.
 Load = Callable[[], BaseModel]
 Settings = Mapping[str, Any]
@@ -73,7 +76,7 @@ class Method(Protocol):
 
     Attributes:
         name: Shown in tables.
-        trials: Settings that are tried on the validation tasks; every method has as many.
+        trials: Settings that are tried on the validation tasks; those with something to tune have as many each.
     """
 
     name: str

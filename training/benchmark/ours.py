@@ -1,4 +1,4 @@
-"""ABMLL in the benchmark: both scale families, and with the examples in the prompt as well."""
+"""ABMLL in the benchmark, with either scale family."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from abmll.layers import Attached, attach
 from abmll.posterior import Family, Posterior, PosteriorConfig
 from training.adaptation import AdaptConfig, adapt_labelled
 from training.base_model import BaseModel
-from training.benchmark.method import Budget, Learner, Load, Settings
+from training.benchmark.method import META_RATE, Budget, Learner, Load, Settings
 from training.episodes import label
 from training.meta import MetaConfig, meta_train
 from training.progress import silent
@@ -57,7 +57,7 @@ class Abmll:
         meta = MetaConfig(
             steps=budget.meta_steps,
             tasks_per_step=budget.tasks_per_step,
-            learning_rate=1e-3,
+            learning_rate=META_RATE,
             inner=inner,
             episodes=budget.episodes,
             seed=seed,

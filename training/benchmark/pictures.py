@@ -8,10 +8,9 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import torch
 
 from abmll.metrics import calibration_bins, expected_calibration_error
-from training.benchmark.report import BOUND, Row, answers, names, select
+from training.benchmark.report import BOUND, Row, names, pooled_answers, select
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -54,8 +53,7 @@ def reliability(rows: Sequence[Row], folder: Path) -> Path:
     for axis in axes.flat[len(methods) :]:
         axis.set_axis_off()
     for axis, method in zip(axes.flat, methods, strict=False):
-        pairs = answers(select(chosen, method=method))
-        confidence, correct = torch.cat([c for c, _ in pairs]), torch.cat([c for _, c in pairs])
+        confidence, correct = pooled_answers(select(chosen, method=method))
         count, mean, right = calibration_bins(confidence, correct)
         used = count > 0
         axis.plot([0, 1], [0, 1], color="0.7", linewidth=1)
@@ -77,8 +75,7 @@ def risk_coverage(rows: Sequence[Row], folder: Path) -> Path:
     colours = _colours(methods)
     figure, axis = plt.subplots(figsize=(7, 4.5))
     for method in methods:
-        pairs = answers(select(chosen, method=method))
-        confidence, correct = torch.cat([c for c, _ in pairs]), torch.cat([c for _, c in pairs])
+        confidence, correct = pooled_answers(select(chosen, method=method))
         error = 1 - correct[confidence.argsort(descending=True)].double().numpy()
         covered = np.arange(1, len(error) + 1)
         axis.plot(covered / len(error), error.cumsum() / covered, **_line(method, colours))
@@ -97,13 +94,9 @@ def against_shots(rows: Sequence[Row], folder: Path) -> Path:
     def mean(column: str) -> Callable[[Sequence[Row]], float]:
         return lambda own: sum(row[column] for row in own) / len(own)
 
-    def ece(own: Sequence[Row]) -> float:
-        pairs = answers(own)
-        return expected_calibration_error(torch.cat([c for c, _ in pairs]), torch.cat([c for _, c in pairs]))
-
     panels: list[tuple[str, Callable[[Sequence[Row]], float]]] = [
         ("accuracy", mean("accuracy")),
-        ("ECE", ece),
+        ("ECE", lambda own: expected_calibration_error(*pooled_answers(own))),
         ("NLL (nats)", mean("nll")),
     ]
     if any("kl_exact" in row for row in chosen):

@@ -14,7 +14,7 @@ from abmll.objective import Labelled
 from abmll.scoring import Question, tokenize
 from training.base_model import BaseModel
 from training.benchmark.lora import TEMPLATE, LoraNet, State
-from training.benchmark.method import Budget, Learner, Load, Settings
+from training.benchmark.method import META_RATE, Budget, Learner, Load, Settings
 from training.episodes import sample_episode
 from training.tasks import Task
 
@@ -126,7 +126,7 @@ class MultiTask:
     def learn(self, load: Load, tasks: Sequence[Task], settings: Settings, budget: Budget, seed: int) -> Learner:
         """See ``Method``."""
         net = LoraNet(load(), budget, seed)
-        optimizer = torch.optim.AdamW(net.weights.values(), lr=1e-3, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(net.weights.values(), lr=META_RATE, weight_decay=0.0)
         # A meta-learning step has K gradients of adaptation and one of the objective for each of its tasks.
         for step in range(budget.meta_steps * (budget.steps + 1)):
             rng = random.Random(f"{seed}:{step}")
@@ -134,10 +134,7 @@ class MultiTask:
             for _ in range(budget.tasks_per_step):
                 episode = sample_episode(tasks, budget.episodes, rng)
                 batch += [*episode.support, *episode.query][: budget.batch]
-            gradient = net.gradient(net.label(batch))
-            for name, weight in net.weights.items():
-                weight.grad = gradient[name]
-            optimizer.step()
+            net.step(net.label(batch), optimizer)
         return adapted(net, net.state(), fitted(budget, settings["rate"]))
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from abmll.metrics import adaptive_calibration_error, expected_calibration_error
+from training.benchmark.exact import ExactBayes
 from training.benchmark.measures import LESS_IS_BETTER, bootstrap, pooled_interval
 
 Row = dict[str, Any]
 POOLED = {"ece": expected_calibration_error, "adaptive ece": adaptive_calibration_error}
-MEANS = ("accuracy", "nll", "brier", "auroc", "aurc", "kl_exact")
-BOUND = "exact bayes"
+BOUND = ExactBayes.name
 
 
 def select(rows: Sequence[Row], **wanted: Any) -> list[Row]:
@@ -26,6 +26,12 @@ def select(rows: Sequence[Row], **wanted: Any) -> list[Row]:
 def answers(rows: Sequence[Row]) -> list[tuple[Tensor, Tensor]]:
     """Confidence and correctness of each row's answers, shape (n,) each."""
     return [(torch.tensor(row["confidence"], dtype=torch.float64), torch.tensor(row["correct"])) for row in rows]
+
+
+def pooled_answers(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """Confidence and correctness of all rows' answers, shape (n,) each."""
+    pairs = answers(rows)
+    return torch.cat([confidence for confidence, _ in pairs]), torch.cat([correct for _, correct in pairs])
 
 
 def names(rows: Sequence[Row]) -> list[str]:
@@ -44,7 +50,7 @@ def quality_table(rows: Sequence[Row], shots: int, calibrated: bool) -> str:
     ECE and adaptive ECE are of the pooled answers.
     """
     chosen = select(rows, shots=shots, calibrated=calibrated)
-    means = [name for name in MEANS if any(name in row for row in chosen)]
+    means = [name for name in LESS_IS_BETTER if any(name in row for row in chosen)]
     heads = ["method", *POOLED, *(name.replace("_", " ") for name in means)]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for method in names(chosen):
@@ -61,7 +67,7 @@ def paired_table(rows: Sequence[Row], shots: int, calibrated: bool, ours: Sequen
     For measures of which more is better, the difference's sign is turned.
     """
     chosen = select(rows, shots=shots, calibrated=calibrated)
-    means = [name for name in MEANS if any(name in row for row in chosen)]
+    means = [name for name in LESS_IS_BETTER if any(name in row for row in chosen)]
     baselines = [name for name in names(chosen) if name not in ours and name != BOUND]
     lines = ["| measure | best baseline | " + " | ".join(ours) + " |", "|" + "---|" * (2 + len(ours))]
     for measure in means:

@@ -16,8 +16,9 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from abmll.calibration import TemperaturePrior, fit_temperature_prior
+from abmll.calibration import fit_temperature_prior
 from abmll.examples import Example
+from abmll.metrics import negative_log_likelihood
 from abmll.predictive import predictive
 from training.base_model import load_base
 from training.benchmark.exact import ExactBayes
@@ -73,15 +74,19 @@ def _predict(learner: Learner, task: Task, shots: int, config: BenchConfig, seed
     return _Predicted(scores, answers, support, query, seconds)
 
 
-def _validation_loss(predicted: Sequence[_Predicted]) -> tuple[float, float]:
-    """Mean NLL after the temperature that suits the validation tasks best, and that temperature."""
+def _temperature(predicted: Sequence[_Predicted]) -> float:
+    """The one temperature that suits the tasks best."""
     pairs = [(item.scores, item.answers) for item in predicted]
-    prior: TemperaturePrior = fit_temperature_prior([None] * len(pairs), pairs)
-    losses: list[Tensor] = []
-    for scores, answers in pairs:
-        probabilities = predictive(scores, prior.median).probabilities
-        losses.append(-probabilities.gather(-1, answers[:, None]).clamp_min(1e-12).log().mean())
-    return torch.stack(losses).mean().item(), prior.median
+    return fit_temperature_prior([None] * len(pairs), pairs).median
+
+
+def _tempered_loss(predicted: Sequence[_Predicted]) -> float:
+    """Mean over tasks of NLL at the temperature that suits them best."""
+    temperature = _temperature(predicted)
+    losses = [
+        negative_log_likelihood(predictive(item.scores, temperature).probabilities, item.answers) for item in predicted
+    ]
+    return sum(losses) / len(losses)
 
 
 def run(
@@ -155,28 +160,33 @@ def _measure(
     config: BenchConfig,
     world: World | None,
 ) -> list[dict[str, Any]]:
-    best: tuple[float, Learner, Settings, float] | None = None
+    best: tuple[float, Learner, Settings, float, list[_Predicted]] | None = None
     for settings in method.trials:
         begin = time.perf_counter()
         learner = method.learn(load, train, settings, budget, seed)
         seconds = time.perf_counter() - begin
-        loss, _ = _validation_loss([_predict(learner, t, config.tune_shots, config, seed) for t in validation])
+        predicted = [_predict(learner, task, config.tune_shots, config, seed) for task in validation]
+        loss = _tempered_loss(predicted)
         if best is None or loss < best[0]:
-            best = loss, learner, settings, seconds
+            best = loss, learner, settings, seconds, predicted
     assert best is not None
-    _, learner, settings, learn_seconds = best
+    _, learner, settings, learn_seconds, tuned = best
+    bound = isinstance(learner, ExactBayes)
     rows: list[dict[str, Any]] = []
     for shots in config.shots:
-        _, temperature = _validation_loss([_predict(learner, task, shots, config, seed) for task in validation])
+        predicted = tuned
+        if shots != config.tune_shots:
+            predicted = [_predict(learner, task, shots, config, seed) for task in validation]
+        # The exact predictive is calibrated by definition: a temperature could only spoil it.
+        temperature = 1.0 if bound else _temperature(predicted)
         for task in test:
             item = _predict(learner, task, shots, config, seed)
             exact = None if world is None else world.exact(item.support, item.query)
             for calibrated in (False, True):
-                # The exact predictive is calibrated by definition: a temperature could only spoil it.
-                chosen = temperature if calibrated and not isinstance(learner, ExactBayes) else 1.0
+                chosen = temperature if calibrated else 1.0
                 result = predictive(item.scores, chosen)
                 measures = of_task(item.scores, item.answers, chosen, exact)
-                if world is not None and exact is not None and isinstance(learner, ExactBayes):
+                if bound and world is not None and exact is not None:
                     # Its doubt of the rule does not show in one draw of its predictive.
                     measures["epistemic"] = world.epistemic(exact).mean().item()
                 rows.append(
