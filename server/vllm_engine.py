@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import os
 import shutil
 import tempfile
@@ -21,6 +22,8 @@ from server.adapters import Adapter, AdapterCache
 from server.clock import current_clock
 from server.engine import EngineState, Served
 from server.trie import Step, option_steps, token_steps
+
+logger = logging.getLogger(__name__)
 
 # vLLM builds its kernels for these ranks alone.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -59,6 +62,9 @@ class VllmEngine:
         cache_bytes: Bytes of adapters to keep.
         dtype: Of the weights; float32 on a CPU and the checkpoint's own on a GPU by default.
         options: Further arguments of vLLM's ``AsyncEngineArgs``.
+
+    Attributes:
+        slow_lora: On a CPU, why vLLM's own slower LoRA code is in use; None where ours is.
     """
 
     name = "vllm"
@@ -85,6 +91,7 @@ class VllmEngine:
         self._cache_bytes = cache_bytes
         self._llm: Any = None
         self._cache: AdapterCache | None = None
+        self.slow_lora: str | None = None
         self._requests = itertools.count()
         self._waiting = 0
         self._closed = False
@@ -100,6 +107,10 @@ class VllmEngine:
         self.context = int(config.max_model_len)
         dtype = torch.float32 if self._on_cpu else torch.bfloat16
         self._cache = AdapterCache(self._folder, self.rank, dtype, self._cache_bytes)
+        if self._on_cpu:
+            self.slow_lora = (await self._llm.collective_rpc("use_segmented_lora"))[0]
+            if self.slow_lora is not None:
+                logger.warning("LoRA runs by vLLM's own slower code on the CPU: %s", self.slow_lora)
         await self._warm_up()
 
     def _build(self) -> Any:
@@ -124,7 +135,12 @@ class VllmEngine:
         }
         if self._on_cpu:
             # The smallest blocks there are, so that short prompts are shared between a question's requests too.
-            values |= {"block_size": 32, "max_num_seqs": 256, "enforce_eager": True}
+            values |= {
+                "block_size": 32,
+                "max_num_seqs": 256,
+                "enforce_eager": True,
+                "worker_extension_cls": "server.segmented_lora.SegmentedLora",
+            }
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**(values | self.options)))
 
     async def _warm_up(self) -> None:

@@ -117,7 +117,7 @@ def train_command(
     beta: Annotated[float, typer.Option(help="Weight of KL.")] = 1e-4,
     config: _Settings = None,
     books: Annotated[Path | None, typer.Option(help="Book shards to make pseudo-tasks from.")] = None,
-    pseudo: Annotated[int, typer.Option("--pseudo-tasks", help="Pseudo-tasks of each kind made from --books.")] = 30,
+    pseudo: Annotated[int, typer.Option("--pseudo-tasks", help="Pseudo-tasks of each kind.")] = 30,
     calibration_draws: Annotated[int, typer.Option(help="Draws in calibration.")] = 8,
     context: Annotated[int | None, typer.Option(help="Longest prompt in tokens; the model's limit by default.")] = None,
     dtype: _Dtype = "float32",
@@ -134,7 +134,7 @@ def train_command(
     from training.evaluation import EvalConfig, calibrate_anew
     from training.meta import MetaConfig, meta_train
     from training.progress import track
-    from training.pseudo_tasks import pseudo_tasks
+    from training.pseudo_tasks import kind_tasks, pseudo_tasks
     from training.report import grouped, markdown
     from training.tasks import load_tasks
 
@@ -167,7 +167,8 @@ def train_command(
     )
     attached = attach(base.model, posterior_config.targets)
     familiar = unseen_items(Path(source), chosen.select(loaded, "train"))
-    training_tasks = [*familiar, *(pseudo_tasks(books, pseudo, seed) if books is not None else [])]
+    from_books = pseudo_tasks(books, pseudo, seed) if books is not None else []
+    training_tasks = [*familiar, *kind_tasks(familiar, pseudo, seed), *from_books]
     theta = meta_train(base, attached, training_tasks, posterior_config, settings, work)
     theta = theta.map(lambda tensor: tensor.to(base.device))
     evaluation = EvalConfig(draws=calibration_draws, seed=seed)
@@ -180,7 +181,10 @@ def train_command(
         rows = grouped(predictions, calibration, lambda item: item.task.category)
         results = {f"{name}/{shots}": scores.model_dump() for name, shots, scores in rows}
         typer.echo(markdown(rows, "category (validation)"))
-    extra = {"split": chosen.model_dump(), "pseudo_tasks": pseudo if books is not None else 0}
+    extra = {
+        "split": chosen.model_dump(),
+        "pseudo_tasks": {"tasks": pseudo, "books": pseudo if books is not None else 0},
+    }
     record = Record(
         seed=seed,
         training=settings.model_dump(mode="json") | extra,

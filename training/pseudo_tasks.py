@@ -1,8 +1,8 @@
-"""Tasks made from plain text, which widen the range of tasks that meta-training sees.
+"""Tasks made from plain text and from other tasks, which widen the range of tasks that meta-training sees.
 
-Labelled tasks are few; text is plenty. Four kinds: which word was left out of a sentence (SMLMT, Bansal
+Labelled tasks are few; text is plenty. Four kinds from books: which word was left out of a sentence (SMLMT, Bansal
 et al. 2020), which word is a sentence's theme, which book a passage is from, and whether a passage praises
-or blames. None needs a label that a person gave.
+or blames. One from a family of tasks: which of them an item is from. None needs a label that a person gave.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import itertools
 import random
 import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from abmll.errors import AbmllError
@@ -65,6 +66,44 @@ def _passages(name: str, books: list[tuple[str, str]], rng: random.Random, items
             examples.append(Example(" ".join(passage.split()[1:-1]), titles, position))
     rng.shuffle(examples)
     return Task(name, "passages", "passages", tuple(examples), fixed_labels=True)
+
+
+def _told_apart(tasks: Sequence[Task]) -> list[Task]:
+    """Keeps tasks whose prompts are their own; where all items ask the same, nothing tells which task asks."""
+    return [task for task in tasks if len({e.prompt for e in task.examples}) > 0.9 * len(task.examples)]
+
+
+def kind_tasks(tasks: Sequence[Task], count: int, seed: int, *, items: int = 160) -> list[Task]:
+    """Makes tasks that ask which task of its family an item is from: the subject of a question, the field of a request.
+
+    Args:
+        tasks: Tasks of any families; those with at least three tasks of one category serve.
+        count: Number of tasks to make; fewer families than that give each several.
+        seed: The same seed and tasks give the same result.
+        items: Items of a task, about.
+
+    Returns:
+        Tasks of the family ``<family>_kinds`` each; none where no family has three.
+    """
+    rng = random.Random(seed)
+    groups: defaultdict[tuple[str, str], list[Task]] = defaultdict(list)
+    for task in _told_apart(tasks):
+        groups[task.family, task.category].append(task)
+    usable = [(family, group) for (family, _), group in sorted(groups.items()) if len(group) >= 3]
+    made: list[Task] = []
+    for number in range(count if usable else 0):
+        family, group = usable[number % len(usable)]
+        chosen = rng.sample(group, rng.randint(2, min(10, len(group))))
+        names = tuple(task.name.removeprefix(f"{family}_").replace("_", " ") for task in chosen)
+        examples = [
+            Example(example.prompt, names, position)
+            for position, task in enumerate(chosen)
+            for example in rng.sample(task.examples, min(len(task.examples), items // len(chosen)))
+        ]
+        rng.shuffle(examples)
+        kind = f"{family}_kinds"
+        made.append(Task(f"{kind}_{number:03d}", kind, "topic", tuple(examples), fixed_labels=True))
+    return made
 
 
 def pseudo_tasks(folder: Path, count: int, seed: int, *, items: int = 80) -> list[Task]:

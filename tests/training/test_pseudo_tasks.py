@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from abmll.errors import AbmllError
+from abmll.examples import Example
 from training.polarity import BLAME, PRAISE, balance
-from training.pseudo_tasks import pseudo_tasks
+from training.pseudo_tasks import kind_tasks, pseudo_tasks
+from training.tasks import Task
 
 
 def test_tasks_are_a_function_of_books_and_seed(books: Path) -> None:
@@ -67,3 +69,28 @@ def test_books_that_no_task_can_be_made_from_are_told(tmp_path: Path) -> None:
         stream.write("\n<|book|>\n".join("zzz zzz zzz zzz. " * 2_000 for _ in range(4)))
     with pytest.raises(AbmllError, match="books"):
         pseudo_tasks(tmp_path, 1, 0)
+
+
+def subject(name: str, family: str, prompt: str, category: str = "qa") -> Task:
+    examples = tuple(Example(prompt.format(n), ("yes", "no"), n % 2) for n in range(20))
+    return Task(f"{family}_{name}", family, category, examples, fixed_labels=True)
+
+
+def test_an_item_is_asked_for_the_task_of_its_family() -> None:
+    family = [subject(name, "exam", f"{name} question {{}}") for name in ("old_history", "physics", "music")]
+    others = [subject("alone", "exam", "other {}", category="topic"), subject("one", "pair", "a {}")]
+    made = kind_tasks([*family, *others], 6, 0, items=30)
+    assert made == kind_tasks([*family, *others], 6, 0, items=30)
+    assert {task.family for task in made} == {"exam_kinds"}
+    assert len({task.name for task in made}) == 6
+    assert {len(task.examples[0].options) for task in made} == {2, 3}
+    for task in made:
+        assert set(task.examples[0].options) <= {"old history", "physics", "music"}
+        for example in task.examples:
+            assert example.prompt.replace("_", " ").startswith(example.options[example.answer])
+
+
+def test_tasks_that_nothing_tells_apart_make_no_kinds() -> None:
+    same = [subject(name, "exam", "which sentence is right?") for name in ("a", "b", "c")]
+    assert kind_tasks(same, 3, 0) == []
+    assert kind_tasks([], 3, 0) == []

@@ -9,12 +9,12 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, Field
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -22,11 +22,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from abmll.examples import Template
 from training.base.card import model_card
-from training.base.corpus import corpus_digest, encode_books, pretraining_tasks, task_document, task_items
+from training.base.corpus import (
+    corpus_digest,
+    encode_books,
+    in_pretraining,
+    pretraining_tasks,
+    task_document,
+    task_items,
+)
 from training.base.embedding import cooccurrence, ppmi_embedding
+from training.base.themes import IGNORED, Themes
 from training.base.tokenizer import END, as_transformers, tokenizer_texts, train_tokenizer
+from training.episodes import keep_items
 from training.progress import Progress, track
-from training.pseudo_tasks import pseudo_tasks
+from training.pseudo_tasks import kind_tasks, pseudo_tasks
 from training.splits import Split
 from training.tasks import Task
 
@@ -48,6 +57,9 @@ class PretrainConfig(BaseModel, frozen=True):
     micro_rows: int = Field(default=8, description="rows in a forward pass; small ones stay in the cache")
     minutes: float = Field(default=60.0, description="wall-clock budget; the learning rate falls to zero at its end")
     task_share: float = Field(default=0.5, ge=0, le=1, description="share of rows that hold task items")
+    theme_share: float = Field(default=0.0, ge=0, le=1, description="share of rows of passages and their themes")
+    theme_words: int = Field(default=5, ge=1, description="content words that are a passage's right answers, at most")
+    theme_texts: float = Field(default=0.4, ge=0, le=1, description="share of passages from task texts, not books")
     answer_weight: float = Field(default=1.0, ge=1, description="weight of an answer's tokens in the loss")
     pseudo_tasks: int = Field(default=20, ge=0, description="tasks of each kind made from the books")
     permuted_share: float = Field(default=0.3, ge=0, le=1, description="share of task rows whose labels are permuted")
@@ -86,8 +98,22 @@ def _new_model(config: PretrainConfig, embedding: Tensor) -> Any:
     return model
 
 
-class _Rows:
-    """An endless stream of training rows: book pieces, and documents of items of one task."""
+@dataclass
+class _Row:
+    """Token ids, which of them are an answer's, and what else would be right in an answer's place."""
+
+    ids: list[int] = field(default_factory=list)
+    answers: list[bool] = field(default_factory=list)
+    others: list[list[int]] = field(default_factory=list)
+
+    def add(self, ids: Sequence[int], is_answer: bool = False, others: Sequence[int] = ()) -> None:
+        self.ids += ids
+        self.answers += [is_answer] * len(ids)
+        self.others += [list(others) for _ in ids]
+
+
+class Rows:
+    """An endless stream of training rows: book pieces, documents of items of one task, passages with their themes."""
 
     def __init__(
         self, config: PretrainConfig, tokenizer: Tokenizer, books: np.ndarray, tasks: Sequence[Task], template: Template
@@ -96,61 +122,91 @@ class _Rows:
         self.rng = random.Random(config.seed)
         self.weights = [len(task.examples) ** 0.5 for task in tasks]
         self.end: int = tokenizer.token_to_id(END) or 0
+        self.suffix, self.newline = self._encode(template.suffix), self._encode("\n")
+        texts = {e.prompt for task in tasks for e in task.examples if in_pretraining(task, e)}
+        self.themes = Themes(tokenizer, books, [self._encode(text) for text in sorted(texts)], config.theme_words)
 
-    def _task_row(self, length: int) -> tuple[list[int], list[bool]]:
-        row: list[int] = []
-        answers: list[bool] = []
-        while len(row) < length:
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _task_row(self, length: int) -> _Row:
+        row = _Row()
+        while len(row.ids) < length:
             task = self.rng.choices(self.tasks, self.weights)[0]
             permute = self.rng.random() < self.config.permuted_share
-            row.append(self.end)
-            answers.append(False)
-            for pair in task_items(task, self.template, self.rng, items=24, permute=permute):
+            row.add([self.end])
+            for prompt, answer in task_items(task, self.template, self.rng, items=24, permute=permute):
                 # Prompt and answer apart, as they are when options are scored.
-                for text, is_answer in zip(pair, (False, True), strict=True):
-                    ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-                    row += ids
-                    answers += [is_answer] * len(ids)
-                if len(row) >= length:
+                row.add(self._encode(prompt))
+                row.add(self._encode(answer), is_answer=True)
+                if len(row.ids) >= length:
                     break
-        return row[:length], answers[:length]
+        return row
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yields (ids, is_answer, is_task): shapes (rows, tokens + 1) int64 and bool, and (rows,) bool."""
+    def _theme_row(self, length: int) -> _Row:
+        row = _Row()
+        row.add([self.end])
+        while len(row.ids) < length:
+            passage = self.themes.draw(self.rng, self.rng.random() < self.config.theme_texts)
+            if not passage.themes:
+                continue
+            first, *others = passage.themes
+            row.add([*passage.ids, *self.suffix])
+            row.add([first], is_answer=True, others=others)
+            row.add(self.newline)
+        return row
+
+    def _book_row(self, length: int) -> _Row:
+        row = _Row()
+        start = self.rng.randrange(len(self.books) - length)
+        row.add([int(token) for token in self.books[start : start + length]])
+        return row
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Yields (ids, is_answer, is_task, others).
+
+        Shapes (rows, tokens + 1) int64 and bool, (rows,) bool, and (rows, tokens + 1, theme_words - 1) int64: tokens
+        that are as right as the one that stands there.
+        """
         length = self.config.row_tokens + 1
         while True:
-            rows: list[list[int]] = []
-            answers: list[list[bool]] = []
+            rows: list[_Row] = []
             flags: list[bool] = []
             for _ in range(self.config.batch_rows):
-                is_task = self.rng.random() < self.config.task_share
-                if is_task:
-                    row, is_answer = self._task_row(length)
-                    rows.append(row)
-                    answers.append(is_answer)
-                else:
-                    start = self.rng.randrange(len(self.books) - length)
-                    rows.append([int(token) for token in self.books[start : start + length]])
-                    answers.append([False] * length)
+                kind = self.rng.random()
+                is_task = kind < self.config.task_share
+                is_theme = not is_task and kind < self.config.task_share + self.config.theme_share
+                make = self._task_row if is_task else self._theme_row if is_theme else self._book_row
+                rows.append(make(length))
                 flags.append(is_task)
-            yield torch.tensor(rows), torch.tensor(answers), torch.tensor(flags)
+            ids = torch.tensor([row.ids[:length] for row in rows])
+            answers = torch.tensor([row.answers[:length] for row in rows])
+            others = torch.full((*ids.shape, self.config.theme_words - 1), IGNORED)
+            for number, row in enumerate(rows):
+                for place, tokens in enumerate(row.others[:length]):
+                    if tokens:
+                        others[number, place, : len(tokens)] = torch.tensor(tokens)
+            yield ids, answers, torch.tensor(flags), others
 
 
 def _loss(
-    model: Any, ids: Tensor, is_answer: Tensor, is_task: Tensor, config: PretrainConfig, amp: bool
+    model: Any, ids: Tensor, is_answer: Tensor, is_task: Tensor, others: Tensor, config: PretrainConfig, amp: bool
 ) -> tuple[Tensor, Tensor]:
-    """Weighted mean loss, and its plain parts, shape (3,): books, task items, and their answers alone."""
+    """Weighted mean loss, and its plain parts, shape (4,): running text, task items, their answers, themes."""
     device_type = ids.device.type
     with torch.autocast(device_type, torch.bfloat16) if amp else nullcontext():
         hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state
         answer = is_answer[:, 1:]
         keep = (torch.rand(hidden.shape[:2], device=ids.device) < config.loss_positions) | answer
         logits = model.lm_head(hidden[keep])
-    nll = F.cross_entropy(logits.float(), ids[:, 1:][keep], reduction="none")
+    right = torch.cat([ids[:, 1:, None], others[:, 1:]], dim=-1)[keep]
+    known = right != IGNORED
+    each = logits.float().log_softmax(-1).gather(-1, right.where(known, 0))
+    nll = -(each * known).sum(-1) / known.sum(-1)
     from_task, answer = is_task[:, None].expand_as(keep)[keep], answer[keep]
     # Prompts' positions stand for all of theirs; answers' are all there.
     share = torch.where(answer, 1.0, 1.0 / config.loss_positions)
-    groups = (~from_task, from_task, answer)
+    groups = (~from_task & ~answer, from_task, from_task & answer, ~from_task & answer)
     parts = torch.stack([(nll[group] * share[group]).sum() / share[group].sum() for group in groups]).detach()
     weight = share * torch.where(answer, config.answer_weight, 1.0)
     return (nll * weight).sum() / weight.sum(), parts
@@ -250,6 +306,8 @@ def pretrain(
         model = loaded.to(device)
     # Another seed than meta-training's, so that theta learns from pseudo-tasks that the model has not read.
     made = pseudo_tasks(books, config.pseudo_tasks, config.seed + 1) if config.pseudo_tasks else []
+    read = keep_items(chosen, in_pretraining)
+    made += kind_tasks(read, config.pseudo_tasks, config.seed + 1)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers: list[torch.optim.Optimizer] = [
@@ -263,10 +321,10 @@ def pretrain(
     begin = time.monotonic()
     seconds = config.minutes * 60
     log: list[dict[str, float]] = []
-    mean_parts = torch.zeros(3)
+    mean_parts = torch.zeros(4)
     step, snapshot = 0, 1
     with progress("pretrain", total=seconds) as bar:
-        for ids, is_answer, is_task in _Rows(config, tokenizer, tokens, [*chosen, *made], template):
+        for batch in Rows(config, tokenizer, tokens, [*chosen, *made], template):
             elapsed = time.monotonic() - begin
             if elapsed >= seconds:
                 break
@@ -276,10 +334,10 @@ def pretrain(
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate * scale
             all_parts: list[Tensor] = []
-            for rows in torch.arange(len(ids)).split(config.micro_rows):
-                part = (tensor[rows].to(device) for tensor in (ids, is_answer, is_task))
+            for rows in torch.arange(config.batch_rows).split(config.micro_rows):
+                part = (tensor[rows].to(device) for tensor in batch)
                 loss, parts = _loss(model, *part, config=config, amp=amp)
-                (loss * len(rows) / len(ids)).backward()
+                (loss * len(rows) / config.batch_rows).backward()
                 all_parts.append(parts)
             parts = torch.stack(all_parts).nanmean(0)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -295,6 +353,7 @@ def pretrain(
                 "books_nll": round(mean_parts[0].item(), 4),
                 "tasks_nll": round(mean_parts[1].item(), 4),
                 "answers_nll": round(mean_parts[2].item(), 4),
+                "themes_nll": round(mean_parts[3].item(), 4),
             }
             bar.update(elapsed, row)
             if step % 20 == 0:
