@@ -26,6 +26,7 @@ _Settings = Annotated[Path | None, typer.Option("--config", help="TOML file with
 _SplitFile = Annotated[Path | None, typer.Option(help="Split file to read; made from --seed and --pin if absent.")]
 _Pins = Annotated[list[str] | None, typer.Option("--pin", help="FAMILY=train|validation|test; may be repeated.")]
 _Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
+_Jobs = Annotated[int, typer.Option(min=1, help="Processes that share the predictions, each with its own model.")]
 _Dtype = Annotated[str, typer.Option(help="Dtype of the frozen base weights: float32 or bfloat16.")]
 
 _PARTS: dict[str, tuple[Literal["train", "validation", "test"], ...]] = {
@@ -120,6 +121,7 @@ def train_command(
     pseudo: Annotated[int, typer.Option("--pseudo-tasks", help="Pseudo-tasks of each kind.")] = 30,
     calibration_draws: Annotated[int, typer.Option(help="Draws in calibration.")] = 8,
     context: Annotated[int | None, typer.Option(help="Longest prompt in tokens; the model's limit by default.")] = None,
+    jobs: _Jobs = 1,
     dtype: _Dtype = "float32",
     gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute activations to save memory.")] = False,
     device: _Device = None,
@@ -176,7 +178,7 @@ def train_command(
     calibration, results = None, {}
     if validation:
         calibration, predictions = calibrate_anew(
-            base, attached, theta, validation, familiar, settings.inner, evaluation, track
+            base, attached, theta, validation, familiar, settings.inner, evaluation, track, jobs
         )
         rows = grouped(predictions, calibration, lambda item: item.task.category)
         results = {f"{name}/{shots}": scores.model_dump() for name, shots, scores in rows}
@@ -249,6 +251,7 @@ def calibrate_command(
     queries: Annotated[int, typer.Option(help="Items predicted in each task, at most.")] = 100,
     supports: Annotated[int, typer.Option(help="Support sets of each task and number of shots.")] = 1,
     seed: int = 0,
+    jobs: _Jobs = 1,
     dtype: _Dtype = "float32",
     device: _Device = None,
 ) -> None:
@@ -274,7 +277,7 @@ def calibrate_command(
     )
     base, attached, theta = _open(stored.posterior, model, dtype, device)
     inner = AdaptConfig.from_record(stored.record.training)
-    calibration, predictions = calibrate_anew(base, attached, theta, validation, training, inner, config, track)
+    calibration, predictions = calibrate_anew(base, attached, theta, validation, training, inner, config, track, jobs)
     rows = grouped(predictions, calibration, lambda item: item.task.category)
     typer.echo(markdown(rows, "category (validation)"))
     results = {f"{name}/{shots}": scores.model_dump() for name, shots, scores in rows}
@@ -320,6 +323,7 @@ def eval_command(
         str, typer.Option(help="Rows of the table: category, family or task; joined by commas, a table each.")
     ] = "category",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the tables' rows here as JSON.")] = None,
+    jobs: _Jobs = 1,
     dtype: _Dtype = "float32",
     device: _Device = None,
 ) -> None:
@@ -349,7 +353,7 @@ def eval_command(
     )
     base, attached, theta = _open(stored.posterior, model, dtype, device)
     inner = AdaptConfig.from_record(stored.record.training)
-    predictions = predict_tasks(base, attached, theta, loaded, inner, config, track)
+    predictions = predict_tasks(base, attached, theta, loaded, inner, config, track, jobs)
     table: list[dict[str, Any]] = []
     for level in levels:
         rows = grouped(predictions, stored.calibration, names[level])

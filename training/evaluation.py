@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from joblib import Parallel, delayed, parallel_config
 from pydantic import BaseModel, Field
 from torch import Tensor
 
@@ -109,13 +112,32 @@ def predict_tasks(
     inner: AdaptConfig,
     config: EvalConfig,
     progress: Progress = silent,
+    jobs: int = 1,
 ) -> list[TaskPredictions]:
-    """Runs ``predict_task`` for every task, number of shots and support set."""
-    jobs = [(task, shots, r) for task in tasks for shots in config.shots for r in range(config.supports)]
+    """Runs ``predict_task`` for every task, number of shots and support set, in their order.
+
+    Args:
+        base: Model and tokenizer.
+        attached: The same model, attached.
+        theta: The global posterior.
+        tasks: The tasks.
+        inner: Inner-loop settings.
+        config: Settings.
+        progress: Shows progress.
+        jobs: Processes that share the work, each with its own copy of the model. On a CPU a small model gains
+            more from them than from threads.
+    """
+    calls = [(task, shots, r) for task in tasks for shots in config.shots for r in range(config.supports)]
     results: list[TaskPredictions] = []
-    with progress("evaluate", total=len(jobs)) as bar:
-        for number, (task, shots, repeat) in enumerate(jobs, start=1):
-            results.append(predict_task(base, attached, theta, task, shots, inner, config, repeat))
+    with parallel_config(backend="loky", inner_max_num_threads=max(1, (os.cpu_count() or 1) // jobs)):
+        run: Any = Parallel(n_jobs=jobs, return_as="generator")
+    found: Iterable[TaskPredictions] = run(
+        delayed(predict_task)(base, attached, theta, task, shots, inner, config, repeat)
+        for task, shots, repeat in calls
+    )
+    with progress("evaluate", total=len(calls)) as bar:
+        for number, predictions in enumerate(found, start=1):
+            results.append(predictions)
             bar.update(number, {"tasks": (number - 1) // (len(config.shots) * config.supports) + 1})
     return results
 
@@ -129,6 +151,7 @@ def calibrate_anew(
     inner: AdaptConfig,
     config: EvalConfig,
     progress: Progress = silent,
+    jobs: int = 1,
 ) -> tuple[Calibration, list[TaskPredictions]]:
     """Predicts validation tasks and new tasks of the training families' kinds, and calibrates on them.
 
@@ -141,17 +164,18 @@ def calibrate_anew(
         inner: Inner-loop settings.
         config: Settings.
         progress: Shows progress.
+        jobs: Processes, see ``predict_tasks``.
 
     Returns:
         The calibration, and the predictions on the validation tasks.
     """
-    predictions = predict_tasks(base, attached, theta, validation, inner, config, progress)
+    predictions = predict_tasks(base, attached, theta, validation, inner, config, progress, jobs)
     some = tuple(shots for shots in config.shots if shots > 0)  # with none, new labels cannot be known
     familiar: list[TaskPredictions] = []
     if some:
         fewer = config.model_copy(update={"shots": some, "queries": min(config.queries, FAMILIAR_QUERIES)})
         tasks = relabelled(training, FAMILIAR_TASKS, FAMILIAR_QUERIES, FAMILIAR_CHARACTERS, config.seed)
-        familiar = predict_tasks(base, attached, theta, tasks, inner, fewer, progress)
+        familiar = predict_tasks(base, attached, theta, tasks, inner, fewer, progress, jobs)
     return calibrate(predictions, config, familiar), predictions
 
 

@@ -30,10 +30,14 @@ def base(tiny_model_folder: Path) -> BaseModel:
     return load_base(str(tiny_model_folder))
 
 
+# Two that vLLM fuses with a third, and two that it does not.
+TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
+
+
 def random_posterior(folder: Path, seed: int, *, family: Any = "kronecker", noise: float = 0.05) -> Posterior:
     """A posterior whose mean and scales differ from their start."""
     model = load_base(str(folder)).model
-    config = PosteriorConfig(base_model=str(folder), family=family, scale_init=0.02)
+    config = PosteriorConfig(base_model=str(folder), targets=TARGETS, family=family, scale_init=0.02)
     posterior = init_posterior(attach(model, config.targets), config, seed)
     generator = torch.Generator().manual_seed(seed)
     return posterior.map(lambda t: t + noise * torch.randn(t.shape, generator=generator))

@@ -24,7 +24,7 @@ from abmll.posterior import Posterior
 from abmll.scoring import Question, tokenize
 from server.engine import Served
 from server.vllm_engine import VllmEngine
-from tests.server.conftest import random_posterior
+from tests.server.conftest import TARGETS, random_posterior
 from training.base_model import BaseModel, load_base
 
 pytestmark = [
@@ -75,7 +75,7 @@ def engine(loop: Loop, tiny_model_folder: Path) -> Iterator[VllmEngine]:
 @pytest.fixture(scope="module")
 def reference(tiny_model_folder: Path) -> tuple[BaseModel, Attached]:
     base = load_base(str(tiny_model_folder))
-    return base, attach(base.model, ("q_proj", "v_proj"))
+    return base, attach(base.model, TARGETS)
 
 
 def served(posterior: Posterior) -> Served:

@@ -40,6 +40,18 @@ def test_every_task_shots_and_support_set_is_predicted(predictions: list[TaskPre
         assert not torch.allclose(before.scores, after.scores)
 
 
+def test_processes_share_the_work_and_change_nothing(
+    base: BaseModel, attached: Attached, predictions: list[TaskPredictions]
+) -> None:
+    theta = init_posterior(attached, PosteriorConfig(base_model="tiny", targets=TARGETS), 0)
+    tasks = [rule_task(number) for number in range(3)]
+    inner = AdaptConfig(steps=3, learning_rate=2e-2)
+    shared = predict_tasks(base, attached, theta, tasks, inner, CONFIG, jobs=2)
+    for one, other in zip(shared, predictions, strict=True):
+        assert (one.task, one.shots) == (other.task, other.shots)
+        torch.testing.assert_close(one.scores, other.scores, atol=1e-3, rtol=1e-3)  # the number of threads rounds
+
+
 def test_scores_are_the_libraries(predictions: list[TaskPredictions]) -> None:
     chosen = [item for item in predictions if item.shots == 4]
     scores = score(chosen, None)
