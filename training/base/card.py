@@ -61,7 +61,7 @@ def model_card(tasks: Sequence[Task], parameters: int, runs: Sequence[Mapping[st
         "- embeddings start from a factorized co-occurrence matrix of the whole corpus (PPMI and SVD); then next-token",
         "  training on books, on items of tasks, several of one task in a row, and on tasks made from the books: which",
         "  word is missing, which word is the theme, which book a passage is from, whether it praises or blames (told",
-        "  by a short word list); in runs with a theme_share also on passages whose content words are the right answers,",
+        "  by a short word list); in runs with theme_share also on passages whose content words are the right answers,",
         "  some of them cut out, and on which task of its family an item is from",
         *(_run(number, run) for number, run in enumerate(runs, 1)),
         "- of each task, a hash picks the half of the items that was read with its answers; the other half is kept for",
