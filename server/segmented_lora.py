@@ -94,9 +94,8 @@ def sgmv_expand(
         add_inputs: Whether to add to what is there.
     """
     width = min(lora_b_weights.shape[-2], output_tensor.shape[1])
-    for rows, adapter in _runs(b_seq_start_loc, seq_len_tensor, lora_indices_tensor, batches):
-        b = _matrix(lora_b_weights, adapter, output_tensor.dtype)[:width]
-        _put(output_tensor[rows, :width], inputs[rows].to(output_tensor.dtype), b, add_inputs)
+    runs = (b_seq_start_loc, seq_len_tensor, lora_indices_tensor, batches, max_seq_length, token_nums)
+    sgmv_expand_slice(inputs, lora_b_weights[..., :width, :], output_tensor, *runs, 0, width, add_inputs)
 
 
 def sgmv_expand_slice(
@@ -117,14 +116,8 @@ def sgmv_expand_slice(
     columns = slice(slice_offset, slice_offset + slice_size)
     for rows, adapter in _runs(b_seq_start_loc, seq_len_tensor, lora_indices_tensor, batches):
         b = _matrix(lora_b_weights, adapter, output_tensor.dtype)
-        _put(output_tensor[rows, columns], inputs[rows].to(output_tensor.dtype), b, add_inputs)
-
-
-def _put(target: Tensor, inputs: Tensor, b: Tensor, add: bool) -> None:
-    if add:
-        target.addmm_(inputs, b.T)
-    else:
-        torch.mm(inputs, b.T, out=target)
+        target = output_tensor[rows, columns]
+        target.addmm_(inputs[rows].to(target.dtype), b.T, beta=1 if add_inputs else 0)
 
 
 REPLACEMENTS: dict[str, Callable[..., None]] = {

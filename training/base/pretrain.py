@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,13 @@ class Rows:
         self.weights = [len(task.examples) ** 0.5 for task in tasks]
         self.end: int = tokenizer.token_to_id(END) or 0
         self.suffix, self.newline = self._encode(template.suffix), self._encode("\n")
-        texts = {e.prompt for task in tasks for e in task.examples if in_pretraining(task, e)}
-        self.themes = Themes(tokenizer, books, [self._encode(text) for text in sorted(texts)], config.theme_words)
+
+    @cached_property
+    def themes(self) -> Themes:
+        """Passages of the books and of the tasks' texts; made when the first row of them is."""
+        texts = {e.prompt for task in self.tasks for e in task.examples if in_pretraining(task, e)}
+        encoded = [self._encode(text) for text in sorted(texts)]
+        return Themes(self.tokenizer, self.books, encoded, self.config.theme_words)
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
