@@ -17,7 +17,7 @@ from pathlib import Path
 from abmll.errors import AbmllError
 from abmll.examples import Example
 from training.base.corpus import read_books
-from training.polarity import polarity_task
+from training.polarity import Polarity, polarity_task
 from training.tasks import Task
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
@@ -106,6 +106,12 @@ def kind_tasks(tasks: Sequence[Task], count: int, seed: int, *, items: int = 160
     return made
 
 
+def long_books(folder: Path) -> list[tuple[str, str]]:
+    """Returns titles and texts of the first books of a folder's shards, those of at least 20,000 characters."""
+    first = enumerate(itertools.islice(read_books(folder), _BOOKS))
+    return [(_title(book, number), book) for number, book in first if len(book) >= 20_000]
+
+
 def pseudo_tasks(folder: Path, count: int, seed: int, *, items: int = 80) -> list[Task]:
     """Makes tasks from book shards.
 
@@ -119,13 +125,10 @@ def pseudo_tasks(folder: Path, count: int, seed: int, *, items: int = 80) -> lis
         AbmllError: The books are too few or too short.
     """
     rng = random.Random(seed)
-    books: list[tuple[str, str]] = []
+    books = long_books(folder)
     counts: Counter[str] = Counter()
     sentences: list[str] = []
-    for number, book in enumerate(itertools.islice(read_books(folder), _BOOKS)):
-        if len(book) < 20_000:
-            continue
-        books.append((_title(book, number), book))
+    for _, book in books:
         part = " ".join(book[5_000:45_000].split())
         sentences += [sentence for sentence in _SENTENCE.split(part) if 50 <= len(sentence) <= 220]
     for sentence in sentences:
@@ -146,8 +149,8 @@ def pseudo_tasks(folder: Path, count: int, seed: int, *, items: int = 80) -> lis
         )
     tasks = [_word_task(f"cloze_{n:03d}", "cloze", rng.randint(2, 5), usable, rng, items) for n in range(count)]
     tasks += [_passages(f"passages_{n:03d}", unique, rng, items) for n in range(count)]
-    texts = [text for _, text in unique]
-    tasks += [polarity_task(n, texts, rng, 4 * items) for n in range(count)]
+    polarity = Polarity([text for _, text in unique])
+    tasks += [polarity_task(n, polarity, rng, 4 * items) for n in range(count)]
     most = min(10, len(usable))
     for n in range(count):
         tasks.append(_word_task(f"themes_{n:03d}", "themes", rng.randint(2, most), usable, rng, 2 * items))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.training.conftest import rule_task
@@ -30,7 +31,8 @@ SPLIT = Split(seed=0, families={"family_0": "train", "family_1": "train", "kept"
 @pytest.mark.filterwarnings("ignore")  # scipy's and torch's own, at so small a size
 def test_a_model_is_made_and_gone_on_with(books: Path, tmp_path: Path) -> None:
     first = pretrain(books, TASKS, SPLIT, tmp_path / "one", CONFIG)
-    second = pretrain(books, TASKS, SPLIT, tmp_path / "two", CONFIG.model_copy(update={"seed": 1}), start=first)
+    more = {"seed": 1, "theme_share": 0.2, "polarity_share": 0.2}
+    second = pretrain(books, TASKS, SPLIT, tmp_path / "two", CONFIG.model_copy(update=more), start=first)
     for folder, runs in ((first, 1), (second, 2)):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -52,3 +54,11 @@ def test_meta_training_is_left_the_other_half(tmp_path: Path) -> None:
     assert not any(in_pretraining(task, example) for example in task.examples)
     assert other == TASKS[1]
     assert unseen_items(tmp_path / "elsewhere", TASKS) == TASKS
+
+
+def test_shares_add_up_to_one_at_most() -> None:
+    assert PretrainConfig(task_share=0.5, theme_share=0.2, polarity_share=0.3).shares == pytest.approx(
+        (0, 0.5, 0.2, 0.3)
+    )
+    with pytest.raises(ValidationError, match="more than 1"):
+        PretrainConfig(task_share=0.5, theme_share=0.3, polarity_share=0.3)

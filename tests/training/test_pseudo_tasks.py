@@ -7,7 +7,6 @@ import pytest
 
 from abmll.errors import AbmllError
 from abmll.examples import Example
-from training.polarity import BLAME, PRAISE, balance
 from training.pseudo_tasks import kind_tasks, pseudo_tasks
 from training.tasks import Task
 
@@ -38,24 +37,10 @@ def test_a_theme_is_there_in_some_sentences_and_cut_out_of_others(books: Path) -
         assert not any("..." in example.prompt or "  " in example.prompt for example in task.examples)
 
 
-def test_polarity_is_told_by_words_or_masked(books: Path) -> None:
-    masked = 0
+def test_as_many_items_praise_as_blame(books: Path) -> None:
     for task in pseudo_tasks(books, 3, 0, items=20)[6:9]:
         answers = [example.answer for example in task.examples]
-        assert answers.count(0) == answers.count(1)
-        for example in task.examples:
-            label = balance(example.prompt)
-            assert label in (example.answer, None)
-            masked += label is None
-    assert masked
-
-
-def test_balance() -> None:
-    assert not PRAISE & BLAME
-    assert balance("A splendid, delightful day") == 1
-    assert balance("a dull and tedious book, if clever: awful") == 0
-    assert balance("good but bad") is None
-    assert balance("the house stood by the river") is None
+        assert answers.count(0) == answers.count(1) == 40
 
 
 def test_books_that_no_task_can_be_made_from_are_told(tmp_path: Path) -> None:

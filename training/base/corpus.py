@@ -85,7 +85,7 @@ def task_items(task: Task, template: Template, rng: random.Random, items: int, p
         permute: Whether the labels of a fixed-label task change their meaning for this document, so
             that the answer must be read off the preceding items.
     """
-    chosen = [example for example in task.examples if in_pretraining(task, example)]
+    chosen = list(task.examples)
     rng.shuffle(chosen)
     options = list(chosen[0].options)
     if permute and task.fixed_labels:

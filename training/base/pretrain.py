@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -35,12 +35,15 @@ from training.base.embedding import cooccurrence, ppmi_embedding
 from training.base.themes import IGNORED, Themes
 from training.base.tokenizer import END, as_transformers, tokenizer_texts, train_tokenizer
 from training.episodes import keep_items
+from training.polarity import Polarity, label_names
 from training.progress import Progress, track
-from training.pseudo_tasks import kind_tasks, pseudo_tasks
+from training.pseudo_tasks import kind_tasks, long_books, pseudo_tasks
 from training.splits import Split
 from training.tasks import Task
 
 SNAPSHOT_SECONDS = 300.0
+KINDS = ("books", "tasks", "themes", "polarity")
+PARTS = ("books_nll", "tasks_nll", "answers_nll", "themes_nll", "polarity_nll")
 
 
 class PretrainConfig(BaseModel, frozen=True):
@@ -59,6 +62,7 @@ class PretrainConfig(BaseModel, frozen=True):
     minutes: float = Field(default=60.0, description="wall-clock budget; the learning rate falls to zero at its end")
     task_share: float = Field(default=0.5, ge=0, le=1, description="share of rows that hold task items")
     theme_share: float = Field(default=0.0, ge=0, le=1, description="share of rows of passages and their themes")
+    polarity_share: float = Field(default=0.0, ge=0, le=1, description="share of rows of passages that praise or blame")
     theme_words: int = Field(default=5, ge=1, description="content words that are a passage's right answers, at most")
     theme_texts: float = Field(default=0.4, ge=0, le=1, description="share of passages from task texts, not books")
     answer_weight: float = Field(default=1.0, ge=1, description="weight of an answer's tokens in the loss")
@@ -72,6 +76,18 @@ class PretrainConfig(BaseModel, frozen=True):
     window: int = Field(default=6, description="co-occurrence window of the embedding's start, in tokens")
     book_limit: int | None = None
     seed: int = 0
+
+    @property
+    def shares(self) -> tuple[float, float, float, float]:
+        """Shares of rows, in the order of ``KINDS``."""
+        others = (self.task_share, self.theme_share, self.polarity_share)
+        return (1.0 - sum(others), *others)
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> PretrainConfig:
+        if self.shares[0] < -1e-9:
+            raise ValueError("task_share, theme_share and polarity_share add up to more than 1")
+        return self
 
 
 def _new_model(config: PretrainConfig, embedding: Tensor) -> Any:
@@ -117,9 +133,16 @@ class Rows:
     """An endless stream of training rows: book pieces, documents of items of one task, passages with their themes."""
 
     def __init__(
-        self, config: PretrainConfig, tokenizer: Tokenizer, books: np.ndarray, tasks: Sequence[Task], template: Template
+        self,
+        config: PretrainConfig,
+        tokenizer: Tokenizer,
+        books: np.ndarray,
+        tasks: Sequence[Task],
+        template: Template,
+        folder: Path,
     ) -> None:
         self.config, self.tokenizer, self.books, self.tasks, self.template = config, tokenizer, books, tasks, template
+        self.folder = folder
         self.rng = random.Random(config.seed)
         self.weights = [len(task.examples) ** 0.5 for task in tasks]
         self.end: int = tokenizer.token_to_id(END) or 0
@@ -128,9 +151,14 @@ class Rows:
     @cached_property
     def themes(self) -> Themes:
         """Passages of the books and of the tasks' texts; made when the first row of them is."""
-        texts = {e.prompt for task in self.tasks for e in task.examples if in_pretraining(task, e)}
+        texts = {e.prompt for task in self.tasks for e in task.examples}
         encoded = [self._encode(text) for text in sorted(texts)]
         return Themes(self.tokenizer, self.books, encoded, self.config.theme_words)
+
+    @cached_property
+    def polarity(self) -> Polarity:
+        """Passages that praise or blame; made when the first row of them is."""
+        return Polarity([text for _, text in long_books(self.folder)])
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -147,6 +175,17 @@ class Rows:
                 row.add(self._encode(answer), is_answer=True)
                 if len(row.ids) >= length:
                     break
+        return row
+
+    def _polarity_row(self, length: int) -> _Row:
+        row = _Row()
+        row.add([self.end])
+        names = label_names(self.rng.randrange(1_000))
+        while len(row.ids) < length:
+            label = self.rng.randrange(2)
+            row.add(self._encode(self.template.prompt(self.polarity.draw(self.rng, label))))
+            row.add(self._encode(self.template.option(names[label])), is_answer=True)
+            row.add(self.newline)
         return row
 
     def _theme_row(self, length: int) -> _Row:
@@ -169,22 +208,17 @@ class Rows:
         return row
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Yields (ids, is_answer, is_task, others).
+        """Yields (ids, is_answer, kind, others).
 
-        Shapes (rows, tokens + 1) int64 and bool, (rows,) bool, and (rows, tokens + 1, theme_words - 1) int64: tokens
-        that are as right as the one that stands there.
+        Shapes (rows, tokens + 1) int64 and bool, (rows,) int64, an index into ``KINDS``, and (rows, tokens + 1,
+        theme_words - 1) int64: tokens that are as right as the one that stands there.
         """
-        length = self.config.row_tokens + 1
+        config = self.config
+        makers = (self._book_row, self._task_row, self._theme_row, self._polarity_row)
+        length = config.row_tokens + 1
         while True:
-            rows: list[_Row] = []
-            flags: list[bool] = []
-            for _ in range(self.config.batch_rows):
-                kind = self.rng.random()
-                is_task = kind < self.config.task_share
-                is_theme = not is_task and kind < self.config.task_share + self.config.theme_share
-                make = self._task_row if is_task else self._theme_row if is_theme else self._book_row
-                rows.append(make(length))
-                flags.append(is_task)
+            kinds = self.rng.choices(range(len(KINDS)), config.shares, k=config.batch_rows)
+            rows = [makers[kind](length) for kind in kinds]
             ids = torch.tensor([row.ids[:length] for row in rows])
             answers = torch.tensor([row.answers[:length] for row in rows])
             others = torch.full((*ids.shape, self.config.theme_words - 1), IGNORED)
@@ -192,13 +226,13 @@ class Rows:
                 for place, tokens in enumerate(row.others[:length]):
                     if tokens:
                         others[number, place, : len(tokens)] = torch.tensor(tokens)
-            yield ids, answers, torch.tensor(flags), others
+            yield ids, answers, torch.tensor(kinds), others
 
 
 def _loss(
-    model: Any, ids: Tensor, is_answer: Tensor, is_task: Tensor, others: Tensor, config: PretrainConfig, amp: bool
+    model: Any, ids: Tensor, is_answer: Tensor, kind: Tensor, others: Tensor, config: PretrainConfig, amp: bool
 ) -> tuple[Tensor, Tensor]:
-    """Weighted mean loss, and its plain parts, shape (4,): running text, task items, their answers, themes."""
+    """Weighted mean loss, and its plain parts, in the order of ``PARTS``."""
     device_type = ids.device.type
     with torch.autocast(device_type, torch.bfloat16) if amp else nullcontext():
         hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state
@@ -209,10 +243,11 @@ def _loss(
     known = right != IGNORED
     each = logits.float().log_softmax(-1).gather(-1, right.where(known, 0))
     nll = -(each * known).sum(-1) / known.sum(-1)
-    from_task, answer = is_task[:, None].expand_as(keep)[keep], answer[keep]
+    kind, answer = kind[:, None].expand_as(keep)[keep], answer[keep]
+    tasks, themes, polarity = (kind == KINDS.index(name) for name in ("tasks", "themes", "polarity"))
     # Prompts' positions stand for all of theirs; answers' are all there.
     share = torch.where(answer, 1.0, 1.0 / config.loss_positions)
-    groups = (~from_task & ~answer, from_task, from_task & answer, ~from_task & answer)
+    groups = (~tasks & ~answer, tasks, tasks & answer, themes & answer, polarity & answer)
     parts = torch.stack([(nll[group] * share[group]).sum() / share[group].sum() for group in groups]).detach()
     weight = share * torch.where(answer, config.answer_weight, 1.0)
     return (nll * weight).sum() / weight.sum(), parts
@@ -293,12 +328,13 @@ def pretrain(
     """
     template = Template()
     chosen = pretraining_tasks(tasks, split)
+    read = keep_items(chosen, in_pretraining)
     work = out.with_name(out.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
     digest = f"{corpus_digest(books, chosen)}-{config.vocabulary}"
     torch.manual_seed(config.seed)
     if start is None:
-        tokenizer = _tokenizer(books, chosen, template, config, work / f"tokenizer-{digest}.json")
+        tokenizer = _tokenizer(books, read, template, config, work / f"tokenizer-{digest}.json")
     else:
         tokenizer = Tokenizer.from_file(str(start / "tokenizer.json"))
         tokenizer.post_processor = None
@@ -306,13 +342,12 @@ def pretrain(
     tokens = encode_books(books, tokenizer, work / f"books-{digest}.npy", config.book_limit)
     if start is None:
         embedding_file = work / f"embedding-{digest}-{config.width}-{config.window}.pt"
-        model = _new_model(config, _embedding(tokens, tokenizer, chosen, template, config, embedding_file)).to(device)
+        model = _new_model(config, _embedding(tokens, tokenizer, read, template, config, embedding_file)).to(device)
     else:
         loaded: Any = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
         model = loaded.to(device)
     # Another seed than meta-training's, so that theta learns from pseudo-tasks that the model has not read.
     made = pseudo_tasks(books, config.pseudo_tasks, config.seed + 1) if config.pseudo_tasks else []
-    read = keep_items(chosen, in_pretraining)
     made += kind_tasks(read, config.pseudo_tasks, config.seed + 1)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
@@ -327,10 +362,10 @@ def pretrain(
     begin = time.monotonic()
     seconds = config.minutes * 60
     log: list[dict[str, float]] = []
-    mean_parts = torch.zeros(4)
+    mean_parts = torch.full((len(PARTS),), math.nan)
     step, snapshot = 0, 1
     with progress("pretrain", total=seconds) as bar:
-        for batch in Rows(config, tokenizer, tokens, [*chosen, *made], template):
+        for batch in Rows(config, tokenizer, tokens, [*read, *made], template, books):
             elapsed = time.monotonic() - begin
             if elapsed >= seconds:
                 break
@@ -351,15 +386,18 @@ def pretrain(
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             step += 1
-            mean_parts = parts.cpu() if step == 1 else 0.95 * mean_parts + 0.05 * parts.cpu()
+            parts = parts.cpu()
+            # A step may have no row of a kind: its mean stays.
+            smooth = torch.where(mean_parts.isnan(), parts, 0.95 * mean_parts + 0.05 * parts)
+            mean_parts = torch.where(parts.isnan(), mean_parts, smooth)
             row = {
                 "step": step,
                 "seconds": round(elapsed, 1),
                 "tokens": step * config.batch_rows * config.row_tokens,
-                "books_nll": round(mean_parts[0].item(), 4),
-                "tasks_nll": round(mean_parts[1].item(), 4),
-                "answers_nll": round(mean_parts[2].item(), 4),
-                "themes_nll": round(mean_parts[3].item(), 4),
+            } | {
+                name: round(part, 4)
+                for name, part in zip(PARTS, mean_parts.tolist(), strict=True)
+                if not math.isnan(part)
             }
             bar.update(elapsed, row)
             if step % 20 == 0:
