@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from abmll.errors import AbmllError
 from training.benchmark.bayesian import Blob, Laplace, Tfb
 from training.benchmark.exact import ExactBayes
@@ -11,7 +13,7 @@ from training.benchmark.ours import Abmll
 from training.benchmark.point import Ensemble, InContext, Lora, McDropout, MultiTask, ZeroShot
 from training.benchmark.world import World
 
-OURS = ("abmll kronecker", "abmll lowrank")
+OURS = ("abmll kronecker", "abmll lowrank", "abmll kronecker in-context")
 
 
 def catalogue(world: World | None) -> list[Method]:
@@ -31,6 +33,7 @@ def catalogue(world: World | None) -> list[Method]:
         Tfb(),
         Abmll("kronecker"),
         Abmll("lowrank"),
+        Abmll("kronecker", in_context=True),
     ]
     return methods if world is None else [ExactBayes(world), *methods]
 
@@ -49,3 +52,18 @@ def choose(names: str | None, world: World | None) -> list[Method]:
     if unknown:
         raise AbmllError(f"there is no method {unknown[0]!r}; methods: {', '.join(known)}", field="methods")
     return [known[name] for name in wanted]
+
+
+def ablation(betas: str) -> list[Method]:
+    """Returns ABMLL with each of the weights of KL, joined by commas.
+
+    Raises:
+        AbmllError: One is not a number, or below 0.
+    """
+    try:
+        values = [float(text) for text in betas.split(",")]
+    except ValueError:
+        values = [-1.0]
+    if not all(0 <= value < math.inf for value in values):
+        raise AbmllError(f"betas must be numbers from 0 on, joined by commas, not {betas!r}", field="betas")
+    return [Abmll("kronecker", beta=value) for value in dict.fromkeys(values)]

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from training.benchmark.run import BenchConfig, Parts
     from training.benchmark.world import World
     from training.tasks import Task
 
 # Small enough for under five minutes on two cores.
 QUICK = {
     "shots": (4, 16),
-    "seeds": (0,),
     "train_tasks": 60,
     "validation_tasks": 3,
     "test_tasks": 6,
@@ -34,6 +34,9 @@ def bench_command(
         str | None, typer.Option(help="Base model: hub name or folder. Default: the embedded one.")
     ] = None,
     methods: Annotated[str | None, typer.Option(help="Names of methods, joined by commas; default: all.")] = None,
+    betas: Annotated[
+        str | None, typer.Option(help="Weights of KL, joined by commas: an ablation of ABMLL in place of methods.")
+    ] = None,
     shots: Annotated[str, typer.Option(help="Numbers of shots, joined by commas.")] = "1,4,16,64",
     seeds: Annotated[str, typer.Option(help="Seeds, joined by commas.")] = "0,1,2",
     meta_steps: Annotated[int, typer.Option(help="Steps of learning over tasks.")] = 300,
@@ -42,24 +45,28 @@ def bench_command(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU if there is one.")] = None,
 ) -> None:
     """Compare ABMLL with what one would use instead: same base model, data, shots and budget."""
-    from training.benchmark.catalogue import choose
-    from training.benchmark.pictures import draw_all
+    from abmll.errors import AbmllError
+    from training.benchmark.catalogue import ablation, choose
+    from training.benchmark.pictures import against_beta, draw_all
     from training.benchmark.run import BenchConfig, run
     from training.benchmark.world import World
     from training.embedded import resolve
     from training.progress import track
     from training.settings import checked, choose_device, numbers
 
-    values: dict[str, Any] = {"shots": numbers(shots, "shots"), "seeds": numbers(seeds, "seeds")}
-    values |= {"meta_steps": meta_steps, "test_tasks": test_tasks}
+    values: dict[str, Any] = {"shots": numbers(shots, "shots"), "meta_steps": meta_steps, "test_tasks": test_tasks}
     config: BenchConfig = checked(BenchConfig, values | (QUICK if quick else {}))
+    wanted = (0,) if quick else numbers(seeds, "seeds")
     world = World() if tasks is None else None
-    train, validation, test = _generated(world, config) if world is not None else _real(tasks, resolve(model), config)
+    if world is not None:
+        parts = {seed: _generated(world, config, seed) for seed in wanted}
+    else:
+        parts = _real(tasks, resolve(model), config, wanted)
+    if betas is not None and methods is not None:
+        raise AbmllError("betas and methods exclude each other; give one of them", field="betas")
     rows = run(
-        choose(methods, world),
-        train,
-        validation,
-        test,
+        choose(methods, world) if betas is None else ablation(betas),
+        parts,
         resolve(model),
         config,
         out / "results.jsonl",
@@ -70,25 +77,35 @@ def bench_command(
     text = _report(rows, config)
     (out / "report.md").write_text(text, encoding="utf-8")
     typer.echo(text)
-    for picture in draw_all(rows, out):
+    pictures = draw_all(rows, out)
+    if betas is not None:
+        pictures.append(against_beta(rows, out))
+    for picture in pictures:
         typer.echo(f"drew {picture}")
 
 
-def _generated(world: World, config: Any) -> tuple[list[Task], list[Task], list[Task]]:
-    return (
-        world.tasks(config.train_tasks, seed=1),
-        world.tasks(config.validation_tasks, seed=2),
-        world.tasks(config.test_tasks, seed=3),
+def _generated(world: World, config: BenchConfig, seed: int) -> Parts:
+    from training.benchmark.run import Parts
+
+    return Parts(
+        train=world.tasks(config.train_tasks, seed=3 * seed + 1),
+        validation=world.tasks(config.validation_tasks, seed=3 * seed + 2),
+        test=world.tasks(config.test_tasks, seed=3 * seed + 3),
     )
 
 
-def _real(tasks: Path | None, model: str, config: Any) -> tuple[list[Task], list[Task], list[Task]]:
-    """Tasks of a folder by the split of the embedded posterior, short ones, spread over the families."""
+def _real(tasks: Path | None, model: str, config: BenchConfig, seeds: tuple[int, ...]) -> dict[int, Parts]:
+    """Short tasks of a folder by the split of the embedded posterior, spread over the families.
+
+    A seed chooses tasks of each part and their items, but moves no family to another part: the embedded base model
+    has read the training families.
+    """
     import random
 
     from abmll.errors import AbmllError
     from abmll.store import load_posterior
     from training.base.corpus import unseen_items
+    from training.benchmark.run import Parts
     from training.embedded import POSTERIOR
     from training.episodes import short_items
     from training.splits import Part, Split
@@ -98,39 +115,45 @@ def _real(tasks: Path | None, model: str, config: Any) -> tuple[list[Task], list
     split = Split.model_validate(load_posterior(POSTERIOR).record.training["split"])
     loaded = short_items(load_tasks(tasks), 500)
     need = config.queries + 2
-    parts: list[list[Task]] = []
-    counts: dict[Part, int] = {
-        "train": config.train_tasks,
-        "validation": config.validation_tasks,
-        "test": config.test_tasks,
-    }
-    for part, count in counts.items():
+
+    def choose(part: Part, count: int, seed: int) -> list[Task]:
         own = [task for task in split.select(loaded, part) if len(task.examples) >= need]
         own = unseen_items(Path(model), own) if part == "train" else own
-        random.Random(0).shuffle(own)
+        random.Random(seed).shuffle(own)
         order: dict[str, int] = {}
         rank: dict[str, int] = {}
         for task in own:  # the first task of every family, then the second of each, ...
             rank[task.name] = order[task.family] = order.get(task.family, -1) + 1
-        parts.append(sorted(own, key=lambda task: rank[task.name])[:count])
-    if not all(parts):
+        return sorted(own, key=lambda task: rank[task.name])[:count]
+
+    found = {
+        seed: Parts(
+            train=choose("train", config.train_tasks, seed),
+            validation=choose("validation", config.validation_tasks, seed),
+            test=choose("test", config.test_tasks, seed),
+        )
+        for seed in seeds
+    }
+    if not all(all(parts.names()) for parts in found.values()):
         raise AbmllError(f"{tasks} has no task with {need} short items for each part of the split", field="tasks")
-    return parts[0], parts[1], parts[2]
+    return found
 
 
-def _report(rows: list[dict[str, Any]], config: Any) -> str:
+def _report(rows: list[dict[str, Any]], config: BenchConfig) -> str:
     from training.bench import machine
     from training.benchmark.catalogue import OURS
-    from training.benchmark.report import BOUND, cost_table, names, paired_table, quality_table
+    from training.benchmark.report import BOUND, cost_table, names, ood_table, paired_table, quality_table
 
     present = names(rows)
     ours = [name for name in OURS if name in present]
-    parts = [f"# Benchmark\n\n{machine()}; settings: {config.model_dump_json()}\n"]
+    seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
+    parts = [f"# Benchmark\n\n{machine()}; seeds: {seeds}; settings: {config.model_dump_json()}\n"]
     for calibrated in (True, False):
         for shots in config.shots:
             kind = "calibrated on the validation tasks" if calibrated else "not calibrated"
             parts.append(f"## {shots} shots, {kind}\n\n{quality_table(rows, shots, calibrated)}\n")
             if calibrated and ours and set(present) - set(ours) - {BOUND}:
                 parts.append(f"Paired differences, below 0 is better:\n\n{paired_table(rows, shots, True, ours)}\n")
+    parts.append(f"## Out of distribution, calibrated\n\n{ood_table(rows)}\n")
     parts.append(f"## Cost\n\n{cost_table(rows)}\n")
     return "\n".join(parts)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from abmll import metrics
+from abmll.calibration import prediction_set
 from abmll.predictive import predictive
 
 # Measures of quality that are means over tasks, and whether less is better.
@@ -21,15 +22,20 @@ LESS_IS_BETTER = {
     "aurc": True,
     "kl_exact": True,
 }
+# Measures of whether doubt tells questions out of distribution: AUROCs by kind of question and of doubt.
+OOD = tuple(f"ood_{kind}_{doubt}" for kind in ("nonsense", "foreign") for doubt in ("epistemic", "total"))
 
 
-def of_task(scores: Tensor, answers: Tensor, temperature: float, exact: Tensor | None = None) -> dict[str, float]:
+def of_task(
+    scores: Tensor, answers: Tensor, temperature: float, threshold: float, exact: Tensor | None = None
+) -> dict[str, float]:
     """Measures of one task's queries.
 
     Args:
         scores: Option scores under each draw in nats, shape (draws, n, options).
         answers: The right options, shape (n,).
         temperature: Divides the scores.
+        threshold: Of the 90 % conformal sets.
         exact: The exact Bayes predictive, shape (n, options), where it is known.
     """
     result = predictive(scores, temperature)
@@ -42,6 +48,9 @@ def of_task(scores: Tensor, answers: Tensor, temperature: float, exact: Tensor |
         "aurc": metrics.area_under_risk_coverage(result.confidence, correct),
         "epistemic": result.epistemic.mean().item(),
     }
+    sets = prediction_set(probabilities, threshold)
+    values["coverage_90"] = sets.gather(-1, answers[:, None]).double().mean().item()
+    values["set_size_90"] = sets.sum(-1).double().mean().item()
     if exact is not None:
         values["kl_exact"] = kl_to_exact(exact, probabilities)
     return values
@@ -51,6 +60,15 @@ def kl_to_exact(exact: Tensor, probabilities: Tensor) -> float:
     """Mean KL(exact Bayes || method) over questions, in nats; shapes (n, options)."""
     ratio = exact.log() - probabilities.clamp_min(1e-12).log()
     return (exact * ratio).sum(-1).mean().item()
+
+
+def ood_auroc(inside: Tensor, outside: Tensor) -> float:
+    """AUROC of a doubt for telling questions out of distribution, shape (m,), from a task's own, shape (n,)."""
+    from sklearn.metrics import roc_auc_score
+
+    truth = [0] * len(inside) + [1] * len(outside)
+    # Rounded: methods with one set of weights have epistemic parts of nothing but rounding errors.
+    return float(roc_auc_score(truth, torch.cat([inside, outside]).double().round(decimals=9).numpy()))
 
 
 def bootstrap(values: Sequence[float], seed: int = 0, samples: int = 2000) -> tuple[float, float, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -43,7 +43,7 @@ class Budget:
     batch: int = 16
     draws: int = 8
     rank: int = 8
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    targets: tuple[str, ...] = ("o_proj", "down_proj")
 
 
 class Learner(Protocol):
@@ -69,6 +69,17 @@ class Learner(Protocol):
             Option scores under each draw in nats, shape (draws, queries, options), on the CPU.
         """
         ...
+
+
+@runtime_checkable
+class Noting(Protocol):
+    """A learner that has more to say of its last prediction.
+
+    Attributes:
+        notes: Columns for the rows of results: ABMLL's KL to the prior, in nats per data point.
+    """
+
+    notes: dict[str, float]
 
 
 class Method(Protocol):

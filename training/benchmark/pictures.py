@@ -19,7 +19,12 @@ from matplotlib import pyplot as plt
 def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Draws every picture; returns the PNG files."""
     folder.mkdir(parents=True, exist_ok=True)
-    return [reliability(rows, folder), risk_coverage(rows, folder), against_shots(rows, folder)]
+    return [
+        reliability(rows, folder),
+        risk_coverage(rows, folder),
+        against_shots(rows, folder),
+        against_draws(rows, folder),
+    ]
 
 
 def _save(figure: Any, folder: Path, name: str) -> Path:
@@ -33,6 +38,7 @@ def _colours(methods: Sequence[str]) -> dict[str, Any]:
     palette = plt.get_cmap("tab20")
     colours: dict[str, Any] = {name: palette(number % 20) for number, name in enumerate(methods)}
     fixed = {BOUND: "black", "abmll kronecker": "#d00000", "abmll lowrank": "#0040d0"}
+    fixed["abmll kronecker in-context"] = "#ff8000"
     return colours | {name: colour for name, colour in fixed.items() if name in colours}
 
 
@@ -116,3 +122,57 @@ def against_shots(rows: Sequence[Row], folder: Path) -> Path:
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     return _save(figure, folder, "against-shots")
+
+
+def against_draws(rows: Sequence[Row], folder: Path) -> Path:
+    """ECE of all answers against the number of draws, calibrated, of the methods that have draws."""
+    chosen = [row for row in select(rows, calibrated=True) if row["by_draws"]]
+    methods = names(chosen)
+    colours = _colours(names(rows))
+    figure, axis = plt.subplots(figsize=(6, 4))
+    ticks: set[int] = set()
+    for method in methods:
+        own = select(chosen, method=method)
+        draws = [int(count) for count in own[0]["by_draws"]]
+        values = [expected_calibration_error(*pooled_answers([r["by_draws"][str(n)] for r in own])) for n in draws]
+        axis.plot(draws, values, marker="o", markersize=3, **_line(method, colours))
+        ticks |= set(draws)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sorted(ticks), [str(count) for count in sorted(ticks)])
+    axis.set_xlabel("draws")
+    axis.set_ylabel("ECE")
+    if methods:
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _save(figure, folder, "ece-against-draws")
+
+
+def against_beta(rows: Sequence[Row], folder: Path) -> Path:
+    """Accuracy, ECE and NLL against the weight of KL, with KL in nats per data point; calibrated.
+
+    Args:
+        rows: Of an ablation: each row's settings name its ``beta``.
+        folder: Where to draw.
+    """
+    chosen = [row for row in select(rows, calibrated=True) if "kl_nats" in row]
+    betas = sorted({row["settings"]["beta"] for row in chosen})
+    panels: list[tuple[str, Callable[[Sequence[Row]], float]]] = [
+        ("accuracy", lambda own: sum(row["accuracy"] for row in own) / len(own)),
+        ("ECE", lambda own: expected_calibration_error(*pooled_answers(own))),
+        ("NLL (nats)", lambda own: sum(row["nll"] for row in own) / len(own)),
+        ("epistemic (nats)", lambda own: sum(row["epistemic"] for row in own) / len(own)),
+        ("KL, nats per data point", lambda own: sum(row["kl_nats"] for row in own) / len(own)),
+        ("β KL, nats per data point", lambda own: sum(row["beta_kl_nats"] for row in own) / len(own)),
+    ]
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6), sharex=True)
+    for axis, (title, measure) in zip(axes.flat, panels, strict=True):
+        for shots in sorted({row["shots"] for row in chosen}):
+            own = [[r for r in select(chosen, shots=shots) if r["settings"]["beta"] == beta] for beta in betas]
+            axis.plot(
+                range(len(betas)), [measure(part) for part in own], marker="o", markersize=3, label=f"{shots} shots"
+            )
+        axis.set_xticks(range(len(betas)), [f"{beta:g}" for beta in betas])
+        axis.set_title(title, fontsize=10)
+    axes[0, 0].legend(fontsize=8)
+    figure.supxlabel("β", fontsize=10)
+    figure.tight_layout()
+    return _save(figure, folder, "beta")

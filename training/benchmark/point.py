@@ -53,19 +53,23 @@ class _InContext:
         self.net = LoraNet(base, budget, 0)
 
     def predict(self, support: Sequence[Example], query: Sequence[Example], seed: int) -> Tensor:
-        base = self.net.base
-        shots = [in_context(base, example) for example in support]
-        questions: list[Labelled] = []
-        for example in query:
-            own = tokenize(base.tokenizer, TEMPLATE, example.prompt, example.options, base.context)
-            room = base.context - own.longest
-            before: list[int] = []
-            for shot in reversed(shots):
-                if len(before) + len(shot) > room:
-                    break
-                before = [*shot, *before]
-            questions.append(Labelled(Question((*before, *own.prompt), own.options), example.answer))
-        return self.net.scores(questions)[None]
+        return self.net.scores(label_in_context(self.net.base, support, query))[None]
+
+
+def label_in_context(base: BaseModel, support: Sequence[Example], query: Sequence[Example]) -> list[Labelled]:
+    """Tokenizes questions with labelled examples before them; the first are left out where they do not fit."""
+    shots = [in_context(base, example) for example in support]
+    questions: list[Labelled] = []
+    for example in query:
+        own = tokenize(base.tokenizer, TEMPLATE, example.prompt, example.options, base.context)
+        room = base.context - own.longest
+        before: list[int] = []
+        for shot in reversed(shots):
+            if len(before) + len(shot) > room:
+                break
+            before = [*shot, *before]
+        questions.append(Labelled(Question((*before, *own.prompt), own.options), example.answer))
+    return questions
 
 
 def in_context(base: BaseModel, example: Example) -> list[int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from abmll.metrics import adaptive_calibration_error, expected_calibration_error
 from training.benchmark.exact import ExactBayes
-from training.benchmark.measures import LESS_IS_BETTER, bootstrap, pooled_interval
+from training.benchmark.measures import LESS_IS_BETTER, OOD, bootstrap, pooled_interval
 
 Row = dict[str, Any]
 POOLED = {"ece": expected_calibration_error, "adaptive ece": adaptive_calibration_error}
@@ -50,7 +50,7 @@ def quality_table(rows: Sequence[Row], shots: int, calibrated: bool) -> str:
     ECE and adaptive ECE are of the pooled answers.
     """
     chosen = select(rows, shots=shots, calibrated=calibrated)
-    means = [name for name in LESS_IS_BETTER if any(name in row for row in chosen)]
+    means = [name for name in (*LESS_IS_BETTER, "coverage_90", "set_size_90") if any(name in row for row in chosen)]
     heads = ["method", *POOLED, *(name.replace("_", " ") for name in means)]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for method in names(chosen):
@@ -84,10 +84,26 @@ def paired_table(rows: Sequence[Row], shots: int, calibrated: bool, ours: Sequen
     return "\n".join(lines)
 
 
+def ood_table(rows: Sequence[Row]) -> str:
+    """How well doubt tells questions out of distribution from a task's own: AUROC, over all tasks, seeds and shots.
+
+    Epistemic uncertainty beside the total. 0.5: not at all; a method with one set of weights has no epistemic part.
+    """
+    chosen = select(rows, calibrated=True)
+    present = [name for name in OOD if any(name in row for row in chosen)]
+    heads = ["method", *(name.removeprefix("ood_").replace("_", ": ") for name in present)]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for method in names(chosen):
+        own = select(chosen, method=method)
+        cells = [_interval(bootstrap([row.get(name, math.nan) for row in own])) for name in present]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def cost_table(rows: Sequence[Row]) -> str:
     """What each method costs: parameters, seconds of learning, seconds of one task, passes of an answer."""
     lines = [
-        "| method | trained parameters | learning s | a task's adaptation and queries s | passes an answer |",
+        "| method | trained parameters | learning s | a task's adaptation and questions s | passes an answer |",
         "|" + "---|" * 5,
     ]
     for method in names(rows):

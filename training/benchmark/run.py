@@ -7,7 +7,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from abmll.calibration import fit_temperature_prior
+from abmll.calibration import conformal_scores, conformal_threshold, fit_temperature_prior
 from abmll.examples import Example
 from abmll.metrics import negative_log_likelihood
 from abmll.predictive import predictive
 from training.base_model import load_base
 from training.benchmark.exact import ExactBayes
-from training.benchmark.measures import of_task
-from training.benchmark.method import Budget, Learner, Load, Method, Settings
+from training.benchmark.measures import of_task, ood_auroc
+from training.benchmark.method import Budget, Learner, Load, Method, Noting, Settings
+from training.benchmark.ood import foreign, nonsense
 from training.benchmark.world import World
 from training.episodes import EpisodeConfig, draw_support
 from training.progress import Progress, silent
@@ -34,7 +35,6 @@ class BenchConfig(BaseModel, frozen=True):
     """Settings of a benchmark run; what they say is part of a result's name, so that a resumed run fits."""
 
     shots: tuple[int, ...] = (1, 4, 16, 64)
-    seeds: tuple[int, ...] = (0, 1, 2)
     train_tasks: int = Field(default=200, ge=1, description="tasks to meta-learn from")
     validation_tasks: int = Field(default=20, ge=1, description="tasks to tune and calibrate on")
     test_tasks: int = Field(default=40, ge=1, description="tasks to measure on")
@@ -55,23 +55,87 @@ def _support(task: Task, shots: int, config: BenchConfig, seed: int) -> tuple[li
 
 
 @dataclass(frozen=True)
+class Parts:
+    """Tasks of one seed.
+
+    Attributes:
+        train: To meta-learn from.
+        validation: To tune and calibrate on.
+        test: To measure on; looked at once.
+    """
+
+    train: Sequence[Task]
+    validation: Sequence[Task]
+    test: Sequence[Task]
+
+    def names(self) -> list[list[str]]:
+        """Names of the tasks of each part."""
+        return [[task.name for task in part] for part in (self.train, self.validation, self.test)]
+
+
+@dataclass(frozen=True)
 class _Predicted:
-    """A task's predictions, and what they were made from and took."""
+    """A task's predictions, and what they were made from and took.
+
+    ``ood`` has the scores of questions out of distribution, by kind.
+    """
 
     scores: Tensor
     answers: Tensor
     support: list[Example]
     query: list[Example]
     seconds: float
+    ood: dict[str, Tensor]
 
 
-def _predict(learner: Learner, task: Task, shots: int, config: BenchConfig, seed: int) -> _Predicted:
+def _predict(
+    learner: Learner, task: Task, shots: int, config: BenchConfig, seed: int, others: Sequence[Task] | None = None
+) -> _Predicted:
+    """Predicts a task's queries; with ``others`` also questions out of distribution, foreign ones from these tasks."""
     support, query = _support(task, shots, config, seed)
+    strange: dict[str, list[Example]] = {}
+    if others is not None:
+        rng = random.Random(f"{seed}:{task.name}:ood")
+        strange = {"nonsense": nonsense(query, rng), "foreign": foreign(query, task, others, rng)}
+    asked = [*query, *(example for examples in strange.values() for example in examples)]
     begin = time.perf_counter()
-    scores = learner.predict(support, query, seed).detach()
+    scores = learner.predict(support, asked, seed).detach()
     seconds = time.perf_counter() - begin
     answers = torch.tensor([example.answer for example in query])
-    return _Predicted(scores, answers, support, query, seconds)
+    own, *parts = scores.split([len(query), *map(len, strange.values())], dim=1)
+    ood = {kind: part for kind, part in zip(strange, parts, strict=True) if part.shape[1]}
+    return _Predicted(own, answers, support, query, seconds, ood)
+
+
+def _ood_measures(item: _Predicted, temperature: float) -> dict[str, float]:
+    inside = predictive(item.scores, temperature)
+    values: dict[str, float] = {}
+    for kind, scores in item.ood.items():
+        outside = predictive(scores, temperature)
+        values[f"ood_{kind}_epistemic"] = ood_auroc(inside.epistemic, outside.epistemic)
+        values[f"ood_{kind}_total"] = ood_auroc(inside.total, outside.total)
+    return values
+
+
+def _by_draws(item: _Predicted, temperature: float) -> dict[str, dict[str, list[Any]]]:
+    """Confidence and correctness with fewer draws: 1, 2, 4, ..., all."""
+    most = len(item.scores)
+    counts = sorted({*(2**power for power in range(most.bit_length()) if 2**power < most), most})
+    found: dict[str, dict[str, list[Any]]] = {}
+    for count in counts:
+        result = predictive(item.scores[:count], temperature)
+        found[str(count)] = _answers(result.confidence, result.answer == item.answers)
+    return found
+
+
+def _answers(confidence: Tensor, correct: Tensor) -> dict[str, list[Any]]:
+    return {"confidence": [round(value, 5) for value in confidence.tolist()], "correct": correct.tolist()}
+
+
+def _threshold(predicted: Sequence[_Predicted], temperature: float) -> float:
+    """Threshold of 90 % conformal sets on the validation tasks' answers."""
+    scores = [conformal_scores(predictive(item.scores, temperature).probabilities, item.answers) for item in predicted]
+    return conformal_threshold(torch.cat(scores), 0.9)
 
 
 def _temperature(predicted: Sequence[_Predicted]) -> float:
@@ -91,9 +155,7 @@ def _tempered_loss(predicted: Sequence[_Predicted]) -> float:
 
 def run(
     methods: Sequence[Method],
-    train: Sequence[Task],
-    validation: Sequence[Task],
-    test: Sequence[Task],
+    parts: Mapping[int, Parts],
     model: str,
     config: BenchConfig,
     out: Path,
@@ -104,14 +166,13 @@ def run(
 ) -> list[dict[str, Any]]:
     """Runs every method and seed that ``out`` does not hold yet.
 
-    Settings are chosen by NLL on the validation tasks after tempering; the temperatures that results with
-    ``calibrated`` use are fitted on the validation tasks for each number of shots. Test tasks are looked at once.
+    Settings are chosen by NLL on the validation tasks after tempering; temperatures (for results with
+    ``calibrated``) and conformal thresholds are fitted on the validation tasks for each number of shots. Test tasks
+    are looked at once. A task's questions out of distribution are asked in the same pass, and count in its seconds.
 
     Args:
         methods: What to compare.
-        train: Tasks to meta-learn from.
-        validation: Tasks to tune and calibrate on.
-        test: Tasks to measure on.
+        parts: The tasks of each seed.
         model: Base model, hub name or folder.
         config: Settings.
         out: JSON Lines file of results, one row a (method, seed, task, shots, calibrated); appended to.
@@ -120,11 +181,10 @@ def run(
         progress: Shows progress.
 
     Returns:
-        All rows, those of earlier runs with the same settings included.
+        All rows of these seeds, those of earlier runs with the same settings included.
     """
-    parts = [[task.name for task in part] for part in (train, validation, test)]
-    identity = hashlib.sha256(json.dumps([config.model_dump(mode="json"), model, parts]).encode()).hexdigest()[:16]
-    rows = [row for row in read_rows(out) if row["identity"] == identity]
+    identities = {seed: _identity(config, model, tasks) for seed, tasks in parts.items()}
+    rows = [row for row in read_rows(out) if identities.get(row["seed"]) == row["identity"]]
     done = {(row["method"], row["seed"]) for row in rows}
     budget = Budget(
         meta_steps=config.meta_steps,
@@ -137,55 +197,76 @@ def run(
     def load() -> Any:
         return load_base(model, device=device)
 
-    jobs = [(method, seed) for seed in config.seeds for method in methods]
+    jobs = [(method, seed) for seed in parts for method in methods]
     with progress("bench", total=len(jobs)) as bar:
         for number, (method, seed) in enumerate(jobs, start=1):
             if (method.name, seed) not in done:
-                new = _measure(method, seed, train, validation, test, load, budget, config, world)
-                new = [row | {"identity": identity} for row in new]
+                new = _measure(method, seed, parts[seed], load, budget, config, world)
+                new = [row | {"identity": identities[seed]} for row in new]
                 append_rows(out, new)
                 rows += new
             bar.update(number, {"seed": seed})
     return rows
 
 
+def _identity(config: BenchConfig, model: str, parts: Parts) -> str:
+    """What a seed's results depend on, as a short hash."""
+    what = [config.model_dump(mode="json"), model, parts.names()]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Tuned:
+    """A method with the settings that suit the validation tasks best."""
+
+    learner: Learner
+    settings: Settings
+    seconds: float
+    predicted: list[_Predicted]
+
+
+def _tune(method: Method, seed: int, parts: Parts, load: Load, budget: Budget, config: BenchConfig) -> _Tuned:
+    best: tuple[float, _Tuned] | None = None
+    for settings in method.trials:
+        begin = time.perf_counter()
+        learner = method.learn(load, parts.train, settings, budget, seed)
+        seconds = time.perf_counter() - begin
+        predicted = [_predict(learner, task, config.tune_shots, config, seed) for task in parts.validation]
+        loss = _tempered_loss(predicted)
+        if best is None or loss < best[0]:
+            best = loss, _Tuned(learner, settings, seconds, predicted)
+    assert best is not None
+    return best[1]
+
+
 def _measure(
     method: Method,
     seed: int,
-    train: Sequence[Task],
-    validation: Sequence[Task],
-    test: Sequence[Task],
+    parts: Parts,
     load: Load,
     budget: Budget,
     config: BenchConfig,
     world: World | None,
 ) -> list[dict[str, Any]]:
-    best: tuple[float, Learner, Settings, float, list[_Predicted]] | None = None
-    for settings in method.trials:
-        begin = time.perf_counter()
-        learner = method.learn(load, train, settings, budget, seed)
-        seconds = time.perf_counter() - begin
-        predicted = [_predict(learner, task, config.tune_shots, config, seed) for task in validation]
-        loss = _tempered_loss(predicted)
-        if best is None or loss < best[0]:
-            best = loss, learner, settings, seconds, predicted
-    assert best is not None
-    _, learner, settings, learn_seconds, tuned = best
+    tuned = _tune(method, seed, parts, load, budget, config)
+    learner = tuned.learner
     bound = isinstance(learner, ExactBayes)
     rows: list[dict[str, Any]] = []
     for shots in config.shots:
-        predicted = tuned
+        predicted = tuned.predicted
         if shots != config.tune_shots:
-            predicted = [_predict(learner, task, shots, config, seed) for task in validation]
+            predicted = [_predict(learner, task, shots, config, seed) for task in parts.validation]
         # The exact predictive is calibrated by definition: a temperature could only spoil it.
-        temperature = 1.0 if bound else _temperature(predicted)
-        for task in test:
-            item = _predict(learner, task, shots, config, seed)
+        temperatures = {False: 1.0, True: 1.0 if bound else _temperature(predicted)}
+        thresholds = {calibrated: _threshold(predicted, chosen) for calibrated, chosen in temperatures.items()}
+        for task in parts.test:
+            # The exact predictive is told of the world's scenes only.
+            item = _predict(learner, task, shots, config, seed, None if bound else parts.test)
             exact = None if world is None else world.exact(item.support, item.query)
-            for calibrated in (False, True):
-                chosen = temperature if calibrated else 1.0
+            for calibrated, chosen in temperatures.items():
                 result = predictive(item.scores, chosen)
-                measures = of_task(item.scores, item.answers, chosen, exact)
+                measures = of_task(item.scores, item.answers, chosen, thresholds[calibrated], exact)
+                measures |= _ood_measures(item, chosen)
                 if bound and world is not None and exact is not None:
                     # Its doubt of the rule does not show in one draw of its predictive.
                     measures["epistemic"] = world.epistemic(exact).mean().item()
@@ -196,14 +277,15 @@ def _measure(
                         "task": task.name,
                         "shots": shots,
                         "calibrated": calibrated,
-                        "settings": dict(settings),
+                        "settings": dict(tuned.settings),
                         "temperature": chosen,
                         "parameters": learner.parameters,
                         "passes": learner.passes,
-                        "learn_s": learn_seconds,
+                        "learn_s": tuned.seconds,
                         "predict_s": item.seconds,
-                        "confidence": [round(value, 5) for value in result.confidence.tolist()],
-                        "correct": (result.answer == item.answers).tolist(),
+                        **_answers(result.confidence, result.answer == item.answers),
+                        "by_draws": _by_draws(item, chosen) if calibrated and len(item.scores) > 1 else {},
+                        **(learner.notes if isinstance(learner, Noting) else {}),
                         **measures,
                     }
                 )

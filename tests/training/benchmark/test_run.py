@@ -1,25 +1,31 @@
 from __future__ import annotations
 
+import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from abmll.errors import AbmllError
 from abmll.predictive import predictive
+from tests.training.conftest import rule_task
 from training.benchmark import measures
+from training.benchmark.catalogue import ablation
 from training.benchmark.exact import ExactBayes
 from training.benchmark.method import Budget, Learner, Load, Settings
-from training.benchmark.pictures import draw_all
-from training.benchmark.point import ZeroShot
-from training.benchmark.report import cost_table, paired_table, quality_table
-from training.benchmark.run import BenchConfig, read_rows, run
+from training.benchmark.ood import foreign, nonsense
+from training.benchmark.pictures import against_beta, draw_all
+from training.benchmark.point import McDropout, ZeroShot
+from training.benchmark.report import cost_table, ood_table, paired_table, quality_table
+from training.benchmark.run import BenchConfig, Parts, read_rows, run
 from training.benchmark.world import World
-from training.tasks import Task
 
 WORLD = World()
-CONFIG = BenchConfig(shots=(2, 8), seeds=(0, 1), queries=12, meta_steps=1, draws=2, tune_shots=8)
+CONFIG = BenchConfig(shots=(2, 8), queries=12, meta_steps=1, draws=2, tune_shots=8)
 TRAIN, VALIDATION, TEST = (WORLD.tasks(count, seed=seed, items=40) for count, seed in ((2, 1), (2, 2), (4, 3)))
+PARTS = Parts(TRAIN, VALIDATION, TEST)
 
 
 class Counted(ZeroShot):
@@ -35,8 +41,8 @@ class Counted(ZeroShot):
         return super().learn(load, tasks, settings, budget, seed)
 
 
-def bench(methods: list[Any], model: Path, out: Path, test: list[Task] = TEST) -> list[dict[str, Any]]:
-    return run(methods, TRAIN, VALIDATION, test, str(model), CONFIG, out, world=WORLD)
+def bench(methods: list[Any], model: Path, out: Path, parts: Parts = PARTS) -> list[dict[str, Any]]:
+    return run(methods, {0: parts, 1: parts}, str(model), CONFIG, out, world=WORLD)
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(tiny_model_folder: Path, tmp_path: Path) -> None:
@@ -60,7 +66,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tiny_model_folder: Path, tm
 
 def test_results_with_other_settings_are_kept_apart(tiny_model_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "results.jsonl"
-    bench([Counted()], tiny_model_folder, out, TEST[:2])
+    bench([Counted()], tiny_model_folder, out, Parts(TRAIN, VALIDATION, TEST[:2]))
     rows = bench([Counted()], tiny_model_folder, out)
     assert {row["task"] for row in rows} == {task.name for task in TEST}
     assert len(read_rows(out)) == len(rows) * 6 // 4
@@ -72,6 +78,8 @@ def test_measures_and_tables_say_what_the_rows_say(tiny_model_folder: Path, tmp_
         if row["method"] == "exact bayes":  # calibrated or not
             assert row["kl_exact"] == pytest.approx(0.0, abs=1e-9)
         assert row["accuracy"] == pytest.approx(sum(row["correct"]) / len(row["correct"]))
+        assert 0 <= row["coverage_90"] <= 1
+        assert 1 <= row["set_size_90"] <= 2
     table = quality_table(rows, 8, calibrated=False)
     assert table.splitlines()[0].startswith("| method | ece | adaptive ece | accuracy | nll |")
     assert [line.split(" |")[0] for line in table.splitlines()[2:]] == ["| exact bayes", "| zero-shot"]
@@ -80,8 +88,52 @@ def test_measures_and_tables_say_what_the_rows_say(tiny_model_folder: Path, tmp_
     paired = paired_table(rows, 8, True, ["exact bayes"])
     assert "| kl exact | zero-shot | -" in paired
     assert "| zero-shot | 0 |" in cost_table(rows)
+    # One set of weights has no epistemic part: it tells nothing apart. The exact predictive is not asked nonsense.
+    last = ood_table(rows).splitlines()
+    assert last[0] == "| method | nonsense: epistemic | nonsense: total |"
+    assert last[-1].startswith("| zero-shot | 0.500 (0.500 to 0.500) |")
+    assert last[-2] == "| exact bayes | – | – |"
     pictures = draw_all(rows, tmp_path / "pictures")
     assert all(picture.stat().st_size > 5_000 and picture.with_suffix(".svg").is_file() for picture in pictures)
+
+
+def test_results_with_fewer_draws_are_those_of_the_first_draws(tiny_model_folder: Path, tmp_path: Path) -> None:
+    dropout = McDropout()
+    dropout.trials = dropout.trials[:1]
+    rows = bench([dropout], tiny_model_folder, tmp_path / "results.jsonl", Parts(TRAIN, VALIDATION, TEST[:2]))
+    for row in rows:
+        if row["calibrated"]:
+            assert list(row["by_draws"]) == ["1", "2"]
+            assert row["by_draws"]["2"]["confidence"] == row["confidence"]
+            assert row["by_draws"]["1"]["confidence"] != row["confidence"]
+
+
+def test_an_ablation_tells_kl_and_draws_it(tiny_model_folder: Path, tmp_path: Path) -> None:
+    rows = bench(ablation("0,1"), tiny_model_folder, tmp_path / "results.jsonl", Parts(TRAIN, VALIDATION, TEST[:2]))
+    kl = {beta: [row["kl_nats"] for row in rows if row["settings"]["beta"] == beta] for beta in (0.0, 1.0)}
+    assert min(kl[0.0]) > max(kl[1.0]) > 0  # a heavy KL holds the posterior to the prior
+    assert all(row["beta_kl_nats"] == pytest.approx(row["settings"]["beta"] * row["kl_nats"]) for row in rows)
+    assert against_beta(rows, tmp_path).stat().st_size > 5_000
+    with pytest.raises(AbmllError, match="betas must be numbers"):
+        ablation("1e-3,many")
+
+
+def test_doubt_that_is_higher_on_strange_questions_has_a_high_auroc() -> None:
+    inside, outside = torch.linspace(0, 1, 50), torch.linspace(0.5, 1.5, 50)
+    assert measures.ood_auroc(inside, outside) == pytest.approx(1 - 0.5**3, abs=0.02)  # the overlap's two halves
+    assert measures.ood_auroc(inside, inside + 1e-12) == pytest.approx(0.5)
+
+
+def test_strange_questions_keep_the_options() -> None:
+    task, other = rule_task(0), replace(rule_task(1), category="other")
+    made = nonsense(task.examples, random.Random(0))
+    assert [e.options for e in made] == [e.options for e in task.examples]
+    assert [[len(w) for w in e.prompt.split()] for e in made] == [
+        [len(w) for w in e.prompt.split()] for e in task.examples
+    ]
+    far = foreign(task.examples, task, [task, other], random.Random(0))
+    assert {e.prompt for e in far} <= {e.prompt for e in other.examples}
+    assert foreign(task.examples, task, [task, rule_task(1)], random.Random(0)) == []  # of the same category
 
 
 def test_kl_to_the_exact_predictive_is_that_of_torch() -> None:
