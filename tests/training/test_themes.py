@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ from tokenizers import Tokenizer
 
 from abmll.examples import Template
 from training.base.corpus import read_books
-from training.base.pretrain import PretrainConfig, Rows
+from training.base.pretrain import KINDS, PretrainConfig, Rows
 from training.base.themes import IGNORED, Themes
 from training.base.tokenizer import train_tokenizer
+from training.polarity import label_names
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +52,14 @@ def test_texts_are_drawn_whole_or_cut_at_the_longest(tokenizer: Tokenizer, token
     assert starts <= {tuple(text[i : i + 1]) for text in texts for i in range(4)}
 
 
-def test_a_row_of_themes_has_its_answers_after_the_template(tokenizer: Tokenizer, tokens: np.ndarray) -> None:
+def test_a_row_of_themes_has_its_answers_after_the_template(
+    tokenizer: Tokenizer, tokens: np.ndarray, books: Path
+) -> None:
     config = PretrainConfig(row_tokens=128, batch_rows=3, task_share=0.0, theme_share=1.0, theme_words=4)
-    ids, is_answer, is_task, others = next(iter(Rows(config, tokenizer, tokens, [], Template())))
+    ids, is_answer, kind, others = next(iter(Rows(config, tokenizer, tokens, [], Template(), books)))
     assert ids.shape == is_answer.shape == (3, 129)
     assert others.shape == (3, 129, 3)
-    assert not is_task.any()
+    assert kind.tolist() == [KINDS.index("themes")] * 3
     suffix = tokenizer.encode("\nAnswer:", add_special_tokens=False).ids
     places = is_answer.nonzero().tolist()
     assert places
@@ -64,7 +68,7 @@ def test_a_row_of_themes_has_its_answers_after_the_template(tokenizer: Tokenizer
     assert bool((others[~is_answer] == IGNORED).all())
     assert bool((others[is_answer] != IGNORED).any())
     assert not (others == ids[..., None])[is_answer].any()
-    assert torch.equal(ids, next(iter(Rows(config, tokenizer, tokens, [], Template())))[0])
+    assert torch.equal(ids, next(iter(Rows(config, tokenizer, tokens, [], Template(), books)))[0])
 
 
 def test_a_token_that_a_word_goes_on_from_is_no_theme(tokenizer: Tokenizer, tokens: np.ndarray) -> None:
@@ -75,3 +79,18 @@ def test_a_token_that_a_word_goes_on_from_is_no_theme(tokenizer: Tokenizer, toke
     letter = tokenizer.encode("q", add_special_tokens=False).ids[0]
     for text, expected in (([word] * 3, [word]), ([word, letter] * 3, [])):
         assert Themes(tokenizer, tokens, [text], 1).draw(rng, from_texts=True).themes == expected
+
+
+def test_a_row_of_polarity_names_its_labels_the_same_throughout(
+    tokenizer: Tokenizer, tokens: np.ndarray, books: Path
+) -> None:
+    config = PretrainConfig(row_tokens=800, batch_rows=3, task_share=0.0, polarity_share=1.0)
+    ids, is_answer, kind, others = next(iter(Rows(config, tokenizer, tokens, [], Template(), books)))
+    assert kind.tolist() == [KINDS.index("polarity")] * 3
+    assert bool((others == IGNORED).all())
+    for row, answers in zip(ids, is_answer, strict=True):
+        text = tokenizer.decode(row.tolist())
+        given = re.findall(r"answer: ([a-z ]+)\n", text.lower())
+        assert given
+        assert any(set(given) <= set(label_names(number)) for number in range(8))
+        assert answers.sum() >= len(given)
