@@ -40,9 +40,15 @@ def markdown(rows: Sequence[tuple[str, int, Scores]], first: str) -> str:
         first: Heading of the first column.
     """
     heads = [first, "shots", *(column.replace("_", " ") for column in _COLUMNS)]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines: list[list[str]] = []
     for name, shots, scores in rows:
         values = [getattr(scores, column) for column in _COLUMNS]
         cells = ["–" if v is None else str(v) if isinstance(v, int) else f"{v:.3f}" for v in values]
-        lines.append("| " + " | ".join([name, str(shots), *cells]) + " |")
-    return "\n".join(lines)
+        lines.append([name, str(shots), *cells])
+    return table(heads, lines)
+
+
+def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Returns a Markdown table of headings and cells."""
+    rule = "|" + "---|" * len(heads)
+    return "\n".join(["| " + " | ".join(heads) + " |", rule, *("| " + " | ".join(cells) + " |" for cells in lines)])

@@ -63,7 +63,7 @@ def ablation(betas: str) -> list[Method]:
     try:
         values = [float(text) for text in betas.split(",")]
     except ValueError:
-        values = [-1.0]
-    if not all(0 <= value < math.inf for value in values):
+        values = []
+    if not values or not all(0 <= value < math.inf for value in values):
         raise AbmllError(f"betas must be numbers from 0 on, joined by commas, not {betas!r}", field="betas")
     return [Abmll("kronecker", beta=value) for value in dict.fromkeys(values)]

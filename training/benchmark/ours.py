@@ -92,6 +92,7 @@ class _Abmll:
         template = self.theta.config.template
         labelled = label(self.base, template, support)
         phi = adapt_labelled(self.attached, self.theta, labelled, self.inner, torch.Generator().manual_seed(seed))
+        self.notes = {}
         if support:
             divergence = kl(phi, self.theta).item() / len(support)
             self.notes = {"kl_nats": divergence, "beta_kl_nats": self.inner.beta * divergence}

@@ -37,14 +37,26 @@ def _save(figure: Any, folder: Path, name: str) -> Path:
 def _colours(methods: Sequence[str]) -> dict[str, Any]:
     palette = plt.get_cmap("tab20")
     colours: dict[str, Any] = {name: palette(number % 20) for number, name in enumerate(methods)}
-    fixed = {BOUND: "black", "abmll kronecker": "#d00000", "abmll lowrank": "#0040d0"}
-    fixed["abmll kronecker in-context"] = "#ff8000"
+    fixed = {
+        BOUND: "black",
+        "abmll kronecker": "#d00000",
+        "abmll lowrank": "#0040d0",
+        "abmll kronecker in-context": "#00a0a0",
+    }
     return colours | {name: colour for name, colour in fixed.items() if name in colours}
 
 
 def _line(method: str, colours: dict[str, Any]) -> dict[str, Any]:
     """How a method's line looks: ABMLL's stand out."""
     return {"label": method, "color": colours[method], "linewidth": 2.4 if method.startswith("abmll") else 1.1}
+
+
+def _mean(column: str) -> Callable[[Sequence[Row]], float]:
+    return lambda own: sum(row[column] for row in own) / len(own)
+
+
+def _ece(own: Sequence[Row]) -> float:
+    return expected_calibration_error(*pooled_answers(own))
 
 
 def reliability(rows: Sequence[Row], folder: Path) -> Path:
@@ -96,18 +108,14 @@ def against_shots(rows: Sequence[Row], folder: Path) -> Path:
     chosen = select(rows, calibrated=True)
     methods = names(chosen)
     colours = _colours(methods)
-
-    def mean(column: str) -> Callable[[Sequence[Row]], float]:
-        return lambda own: sum(row[column] for row in own) / len(own)
-
     panels: list[tuple[str, Callable[[Sequence[Row]], float]]] = [
-        ("accuracy", mean("accuracy")),
-        ("ECE", lambda own: expected_calibration_error(*pooled_answers(own))),
-        ("NLL (nats)", mean("nll")),
+        ("accuracy", _mean("accuracy")),
+        ("ECE", _ece),
+        ("NLL (nats)", _mean("nll")),
     ]
     if any("kl_exact" in row for row in chosen):
-        panels.append(("KL(exact Bayes ‖ method) (nats)", mean("kl_exact")))
-    panels.append(("epistemic uncertainty (nats)", mean("epistemic")))
+        panels.append(("KL(exact Bayes ‖ method) (nats)", _mean("kl_exact")))
+    panels.append(("epistemic uncertainty (nats)", _mean("epistemic")))
     figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.4))
     shots = sorted({row["shots"] for row in chosen})
     for axis, (title, measure) in zip(axes, panels, strict=True):
@@ -156,12 +164,12 @@ def against_beta(rows: Sequence[Row], folder: Path) -> Path:
     chosen = [row for row in select(rows, calibrated=True) if "kl_nats" in row]
     betas = sorted({row["settings"]["beta"] for row in chosen})
     panels: list[tuple[str, Callable[[Sequence[Row]], float]]] = [
-        ("accuracy", lambda own: sum(row["accuracy"] for row in own) / len(own)),
-        ("ECE", lambda own: expected_calibration_error(*pooled_answers(own))),
-        ("NLL (nats)", lambda own: sum(row["nll"] for row in own) / len(own)),
-        ("epistemic (nats)", lambda own: sum(row["epistemic"] for row in own) / len(own)),
-        ("KL, nats per data point", lambda own: sum(row["kl_nats"] for row in own) / len(own)),
-        ("β KL, nats per data point", lambda own: sum(row["beta_kl_nats"] for row in own) / len(own)),
+        ("accuracy", _mean("accuracy")),
+        ("ECE", _ece),
+        ("NLL (nats)", _mean("nll")),
+        ("epistemic (nats)", _mean("epistemic")),
+        ("KL, nats per data point", _mean("kl_nats")),
+        ("β KL, nats per data point", _mean("beta_kl_nats")),
     ]
     figure, axes = plt.subplots(2, 3, figsize=(11, 6), sharex=True)
     for axis, (title, measure) in zip(axes.flat, panels, strict=True):

@@ -12,6 +12,7 @@ from torch import Tensor
 from abmll.metrics import adaptive_calibration_error, expected_calibration_error
 from training.benchmark.exact import ExactBayes
 from training.benchmark.measures import LESS_IS_BETTER, OOD, bootstrap, pooled_interval
+from training.report import table
 
 Row = dict[str, Any]
 POOLED = {"ece": expected_calibration_error, "adaptive ece": adaptive_calibration_error}
@@ -52,13 +53,13 @@ def quality_table(rows: Sequence[Row], shots: int, calibrated: bool) -> str:
     chosen = select(rows, shots=shots, calibrated=calibrated)
     means = [name for name in (*LESS_IS_BETTER, "coverage_90", "set_size_90") if any(name in row for row in chosen)]
     heads = ["method", *POOLED, *(name.replace("_", " ") for name in means)]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines: list[list[str]] = []
     for method in names(chosen):
         own = select(chosen, method=method)
         cells = [_interval(pooled_interval(answers(own), measure)) for measure in POOLED.values()]
         cells += [_interval(bootstrap([row.get(name, math.nan) for row in own])) for name in means]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([method, *cells])
+    return table(heads, lines)
 
 
 def paired_table(rows: Sequence[Row], shots: int, calibrated: bool, ours: Sequence[str]) -> str:
@@ -69,7 +70,7 @@ def paired_table(rows: Sequence[Row], shots: int, calibrated: bool, ours: Sequen
     chosen = select(rows, shots=shots, calibrated=calibrated)
     means = [name for name in LESS_IS_BETTER if any(name in row for row in chosen)]
     baselines = [name for name in names(chosen) if name not in ours and name != BOUND]
-    lines = ["| measure | best baseline | " + " | ".join(ours) + " |", "|" + "---|" * (2 + len(ours))]
+    lines: list[list[str]] = []
     for measure in means:
         sign = 1 if LESS_IS_BETTER[measure] else -1
 
@@ -80,8 +81,8 @@ def paired_table(rows: Sequence[Row], shots: int, calibrated: bool, ours: Sequen
         best = min(baselines, key=lambda name: bootstrap(list(values(name).values()))[0])
         theirs = values(best)
         cells = [_interval(bootstrap([v - theirs[k] for k, v in values(name).items()])) for name in ours]
-        lines.append(f"| {measure.replace('_', ' ')} | {best} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([measure.replace("_", " "), best, *cells])
+    return table(["measure", "best baseline", *ours], lines)
 
 
 def ood_table(rows: Sequence[Row]) -> str:
@@ -92,23 +93,21 @@ def ood_table(rows: Sequence[Row]) -> str:
     chosen = select(rows, calibrated=True)
     present = [name for name in OOD if any(name in row for row in chosen)]
     heads = ["method", *(name.removeprefix("ood_").replace("_", ": ") for name in present)]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines: list[list[str]] = []
     for method in names(chosen):
         own = select(chosen, method=method)
         cells = [_interval(bootstrap([row.get(name, math.nan) for row in own])) for name in present]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([method, *cells])
+    return table(heads, lines)
 
 
 def cost_table(rows: Sequence[Row]) -> str:
     """What each method costs: parameters, seconds of learning, seconds of one task, passes of an answer."""
-    lines = [
-        "| method | trained parameters | learning s | a task's adaptation and questions s | passes an answer |",
-        "|" + "---|" * 5,
-    ]
+    heads = ["method", "trained parameters", "learning s", "a task's adaptation and questions s", "passes an answer"]
+    lines: list[list[str]] = []
     for method in names(rows):
         own = select(rows, method=method, calibrated=False)
         learn = sum(row["learn_s"] for row in own) / len(own)
         predict = sum(row["predict_s"] for row in own) / len(own)
-        lines.append(f"| {method} | {own[0]['parameters']:,} | {learn:.1f} | {predict:.2f} | {own[0]['passes']} |")
-    return "\n".join(lines)
+        lines.append([method, f"{own[0]['parameters']:,}", f"{learn:.1f}", f"{predict:.2f}", f"{own[0]['passes']}"])
+    return table(heads, lines)

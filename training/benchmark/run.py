@@ -19,7 +19,7 @@ from torch import Tensor
 from abmll.calibration import conformal_scores, conformal_threshold, fit_temperature_prior
 from abmll.examples import Example
 from abmll.metrics import negative_log_likelihood
-from abmll.predictive import predictive
+from abmll.predictive import Predictive, predictive
 from training.base_model import load_base
 from training.benchmark.exact import ExactBayes
 from training.benchmark.measures import of_task, ood_auroc
@@ -107,8 +107,7 @@ def _predict(
     return _Predicted(own, answers, support, query, seconds, ood)
 
 
-def _ood_measures(item: _Predicted, temperature: float) -> dict[str, float]:
-    inside = predictive(item.scores, temperature)
+def _ood_measures(inside: Predictive, item: _Predicted, temperature: float) -> dict[str, float]:
     values: dict[str, float] = {}
     for kind, scores in item.ood.items():
         outside = predictive(scores, temperature)
@@ -266,7 +265,7 @@ def _measure(
             for calibrated, chosen in temperatures.items():
                 result = predictive(item.scores, chosen)
                 measures = of_task(item.scores, item.answers, chosen, thresholds[calibrated], exact)
-                measures |= _ood_measures(item, chosen)
+                measures |= _ood_measures(result, item, chosen)
                 if bound and world is not None and exact is not None:
                     # Its doubt of the rule does not show in one draw of its predictive.
                     measures["epistemic"] = world.epistemic(exact).mean().item()
