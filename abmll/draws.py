@@ -2,7 +2,8 @@
 
 A dense sample M + S * E cannot be served as LoRA. With E = u v^T, u and v independent signs (Flipout,
 Wen et al. 2018), a draw is B A + diag(u) S diag(v): of low rank, with exactly the first two moments of
-the dense Gaussian for every layer, since E[v_j v_k] = E[u_j u_k] = 1 if j = k, else 0.
+the dense Gaussian for every layer, since E[v_j v_k] = E[u_j u_k] = 1 if j = k, else 0. In ``subspace`` the same
+signs go on the core's noise, B (C + diag(u) S diag(v)) A: a draw has the mean's own rank.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class Signs:
     """Sign vectors of one or more draws for one layer.
 
     Attributes:
-        u: Shape (..., d_out), entries -1 or 1.
-        v: Shape (..., d_in), entries -1 or 1.
+        u: Entries -1 or 1, shape (..., rows of S): d_out, or the core's width.
+        v: Entries -1 or 1, shape (..., columns of S): d_in, or the core's width.
     """
 
     u: Tensor
@@ -44,7 +45,7 @@ def draw_signs(posterior: Posterior, seed: int, index: int) -> dict[str, Signs]:
     differences between them are not noise.
 
     Returns:
-        Module name to signs, u (d_out,), v (d_in,), in the parameters' dtype, on the CPU.
+        Module name to signs, in the parameters' dtype, on the CPU.
     """
     signs: dict[str, Signs] = {}
     for name, layer in posterior.layers.items():
@@ -52,13 +53,14 @@ def draw_signs(posterior: Posterior, seed: int, index: int) -> dict[str, Signs]:
         layer_seed = int.from_bytes(hashlib.sha256(key).digest()[:7], "big")
         generator = torch.Generator().manual_seed(layer_seed)
         dtype = layer.a.dtype
-        u = _random_signs(layer.b.shape[0], generator, dtype)
-        signs[name] = Signs(u, _random_signs(layer.a.shape[1], generator, dtype))
+        rows, columns = layer.noise_shape
+        u = _random_signs(rows, generator, dtype)
+        signs[name] = Signs(u, _random_signs(columns, generator, dtype))
     return signs
 
 
 def stack_signs(signs: Sequence[Mapping[str, Signs]]) -> dict[str, Signs]:
-    """Stacks the signs of several draws: module name to u (draws, d_out), v (draws, d_in)."""
+    """Stacks the signs of several draws: module name to u (draws, rows), v (draws, columns)."""
     return {
         name: Signs(torch.stack([draw[name].u for draw in signs]), torch.stack([draw[name].v for draw in signs]))
         for name in signs[0]
@@ -71,6 +73,8 @@ def scale_factors(layer: LayerPosterior) -> tuple[Tensor, Tensor]:
     k is 1 for ``kronecker``, r_s + 1 for ``lowrank``, whose offset c is the outer product of two
     constant vectors. Entries of B_S A_S may be negative: a draw's signs make |.| needless.
     """
+    if layer.core is not None:
+        raise ValueError("S of a subspace posterior is small and dense; it has no factors")
     if layer.family == "kronecker":
         return layer.scale["log_s"].exp()[:, None], layer.scale["log_t"].exp()[None, :]
     a, b = layer.scale["a"], layer.scale["b"]
@@ -85,6 +89,9 @@ def draw_factors(layer: LayerPosterior, signs: Signs | None) -> tuple[Tensor, Te
 
     Without signs, the mean.
     """
+    if layer.core is not None:
+        noise = 0.0 if signs is None else signs.u[:, None] * layer.scale["log_s"].exp() * signs.v
+        return layer.a, layer.b @ (layer.core + noise)
     if signs is None:
         return layer.a, layer.b
     b_scale, a_scale = scale_factors(layer)

@@ -34,6 +34,14 @@ def _kl_kronecker(q: LayerPosterior, p: LayerPosterior) -> Tensor:
     return half_squares - log_ratio + mean_term
 
 
+def _kl_subspace(q: LayerPosterior, p: LayerPosterior) -> Tensor:
+    assert q.core is not None
+    assert p.core is not None
+    log_s = _precise(q.scale["log_s"]) - _precise(p.scale["log_s"])
+    shift = (_precise(q.core) - _precise(p.core)) / _precise(p.scale["log_s"]).exp()
+    return (0.5 * torch.expm1(2 * log_s) - log_s + 0.5 * shift**2).sum()
+
+
 def _kl_dense_rows(q: LayerPosterior, p: LayerPosterior, start: int, stop: int) -> Tensor:
     def scale(layer: LayerPosterior) -> Tensor:
         rows = _precise(layer.scale["b"])[start:stop] @ _precise(layer.scale["a"]) + layer.offset
@@ -67,12 +75,13 @@ def kl_layer(q: LayerPosterior, p: LayerPosterior) -> Tensor:
     Elementwise Gaussians: sum_ij log(S_p/S_q) + (S_q^2 + (M_q - M_p)^2) / (2 S_p^2) - 1/2
     (arXiv 2508.14285, eq. 3, with diagonal covariance). ``kronecker`` needs no dense matrix: the
     squares factorize over s and t, and the mean's part is an inner product of r x r Gram matrices.
-    ``lowrank`` is summed in blocks of rows.
+    ``lowrank`` is summed in blocks of rows. In ``subspace`` the sum is over the core's entries: q and p
+    share the factors around it.
     """
     if q.family != p.family:
         raise ValueError(f"KL needs one scale family, got {q.family} and {p.family}")
     with torch.autocast(q.a.device.type, enabled=False):
-        return _kl_kronecker(q, p) if q.family == "kronecker" else _kl_lowrank(q, p)
+        return {"kronecker": _kl_kronecker, "lowrank": _kl_lowrank, "subspace": _kl_subspace}[q.family](q, p)
 
 
 def kl(q: Posterior, p: Posterior) -> Tensor:

@@ -22,7 +22,8 @@ class VariationalLinear(nn.Module):
     """A frozen linear layer plus the Gaussian update that is attached at the moment.
 
     The pass is z = W0 x + B (A x) + u * S (v * x) with signs u, v for each batch row (Flipout, Wen et
-    al. 2018; DESIGN section 2), computed from S's factors: no d_out x d_in tensor, forward or backward.
+    al. 2018; DESIGN section 2), computed from S's factors: no d_out x d_in tensor, forward or backward. For
+    ``subspace`` it is z = W0 x + B (C + diag(u) S diag(v)) (A x).
     """
 
     def __init__(self, base: nn.Linear) -> None:
@@ -45,15 +46,29 @@ class VariationalLinear(nn.Module):
             return z
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(layer.a.dtype)
-            update = (x @ layer.a.T) @ layer.b.T
-            if signs is not None:
-                b_scale, a_scale = scale_factors(layer)
-                # (rows, d_in, k) and (rows, k, d_out): signs go on the factors, not on activations.
-                inward = a_scale.T * signs.v[:, :, None]
-                outward = b_scale.T * signs.u[:, None, :]
-                noise = (x.reshape(len(signs.u), -1, x.shape[-1]) @ inward) @ outward
-                update = update + noise.view_as(update)
+            update = _update(layer, x, signs) if layer.core is None else _core_update(layer, layer.core, x, signs)
         return z + update.to(z.dtype)
+
+
+def _update(layer: LayerPosterior, x: Tensor, signs: Signs | None) -> Tensor:
+    update = (x @ layer.a.T) @ layer.b.T
+    if signs is None:
+        return update
+    b_scale, a_scale = scale_factors(layer)
+    # (rows, d_in, k) and (rows, k, d_out): signs go on the factors, not on activations.
+    inward = a_scale.T * signs.v[:, :, None]
+    outward = b_scale.T * signs.u[:, None, :]
+    noise = (x.reshape(len(signs.u), -1, x.shape[-1]) @ inward) @ outward
+    return update + noise.view_as(update)
+
+
+def _core_update(layer: LayerPosterior, core: Tensor, x: Tensor, signs: Signs | None) -> Tensor:
+    projected = x @ layer.a.T
+    if signs is None:
+        return (projected @ core.T) @ layer.b.T
+    drawn = core + signs.u[:, :, None] * layer.scale["log_s"].exp() * signs.v[:, None, :]  # (rows, r, r)
+    moved = projected.reshape(len(drawn), -1, core.shape[1]) @ drawn.transpose(1, 2)
+    return moved.view_as(projected) @ layer.b.T
 
 
 class Attached:

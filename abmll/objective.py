@@ -17,14 +17,14 @@ from abmll.scoring import Question, option_scores, pack
 
 
 def row_signs(posterior: Posterior, rows: int, generator: torch.Generator) -> dict[str, Signs]:
-    """Returns fresh random signs for every batch row and layer: u (rows, d_out), v (rows, d_in)."""
+    """Returns fresh random signs for every batch row and layer."""
 
     def signs(size: int, like: Tensor) -> Tensor:
         flips = torch.randint(0, 2, (rows, size), generator=generator)
         return (flips * 2 - 1).to(like.device, like.dtype)
 
     return {
-        name: Signs(signs(layer.b.shape[0], layer.b), signs(layer.a.shape[1], layer.a))
+        name: Signs(signs(layer.noise_shape[0], layer.b), signs(layer.noise_shape[1], layer.a))
         for name, layer in posterior.layers.items()
     }
 

@@ -2,12 +2,18 @@
 
 For a linear layer with frozen weight W0 (d_out x d_in), the update has independent Gaussian entries
 with mean M = B A and standard deviation S. The global posterior theta and each task's posterior phi
-have this form (ABMLL, arXiv 2508.14285, section 3).
+have this form (ABMLL, arXiv 2508.14285, section 3); families ``lowrank`` and ``kronecker`` differ in S.
+
+In the third family, ``subspace``, the update is B C A: the factors belong to theta alone, all tasks share them,
+and a task's Gaussian is over the small core C, as in LoRA-XS (Balazy et al. 2024, arXiv 2405.17604) and in
+variational inference in a subspace (ScalaBL, Samplawski et al. 2025, arXiv 2506.21408). There are few enough
+Gaussian weights for KL to count beside a handful of labels.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -18,15 +24,18 @@ from torch import Tensor
 
 from abmll.examples import Template
 
-Family = Literal["lowrank", "kronecker"]
+Family = Literal["lowrank", "kronecker", "subspace"]
 Normalize = Literal["sum", "mean"]
+
+_RANK: dict[Family, int] = {"lowrank": 7, "kronecker": 7, "subspace": 16}
+_SCALE_INIT: dict[Family, float] = {"lowrank": 0.01, "kronecker": 0.01, "subspace": 0.3}
 
 
 class PosteriorConfig(BaseModel, frozen=True):
     """What a posterior is made of and for.
 
-    A draw's adapter has rank ``rank + scale_rank + 1`` (lowrank) or ``rank + 1`` (kronecker); engines
-    load adapters of rank 1, 8, 16, 32, ..., so the defaults give 8 and 16.
+    A draw's adapter has rank ``rank + scale_rank + 1`` (lowrank), ``rank + 1`` (kronecker) or ``rank``
+    (subspace); engines load adapters of rank 1, 8, 16, 32, ..., which the defaults fit.
     """
 
     base_model: str = Field(description="hub name or folder of the base model")
@@ -34,9 +43,18 @@ class PosteriorConfig(BaseModel, frozen=True):
     base_fingerprint: str | None = Field(default=None, description="hash of the targeted base weights")
     targets: tuple[str, ...] = Field(default=("q_proj", "v_proj"), description="names of the targeted modules")
     family: Family = "kronecker"
-    rank: int = Field(default=7, ge=1, le=256, description="rank of the mean")
+    rank: int = Field(
+        default_factory=lambda given: _RANK[given.get("family", "kronecker")],
+        ge=1,
+        le=256,
+        description="rank of the mean; width of the core (subspace)",
+    )
     scale_rank: int = Field(default=7, ge=1, le=256, description="rank of B_sigma A_sigma (lowrank)")
-    scale_init: float = Field(default=0.01, gt=0, description="standard deviation at the start; the offset c (lowrank)")
+    scale_init: float = Field(
+        default_factory=lambda given: _SCALE_INIT[given.get("family", "kronecker")],
+        gt=0,
+        description="standard deviation at the start, of the update's entries or of the core's; the offset c (lowrank)",
+    )
     normalize: Normalize = Field(
         default="mean", description="an option's score: log-probability of its text, or per token"
     )
@@ -46,7 +64,11 @@ class PosteriorConfig(BaseModel, frozen=True):
     @property
     def draw_rank(self) -> int:
         """Rank of a draw's adapter."""
-        return self.rank + 1 + (self.scale_rank if self.family == "lowrank" else 0)
+        return {
+            "lowrank": self.rank + self.scale_rank + 1,
+            "kronecker": self.rank + 1,
+            "subspace": self.rank,
+        }[self.family]
 
     @property
     def template(self) -> Template:
@@ -59,34 +81,49 @@ class LayerPosterior:
     """Parameters of one layer's Gaussian, float32 (float64 in tests).
 
     Attributes:
-        a: Mean factor A, shape (r, d_in).
-        b: Mean factor B, shape (d_out, r).
+        a: Factor A, shape (r, d_in).
+        b: Factor B, shape (d_out, r).
         scale: Parameters of S. ``kronecker``: ``log_s`` (d_out,) and ``log_t`` (d_in,), S = exp(log_s)
             exp(log_t)^T. ``lowrank``: ``a`` (r_s, d_in) and ``b`` (d_out, r_s), S = |b a + c|.
-        offset: c of ``lowrank``; 0 for ``kronecker``.
+            ``subspace``: ``log_s`` (r, r), S = exp(log_s), of the core.
+        offset: c of ``lowrank``; 0 for the others.
+        core: Mean of the core C, shape (r, r); ``subspace`` only.
     """
 
     a: Tensor
     b: Tensor
     scale: Mapping[str, Tensor]
     offset: float = 0.0
+    core: Tensor | None = None
 
     @property
     def family(self) -> Family:
         """The scale family, told by its parameters."""
+        if self.core is not None:
+            return "subspace"
         return "kronecker" if "log_s" in self.scale else "lowrank"
 
+    @property
+    def noise_shape(self) -> tuple[int, int]:
+        """Shape of S: that of the update, or of the core."""
+        return (self.b.shape[0], self.a.shape[1]) if self.core is None else (self.core.shape[0], self.core.shape[1])
+
     def tensors(self) -> dict[str, Tensor]:
-        """Returns all parameters by name: mean.a, mean.b and scale.*."""
-        return {"mean.a": self.a, "mean.b": self.b} | {f"scale.{k}": v for k, v in self.scale.items()}
+        """Returns all parameters by name: mean.* and scale.* are a task's own, shared.* are theta's alone."""
+        scale = {f"scale.{k}": v for k, v in self.scale.items()}
+        if self.core is not None:
+            return {"shared.a": self.a, "shared.b": self.b, "mean.core": self.core} | scale
+        return {"mean.a": self.a, "mean.b": self.b} | scale
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> LayerPosterior:
         """Returns a layer of the same kind with other parameters, named as by ``tensors``."""
+        kind = "mean" if self.core is None else "shared"
         return replace(
             self,
-            a=tensors["mean.a"],
-            b=tensors["mean.b"],
+            a=tensors[f"{kind}.a"],
+            b=tensors[f"{kind}.b"],
             scale={key: tensors[f"scale.{key}"] for key in self.scale},
+            core=None if self.core is None else tensors["mean.core"],
         )
 
 
@@ -125,8 +162,8 @@ class Posterior:
 
     @property
     def weights(self) -> int:
-        """Number of Gaussian weights, the sum of d_out d_in over layers."""
-        return sum(layer.b.shape[0] * layer.a.shape[1] for layer in self.layers.values())
+        """Number of Gaussian weights, over all layers: d_out d_in each, or those of the core."""
+        return sum(math.prod(layer.noise_shape) for layer in self.layers.values())
 
     def digest(self) -> str:
         """Hash of configuration and parameters, 16 hexadecimal digits: equal posteriors, equal digests."""
@@ -142,14 +179,21 @@ def init_layer(
 ) -> LayerPosterior:
     """Returns a Gaussian with mean zero and standard deviation ``config.scale_init`` in every entry.
 
-    A is uniform as in LoRA (Hu et al. 2022), B is zero; likewise for the scale's pair in ``lowrank``.
+    A is uniform as in LoRA (Hu et al. 2022), B is zero; likewise for the scale's pair in ``lowrank``. In
+    ``subspace`` B is uniform too and the core zero: a core between zeros would have no gradient.
     """
 
+    def uniform(rows: int, columns: int, fan: int) -> Tensor:
+        return (2 * torch.rand(rows, columns, generator=generator, dtype=dtype) - 1) / fan**0.5
+
     def factor(rank: int) -> Tensor:
-        bound = (1.0 / d_in) ** 0.5
-        return (2 * torch.rand(rank, d_in, generator=generator, dtype=dtype) - 1) * bound
+        return uniform(rank, d_in, d_in)
 
     a, b = factor(config.rank), torch.zeros(d_out, config.rank, dtype=dtype)
+    if config.family == "subspace":
+        core = torch.zeros(config.rank, config.rank, dtype=dtype)
+        scale = {"log_s": torch.full_like(core, math.log(config.scale_init))}
+        return LayerPosterior(a, uniform(d_out, config.rank, d_out), scale, core=core)
     if config.family == "kronecker":
         half = 0.5 * float(torch.log(torch.tensor(config.scale_init, dtype=torch.float64)))
         scale = {"log_s": torch.full((d_out,), half, dtype=dtype), "log_t": torch.full((d_in,), half, dtype=dtype)}
@@ -159,17 +203,19 @@ def init_layer(
 
 
 def mean(layer: LayerPosterior) -> Tensor:
-    """The mean M = B A, shape (d_out, d_in). Dense: for tests and small layers."""
-    return layer.b @ layer.a
+    """The update's mean, B A or B C A, shape (d_out, d_in). Dense: for tests and small layers."""
+    return layer.b @ layer.a if layer.core is None else layer.b @ layer.core @ layer.a
 
 
 def signed_scale(layer: LayerPosterior) -> Tensor:
-    """S up to the sign of its entries, shape (d_out, d_in). Dense: for tests and small layers."""
+    """S up to the sign of its entries, of ``noise_shape``. Dense: for tests and small layers."""
+    if layer.core is not None:
+        return layer.scale["log_s"].exp()
     if layer.family == "kronecker":
         return torch.outer(layer.scale["log_s"].exp(), layer.scale["log_t"].exp())
     return layer.scale["b"] @ layer.scale["a"] + layer.offset
 
 
 def standard_deviation(layer: LayerPosterior) -> Tensor:
-    """The standard deviation S, shape (d_out, d_in). Dense: for tests and small layers."""
+    """The standard deviation S, of ``noise_shape``. Dense: for tests and small layers."""
     return signed_scale(layer).abs()

@@ -188,10 +188,10 @@ def _check_finite(tensors: dict[str, Tensor], where: str) -> None:
 
 
 def _expected_shapes(config: PosteriorConfig, shape: LayerShape) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {
-        "mean.a": (config.rank, shape.d_in),
-        "mean.b": (shape.d_out, config.rank),
-    }
+    a, b, core = (config.rank, shape.d_in), (shape.d_out, config.rank), (config.rank, config.rank)
+    if config.family == "subspace":
+        return {"shared.a": a, "shared.b": b, "mean.core": core, "scale.log_s": core}
+    shapes: dict[str, tuple[int, ...]] = {"mean.a": a, "mean.b": b}
     if config.family == "kronecker":
         return shapes | {"scale.log_s": (shape.d_out,), "scale.log_t": (shape.d_in,)}
     return shapes | {"scale.a": (config.scale_rank, shape.d_in), "scale.b": (shape.d_out, config.scale_rank)}
@@ -234,7 +234,10 @@ def load_posterior(folder: Path) -> StoredPosterior:
         keys = _expected_shapes(file.config, shape)
         own = {key: tensors[f"{name}.{key}"] for key in keys}
         scale = {key.removeprefix("scale."): t for key, t in own.items() if key.startswith("scale.")}
-        layers[name] = LayerPosterior(own["mean.a"], own["mean.b"], scale, offset)
+        if file.config.family == "subspace":
+            layers[name] = LayerPosterior(own["shared.a"], own["shared.b"], scale, core=own["mean.core"])
+        else:
+            layers[name] = LayerPosterior(own["mean.a"], own["mean.b"], scale, offset)
     posterior = Posterior(file.config, layers)
     digest = posterior.digest()
     if digest != file.digest:

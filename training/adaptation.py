@@ -13,7 +13,7 @@ from abmll.errors import InvalidExamples, InvalidPosterior
 from abmll.examples import Example
 from abmll.layers import Attached
 from abmll.objective import Labelled, task_gradient
-from abmll.posterior import Posterior
+from abmll.posterior import Family, Posterior
 from training.base_model import BaseModel as Base
 from training.episodes import label, minibatch
 
@@ -42,16 +42,29 @@ class AdaptConfig(BaseModel, frozen=True):
             raise InvalidPosterior(f"the posterior's record has malformed inner-loop settings: {error}") from error
 
 
+def family_settings(family: Family) -> dict[str, float]:
+    """Inner-loop settings that differ from ``AdaptConfig``'s defaults for a scale family.
+
+    A core's entries are of another size than a factor's, and its KL is a sum over few weights.
+    """
+    return {"learning_rate": 5e-2, "scale_rate": 5e-2, "beta": 1e-2} if family == "subspace" else {}
+
+
 class InnerLoop:
     """Gradient steps on one task's phi, begun at theta and held near it by KL.
 
     phi^{k+1} = phi^k - alpha grad [ -E_q log p(support | phi) + beta KL(q(phi) || p(phi | theta)) ]
-    (arXiv 2508.14285, algorithm 1), with Adam's scaling of the gradient or without.
+    (arXiv 2508.14285, algorithm 1), with Adam's scaling of the gradient or without. Shared parameters stay as
+    they are in theta.
+
+    Attributes:
+        shared: Sum over the steps of the data term's gradient in the shared parameters, by name.
     """
 
     def __init__(self, attached: Attached, theta: Posterior, config: AdaptConfig) -> None:
         self.attached, self.theta, self.config = attached, theta, config
         self.leaves = {key: tensor.detach().clone() for key, tensor in theta.tensors().items()}
+        self.shared = {key: torch.zeros_like(leaf) for key, leaf in self.leaves.items() if ".shared." in key}
         groups = [
             {"params": [leaf for key, leaf in self.leaves.items() if ".mean." in key], "lr": config.learning_rate},
             {"params": [leaf for key, leaf in self.leaves.items() if ".scale." in key], "lr": config.scale_rate},
@@ -88,8 +101,28 @@ class InnerLoop:
         )
         for key, leaf in self.leaves.items():
             leaf.grad = result.data[key] + result.kl_q[key]
+        for key, total in self.shared.items():
+            total += result.data[key]
         self.optimizer.step()
         return result.data_nats, result.kl_nats
+
+
+def run_inner(
+    attached: Attached,
+    theta: Posterior,
+    support: Sequence[Labelled],
+    config: AdaptConfig,
+    generator: torch.Generator,
+    on_step: Callable[[int, int], None] | None = None,
+) -> InnerLoop:
+    """Runs the inner loop on tokenized examples; it stays at ``theta`` for no examples or no steps."""
+    loop = InnerLoop(attached, theta, config)
+    order = random.Random(int(torch.randint(0, 2**31, (), generator=generator)))
+    for step in range(config.steps if support else 0):
+        if on_step is not None:
+            on_step(step, config.steps)
+        loop.step(minibatch(support, config.batch, order), len(support), generator)
+    return loop
 
 
 def adapt_labelled(
@@ -100,14 +133,8 @@ def adapt_labelled(
     generator: torch.Generator,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Posterior:
-    """Runs the inner loop on tokenized examples; ``theta`` itself for no examples or no steps."""
-    loop = InnerLoop(attached, theta, config)
-    order = random.Random(int(torch.randint(0, 2**31, (), generator=generator)))
-    for step in range(config.steps if support else 0):
-        if on_step is not None:
-            on_step(step, config.steps)
-        loop.step(minibatch(support, config.batch, order), len(support), generator)
-    return loop.phi
+    """Returns the phi that the inner loop ends with."""
+    return run_inner(attached, theta, support, config, generator, on_step).phi
 
 
 def adapt(

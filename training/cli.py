@@ -110,12 +110,14 @@ def train_command(
     split: _SplitFile = None,
     seed: Annotated[int, typer.Option(help="Seed of split and training.")] = 0,
     pin: _Pins = None,
-    family: Annotated[str, typer.Option(help="Scale family: kronecker or lowrank.")] = "kronecker",
+    family: Annotated[str, typer.Option(help="Scale family: kronecker, lowrank or subspace.")] = "kronecker",
     targets: Annotated[str, typer.Option(help="Names of the targeted modules, joined by commas.")] = "q_proj,v_proj",
-    rank: Annotated[int, typer.Option(help="Rank of the mean.")] = 7,
+    rank: Annotated[int | None, typer.Option(help="Rank of the mean. Default: 7; 16 for subspace.")] = None,
     steps: Annotated[int, typer.Option(help="Meta-training steps.")] = 400,
     minutes: Annotated[float | None, typer.Option(help="Train by wall clock instead of steps.")] = None,
-    beta: Annotated[float, typer.Option(help="Weight of KL.")] = 1e-4,
+    beta: Annotated[
+        float | None, typer.Option(help="Weight of KL. Default: 1e-4; 1e-2 for subspace.", show_default=False)
+    ] = None,
     config: _Settings = None,
     books: Annotated[Path | None, typer.Option(help="Book shards to make pseudo-tasks from.")] = None,
     pseudo: Annotated[int, typer.Option("--pseudo-tasks", help="Pseudo-tasks of each kind.")] = 30,
@@ -130,6 +132,7 @@ def train_command(
     from abmll.layers import attach
     from abmll.posterior import PosteriorConfig
     from abmll.store import Record, save_posterior
+    from training.adaptation import family_settings
     from training.base.corpus import unseen_items
     from training.base_model import load_base
     from training.embedded import NAME, resolve
@@ -141,8 +144,11 @@ def train_command(
     from training.tasks import load_tasks
 
     values = read_toml(config)
-    inner = {"beta": beta} | values.pop("inner", {})
-    posterior_values = values.pop("posterior", {})
+    posterior_values: dict[str, Any] = {"family": family} | values.pop("posterior", {})
+    if rank is not None:
+        posterior_values = {"rank": rank} | posterior_values
+    inner = family_settings(posterior_values["family"]) | ({} if beta is None else {"beta": beta})
+    inner |= values.pop("inner", {})
     settings = checked(MetaConfig, {"steps": steps, "minutes": minutes, "seed": seed, "inner": inner} | values)
     loaded = load_tasks(tasks)
     work = out.with_name(out.name + ".work")
@@ -162,8 +168,6 @@ def train_command(
             "base_model": model or NAME,
             "base_revision": revision,
             "targets": tuple(targets.split(",")),
-            "family": family,
-            "rank": rank,
         }
         | posterior_values,
     )

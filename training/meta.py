@@ -19,7 +19,7 @@ from abmll.errors import AbmllError
 from abmll.layers import Attached, init_posterior
 from abmll.objective import data_loss, micro_batches, task_gradient
 from abmll.posterior import Posterior, PosteriorConfig
-from training.adaptation import AdaptConfig, adapt_labelled
+from training.adaptation import AdaptConfig, run_inner
 from training.base_model import BaseModel as Base
 from training.episodes import EpisodeConfig, label, sample_episode, short_items
 from training.progress import Progress, track
@@ -31,10 +31,15 @@ class MetaConfig(BaseModel, frozen=True):
 
     steps: int = Field(default=400, ge=1, description="steps of theta")
     tasks_per_step: int = Field(default=2, ge=1, description="episodes averaged in a step")
-    learning_rate: float = Field(default=3e-3, gt=0, description="of theta's means (Adam)")
+    learning_rate: float = Field(default=3e-3, gt=0, description="of theta's means and shared parameters (Adam)")
     scale_rate: float = Field(default=1e-2, gt=0, description="of theta's scale parameters (Adam)")
     warmup: int = Field(default=20, ge=0, description="steps of linear warm-up; the rates then fall as a cosine")
     clip: float = Field(default=1.0, gt=0, description="largest norm of theta's gradient")
+    path: float = Field(
+        default=1.0,
+        ge=0,
+        description="what the mean gradient of the inner steps counts for the shared parameters beside the objective's",
+    )
     gamma: float = Field(default=1e-5, ge=0, description="weight of the hyperprior -log p(theta)")
     minutes: float | None = Field(default=None, description="stop (and anneal) by wall clock instead of steps")
     checkpoint_every: int = Field(default=20, ge=1, description="steps between checkpoints")
@@ -44,7 +49,7 @@ class MetaConfig(BaseModel, frozen=True):
 
 
 def hyperprior(theta: Posterior, start: Posterior) -> Tensor:
-    """-log p(theta) up to a constant: unit Gaussians on means and, around the start, on scale parameters.
+    """-log p(theta) up to a constant: unit Gaussians, around the start on scale parameters, around 0 on others.
 
     The paper puts a Gaussian on means and a Gamma on precisions; with log-scales (or an offset) as
     parameters, a Gaussian around the start plays the Gamma's part of keeping scales from 0 and infinity.
@@ -52,7 +57,7 @@ def hyperprior(theta: Posterior, start: Posterior) -> Tensor:
     first = start.tensors()
     total = torch.zeros((), device=next(iter(first.values())).device)
     for key, tensor in theta.tensors().items():
-        total = total + 0.5 * ((tensor if ".mean." in key else tensor - first[key]) ** 2).sum()
+        total = total + 0.5 * ((tensor - first[key] if ".scale." in key else tensor) ** 2).sum()
     return total
 
 
@@ -115,7 +120,8 @@ def meta_train(
                    - gamma log p(theta)                          (arXiv 2508.14285, eqs. 3-5)
         grad theta = grad_phi of the data term at phi_i^K + d(beta KL)/d theta + hyperprior
 
-    Both terms are per data point. One task's phi lives at a time.
+    Both terms are per data point. One task's phi lives at a time. The factors that a ``subspace`` posterior's tasks
+    share have a gradient at every inner step too; its mean over the steps is added, ``config.path`` times.
 
     Args:
         base: Model and tokenizer.
@@ -141,7 +147,7 @@ def meta_train(
     work.mkdir(parents=True, exist_ok=True)
     start = init_posterior(attached, posterior, config.seed).map(lambda tensor: tensor.to(base.device))
     leaves = {key: tensor.detach().clone() for key, tensor in start.tensors().items()}
-    means = [leaf for key, leaf in leaves.items() if ".mean." in key]
+    means = [leaf for key, leaf in leaves.items() if ".scale." not in key]
     scales = [leaf for key, leaf in leaves.items() if ".scale." in key]
     rates = (config.learning_rate, config.scale_rate)
     optimizer = torch.optim.Adam(
@@ -200,7 +206,8 @@ def _accumulate(
         episode = sample_episode(tasks, config.episodes, rng)
         support = label(base, theta.config.template, episode.support)
         query = label(base, theta.config.template, episode.query)
-        phi = adapt_labelled(attached, theta, support, config.inner, generator)
+        inner = run_inner(attached, theta, support, config.inner, generator)
+        phi = inner.phi
         result = task_gradient(
             attached,
             phi,
@@ -213,6 +220,8 @@ def _accumulate(
         for key, leaf in leaves.items():
             assert leaf.grad is not None
             leaf.grad += (result.data[key] + result.kl_p[key]) / config.tasks_per_step
+            if key in inner.shared and config.inner.steps:
+                leaf.grad += inner.shared[key] * config.path / (config.inner.steps * config.tasks_per_step)
         with torch.no_grad():
             for name, q in (("before", theta), ("query", phi)):
                 groups = micro_batches(query, config.inner.max_tokens)

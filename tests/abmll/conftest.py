@@ -22,7 +22,7 @@ from transformers import (
 from abmll.layers import Attached, attach, init_posterior
 from abmll.posterior import Family, LayerPosterior, Posterior, PosteriorConfig, init_layer
 
-FAMILIES: list[Family] = ["lowrank", "kronecker"]
+FAMILIES: list[Family] = ["lowrank", "kronecker", "subspace"]
 ARCHITECTURES = {
     "llama": ("q_proj", "v_proj"),
     "mistral": ("q_proj", "o_proj", "down_proj"),

@@ -60,7 +60,7 @@ def test_a_draw_is_a_function_of_posterior_seed_and_index(family: Family) -> Non
     for a, b in zip(first, draw(posterior, 3, 5)[name], strict=True):
         assert torch.equal(a, b)
     for other in (draw(posterior, 3, 6), draw(posterior, 4, 5)):
-        assert not torch.equal(first[0], other[name][0])
+        assert not torch.equal(first[1], other[name][1])
     layers = [draw_signs(posterior, 3, 5)[key].v for key in posterior.layers]
     assert not torch.equal(layers[0], layers[1])
 
@@ -81,3 +81,4 @@ def test_adapters_are_padded_to_the_rank_and_say_so(family: Family, tmp_path: Pa
 def test_default_ranks_fit_what_engines_load() -> None:
     assert PosteriorConfig(base_model="x", family="kronecker").draw_rank == 8
     assert PosteriorConfig(base_model="x", family="lowrank").draw_rank <= 16
+    assert PosteriorConfig(base_model="x", family="subspace").draw_rank == 16

@@ -12,7 +12,7 @@ from tests.abmll.conftest import FAMILIES, random_layer
 
 
 def dense(layer: LayerPosterior) -> Normal:
-    return Normal(mean(layer), standard_deviation(layer))
+    return Normal(mean(layer) if layer.core is None else layer.core, standard_deviation(layer))
 
 
 def of_distributions(q: LayerPosterior, p: LayerPosterior) -> Tensor:
@@ -34,7 +34,7 @@ def test_its_gradients_are_those_of_the_dense_gaussians(family: Family) -> None:
         q, p = (layer.with_tensors(leaf) for layer, leaf in zip(layers, leaves, strict=True))
         measure(q, p).backward()
         gradients.append([t.grad for leaf in leaves for t in leaf.values() if t.grad is not None])
-    assert len(gradients[0]) == 8
+    assert len(gradients[0]) == (4 if family == "subspace" else 8)  # q and p share a subspace's factors
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
 
@@ -79,4 +79,4 @@ def test_layers_add_up_and_must_be_the_same() -> None:
     with pytest.raises(ValueError, match="same layers"):
         kl(q, Posterior(config, {"a": p.layers["a"]}))
     with pytest.raises(ValueError, match="one scale family"):
-        kl_layer(*(random_layer(family, 4, 5, 1) for family in FAMILIES))
+        kl_layer(*(random_layer(family, 4, 5, 1) for family in FAMILIES[:2]))

@@ -34,7 +34,7 @@ def test_the_pass_is_that_of_the_dense_update(family: Family) -> None:
     layer = random_layer(family, 5, 7, 1)
     generator = torch.Generator().manual_seed(0)
     linear = VariationalLinear(torch.nn.Linear(7, 5, dtype=torch.float64))
-    u, v = (torch.randint(0, 2, (3, n), generator=generator).double() * 2 - 1 for n in (5, 7))
+    u, v = (torch.randint(0, 2, (3, n), generator=generator).double() * 2 - 1 for n in layer.noise_shape)
     x = torch.randn(3, 4, 7, generator=generator, dtype=torch.float64)
     linear.posterior, linear.signs = layer, Signs(u, v)
     # |S| is S up to a sign of each entry; with S as it is made, the pass must agree exactly.
@@ -42,7 +42,10 @@ def test_the_pass_is_that_of_the_dense_update(family: Family) -> None:
     if family == "lowrank":
         scale = layer.scale["b"] @ layer.scale["a"] + layer.offset
     for row in range(3):
-        weight = linear.base.weight + mean(layer) + u[row][:, None] * scale * v[row]
+        noise = u[row][:, None] * scale * v[row]
+        if layer.core is not None:
+            noise = layer.b @ noise @ layer.a
+        weight = linear.base.weight + mean(layer) + noise
         torch.testing.assert_close(linear(x)[row], x[row] @ weight.T + linear.base.bias)
 
 
@@ -52,7 +55,7 @@ def test_no_tensor_of_the_weights_size_is_made_forward_or_backward(family: Famil
     leaves = {key: tensor.clone().requires_grad_() for key, tensor in layer.tensors().items()}
     linear = VariationalLinear(torch.nn.Linear(d_in, d_out).requires_grad_(False))
     generator = torch.Generator().manual_seed(0)
-    u, v = (torch.randint(0, 2, (2, n), generator=generator).float() * 2 - 1 for n in (d_out, d_in))
+    u, v = (torch.randint(0, 2, (2, n), generator=generator).float() * 2 - 1 for n in layer.noise_shape)
     linear.posterior, linear.signs = layer.with_tensors(leaves), Signs(u, v)
     x = torch.randn(2, 3, d_in, generator=generator, requires_grad=True)
     with _Sizes() as sizes:

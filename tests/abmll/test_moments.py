@@ -14,15 +14,18 @@ DRAWS = 200_000
 
 
 def covariance(layer: LayerPosterior, x: Tensor, y: Tensor) -> Tensor:
-    """Cov[dW x, dW y] of independent Gaussian entries: diagonal, sum_j S_ij^2 x_j y_j."""
-    return torch.diag((standard_deviation(layer) ** 2) @ (x * y))
+    """Cov[dW x, dW y] of independent Gaussian entries, of dW or of the core: in these, sum_j S_ij^2 x_j y_j."""
+    variance = standard_deviation(layer) ** 2
+    if layer.core is None:
+        return torch.diag(variance @ (x * y))
+    return layer.b @ torch.diag(variance @ ((layer.a @ x) * (layer.a @ y))) @ layer.b.T
 
 
 def test_updates_have_the_dense_gaussians_mean_and_covariances(family: Family) -> None:
     layer = random_layer(family, 4, 6, 3)
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 6, generator=generator, dtype=torch.float64)
-    signs = Signs(*(torch.randint(0, 2, (DRAWS, n), generator=generator).double() * 2 - 1 for n in (4, 6)))
+    signs = Signs(*(torch.randint(0, 2, (DRAWS, n), generator=generator).double() * 2 - 1 for n in layer.noise_shape))
     linear = VariationalLinear(torch.nn.Linear(6, 4, bias=False, dtype=torch.float64))
     linear.posterior, linear.signs = layer, signs
     with torch.no_grad():
@@ -46,7 +49,7 @@ def test_stored_draws_entries_are_the_mean_plus_or_minus_the_deviation(family: F
     updates: list[Tensor] = []
     for index in range(400):
         a, b = draw_factors(layer, draw_signs(posterior, 0, index)["layer"])
-        updates.append(b @ a - mean(layer))
+        updates.append(b @ a - mean(layer) if layer.core is None else torch.linalg.pinv(layer.b) @ b - layer.core)
     stacked = torch.stack(updates)
     torch.testing.assert_close(stacked.abs(), standard_deviation(layer).expand_as(stacked))
     share = (stacked > 0).double().mean(0)

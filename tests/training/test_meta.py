@@ -13,9 +13,9 @@ from abmll.errors import AbmllError
 from abmll.layers import Attached, attach
 from abmll.posterior import Posterior, PosteriorConfig
 from tests.training.conftest import TARGETS, rule_task
-from training.adaptation import AdaptConfig
+from training.adaptation import AdaptConfig, family_settings, run_inner
 from training.base_model import BaseModel, load_base
-from training.episodes import EpisodeConfig
+from training.episodes import EpisodeConfig, label
 from training.meta import MetaConfig, meta_train
 
 TASKS = [rule_task(number) for number in range(5)]
@@ -27,6 +27,7 @@ CONFIG = MetaConfig(
     episodes=EpisodeConfig(shots=(4, 8), queries=8),
 )
 POSTERIOR = PosteriorConfig(base_model="tiny", targets=TARGETS, rank=3)
+SUBSPACE = PosteriorConfig(base_model="tiny", targets=TARGETS, family="subspace", rank=3)
 
 
 class _Killed(Exception):
@@ -89,15 +90,36 @@ def test_a_checkpoint_of_other_settings_is_refused(
         meta_train(base, attached, TASKS[1:], POSTERIOR, short, tmp_path)
 
 
-def test_it_learns_what_tasks_share(base: BaseModel, attached: Attached, tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"steps": 40, "warmup": 4, "learning_rate": 1e-2})
-    theta = meta_train(base, attached, [rule_task(0)], POSTERIOR, config, tmp_path)
+@pytest.mark.parametrize("posterior", [POSTERIOR, SUBSPACE], ids=["kronecker", "subspace"])
+def test_it_learns_what_tasks_share(
+    base: BaseModel, attached: Attached, tmp_path: Path, posterior: PosteriorConfig
+) -> None:
+    inner = CONFIG.inner.model_copy(update=family_settings(posterior.family))
+    config = CONFIG.model_copy(update={"steps": 40, "warmup": 4, "learning_rate": 1e-2, "inner": inner})
+    theta = meta_train(base, attached, [rule_task(0)], posterior, config, tmp_path)
     log = rows(tmp_path)
     early, late = (sum(row["query"] for row in part) / len(part) for part in (log[:8], log[-8:]))
     assert late < 0.8 * early
     assert all(tensor.isfinite().all() for tensor in theta.tensors().values())
     scales = [tensor for key, tensor in theta.tensors().items() if ".scale." in key]
     assert any(tensor.std() > 1e-3 for tensor in scales)  # the variance is learned, not left at its start
+
+
+def test_shared_factors_learn_from_every_inner_step_and_are_not_adapted(
+    base: BaseModel, attached: Attached, tmp_path: Path
+) -> None:
+    config = CONFIG.model_copy(update={"steps": 1, "warmup": 0})
+    with_path = meta_train(base, attached, TASKS, SUBSPACE, config, tmp_path / "path")
+    without = meta_train(base, attached, TASKS, SUBSPACE, config.model_copy(update={"path": 0.0}), tmp_path / "none")
+    differ = {k for k, t in with_path.tensors().items() if not torch.equal(t, without.tensors()[k])}
+    assert all((".shared." in key) <= (key in differ) for key in with_path.tensors())
+    generator = torch.Generator().manual_seed(0)
+    support = label(base, SUBSPACE.template, TASKS[0].examples[:8])
+    inner = run_inner(attached, with_path, support, CONFIG.inner, generator)
+    for key, tensor in inner.phi.tensors().items():
+        assert torch.equal(tensor, with_path.tensors()[key]) == (".shared." in key), key
+    assert {key.split(".shared.")[1] for key in inner.shared} == {"a", "b"}
+    assert all(gradient.abs().max() > 0 for key, gradient in inner.shared.items() if key.endswith(".b"))
 
 
 def test_the_gradient_is_clipped(base: BaseModel, attached: Attached, tmp_path: Path) -> None:

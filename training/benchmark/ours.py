@@ -15,7 +15,7 @@ from abmll.examples import Example
 from abmll.kl import kl
 from abmll.layers import Attached, attach
 from abmll.posterior import Family, Posterior, PosteriorConfig
-from training.adaptation import AdaptConfig, adapt_labelled
+from training.adaptation import AdaptConfig, adapt_labelled, family_settings
 from training.base_model import BaseModel
 from training.benchmark.method import META_RATE, Budget, Learner, Load, Settings
 from training.benchmark.point import label_in_context
@@ -23,6 +23,17 @@ from training.episodes import label
 from training.meta import MetaConfig, meta_train
 from training.progress import silent
 from training.tasks import Task
+
+_FACTORS: tuple[Settings, ...] = (
+    {"rate": 4e-3, "beta": 1e-4},
+    {"rate": 4e-3, "beta": 1e-3},
+    {"rate": 1.5e-2, "beta": 1e-3},
+)
+_TRIALS: dict[Family, tuple[Settings, ...]] = {
+    "kronecker": _FACTORS,
+    "lowrank": _FACTORS,
+    "subspace": ({"rate": 5e-2, "beta": 1e-2}, {"rate": 1e-1, "beta": 1e-2}, {"rate": 1e-1, "beta": 3e-2}),
+}
 
 
 class Abmll:
@@ -38,20 +49,16 @@ class Abmll:
         self.family: Family = family
         self.in_context = in_context
         self.name = f"abmll {family}" + (" in-context" if in_context else "")
-        self.trials: Sequence[Settings] = (
-            {"rate": 4e-3, "beta": 1e-4},
-            {"rate": 4e-3, "beta": 1e-3},
-            {"rate": 1.5e-2, "beta": 1e-3},
-        )
+        self.trials: Sequence[Settings] = _TRIALS[family]
         if beta is not None:
             self.name += f" beta {beta:g}"
-            self.trials = ({"rate": 4e-3, "beta": beta},)
+            self.trials = (dict(self.trials[1]) | {"beta": beta},)
 
     def learn(self, load: Load, tasks: Sequence[Task], settings: Settings, budget: Budget, seed: int) -> Learner:
         """See ``Method``."""
         base = load()
         # A draw has the baselines' rank: mean, scale, and lowrank's offset together.
-        rank = budget.rank - 1 if self.family == "kronecker" else (budget.rank - 1) // 2 + (budget.rank - 1) % 2
+        rank = {"subspace": budget.rank, "kronecker": budget.rank - 1, "lowrank": budget.rank // 2}[self.family]
         config = PosteriorConfig(
             base_model=base.name,
             targets=budget.targets,
@@ -59,8 +66,9 @@ class Abmll:
             rank=rank,
             scale_rank=max(1, budget.rank - 1 - rank),
         )
-        inner = AdaptConfig(
-            steps=budget.steps, learning_rate=settings["rate"], beta=settings["beta"], batch=budget.batch
+        chosen = {"learning_rate": settings["rate"], "beta": settings["beta"]}
+        inner = AdaptConfig.model_validate(
+            {"steps": budget.steps, "batch": budget.batch} | family_settings(self.family) | chosen
         )
         meta = MetaConfig(
             steps=budget.meta_steps,
