@@ -101,8 +101,8 @@ class InnerLoop:
         )
         for key, leaf in self.leaves.items():
             leaf.grad = result.data[key] + result.kl_q[key]
-        for key, total in self.shared.items():
-            total += result.data[key]
+        for key, gradient in self.shared.items():
+            gradient += result.data[key]
         self.optimizer.step()
         return result.data_nats, result.kl_nats
 

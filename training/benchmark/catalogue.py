@@ -13,7 +13,7 @@ from training.benchmark.ours import Abmll
 from training.benchmark.point import Ensemble, InContext, Lora, McDropout, MultiTask, ZeroShot
 from training.benchmark.world import World
 
-OURS = ("abmll kronecker", "abmll lowrank", "abmll kronecker in-context")
+OURS = ("abmll subspace", "abmll kronecker", "abmll lowrank", "abmll subspace in-context")
 
 
 def catalogue(world: World | None) -> list[Method]:
@@ -31,9 +31,10 @@ def catalogue(world: World | None) -> list[Method]:
         Laplace(),
         Blob(),
         Tfb(),
+        Abmll("subspace"),
         Abmll("kronecker"),
         Abmll("lowrank"),
-        Abmll("kronecker", in_context=True),
+        Abmll("subspace", in_context=True),
     ]
     return methods if world is None else [ExactBayes(world), *methods]
 
@@ -66,4 +67,4 @@ def ablation(betas: str) -> list[Method]:
         values = []
     if not values or not all(0 <= value < math.inf for value in values):
         raise AbmllError(f"betas must be numbers from 0 on, joined by commas, not {betas!r}", field="betas")
-    return [Abmll("kronecker", beta=value) for value in dict.fromkeys(values)]
+    return [Abmll("subspace", beta=value) for value in dict.fromkeys(values)]

@@ -39,9 +39,10 @@ def bench_command(
     ] = None,
     shots: Annotated[str, typer.Option(help="Numbers of shots, joined by commas.")] = "1,4,16,64",
     seeds: Annotated[str, typer.Option(help="Seeds, joined by commas.")] = "0,1,2",
-    meta_steps: Annotated[int, typer.Option(help="Steps of learning over tasks.")] = 300,
-    test_tasks: Annotated[int, typer.Option(help="Tasks to measure on.")] = 40,
+    meta_steps: Annotated[int, typer.Option(help="Steps of learning over tasks.")] = 100,
+    test_tasks: Annotated[int, typer.Option(help="Tasks to measure on.")] = 24,
     quick: Annotated[bool, typer.Option(help="A run of minutes that shows how it works, not how good it is.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at a time, which share the cores.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU if there is one.")] = None,
 ) -> None:
     """Compare ABMLL with what one would use instead: same base model, data, shots and budget."""
@@ -52,7 +53,7 @@ def bench_command(
     from training.benchmark.world import World
     from training.embedded import resolve
     from training.progress import track
-    from training.settings import checked, choose_device, numbers
+    from training.settings import checked, numbers
 
     values: dict[str, Any] = {"shots": numbers(shots, "shots"), "meta_steps": meta_steps, "test_tasks": test_tasks}
     config: BenchConfig = checked(BenchConfig, values | (QUICK if quick else {}))
@@ -71,7 +72,8 @@ def bench_command(
         config,
         out / "results.jsonl",
         world=world,
-        device=choose_device(device),
+        device=device,
+        jobs=jobs,
         progress=track,
     )
     text = _report(rows, config)

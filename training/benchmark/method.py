@@ -13,7 +13,7 @@ from training.base_model import BaseModel
 from training.episodes import EpisodeConfig
 from training.tasks import Task
 
-# Rate of learning over tasks (Adam), the same for all methods that do.
+# Rate of learning over tasks (Adam) of all LoRA factors.
 META_RATE = 1e-3
 
 # Returns a fresh copy of the base model: a method may put adapters into it.
@@ -42,7 +42,7 @@ class Budget:
     steps: int = 12
     batch: int = 16
     draws: int = 8
-    rank: int = 8
+    rank: int = 16
     targets: tuple[str, ...] = ("o_proj", "down_proj")
 
 

@@ -39,9 +39,10 @@ def _colours(methods: Sequence[str]) -> dict[str, Any]:
     colours: dict[str, Any] = {name: palette(number % 20) for number, name in enumerate(methods)}
     fixed = {
         BOUND: "black",
-        "abmll kronecker": "#d00000",
+        "abmll subspace": "#d00000",
+        "abmll kronecker": "#e08000",
         "abmll lowrank": "#0040d0",
-        "abmll kronecker in-context": "#00a0a0",
+        "abmll subspace in-context": "#00a0a0",
     }
     return colours | {name: colour for name, colour in fixed.items() if name in colours}
 

@@ -102,12 +102,21 @@ def ood_table(rows: Sequence[Row]) -> str:
 
 
 def cost_table(rows: Sequence[Row]) -> str:
-    """What each method costs: parameters, seconds of learning, seconds of one task, passes of an answer."""
-    heads = ["method", "trained parameters", "learning s", "a task's adaptation and questions s", "passes an answer"]
+    """What each method costs: parameters, seconds of learning and of one task, passes of an answer, peak memory."""
+    heads = [
+        "method",
+        "trained parameters",
+        "learning s",
+        "a task's adaptation and questions s",
+        "passes an answer",
+        "peak memory MiB",
+    ]
     lines: list[list[str]] = []
     for method in names(rows):
         own = select(rows, method=method, calibrated=False)
         learn = sum(row["learn_s"] for row in own) / len(own)
         predict = sum(row["predict_s"] for row in own) / len(own)
-        lines.append([method, f"{own[0]['parameters']:,}", f"{learn:.1f}", f"{predict:.2f}", f"{own[0]['passes']}"])
+        memory = max(row["memory_mib"] for row in own)
+        cells = [f"{own[0]['parameters']:,}", f"{learn:.1f}", f"{predict:.2f}", f"{own[0]['passes']}", f"{memory:,}"]
+        lines.append([method, *cells])
     return table(heads, lines)

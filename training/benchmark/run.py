@@ -6,15 +6,19 @@ import hashlib
 import json
 import os
 import random
+import resource
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from abmll.calibration import conformal_scores, conformal_threshold, fit_temperature_prior
 from abmll.examples import Example
@@ -28,6 +32,7 @@ from training.benchmark.ood import foreign, nonsense
 from training.benchmark.world import World
 from training.episodes import EpisodeConfig, draw_support
 from training.progress import Progress, silent
+from training.settings import choose_device
 from training.tasks import Task
 
 
@@ -36,14 +41,15 @@ class BenchConfig(BaseModel, frozen=True):
 
     shots: tuple[int, ...] = (1, 4, 16, 64)
     train_tasks: int = Field(default=200, ge=1, description="tasks to meta-learn from")
-    validation_tasks: int = Field(default=20, ge=1, description="tasks to tune and calibrate on")
-    test_tasks: int = Field(default=40, ge=1, description="tasks to measure on")
+    validation_tasks: int = Field(default=12, ge=1, description="tasks to tune and calibrate on")
+    test_tasks: int = Field(default=24, ge=1, description="tasks to measure on")
     queries: int = Field(default=32, ge=1, description="questions of each task")
-    meta_steps: int = Field(default=300, ge=1, description="steps of learning over tasks")
+    meta_steps: int = Field(default=100, ge=1, description="steps of learning over tasks")
     tasks_per_step: int = Field(default=2, ge=1)
     steps: int = Field(default=12, ge=1, description="gradient steps of adaptation")
     draws: int = Field(default=8, ge=1)
-    tune_shots: int = Field(default=16, ge=1, description="shots at which settings are compared")
+    rank: int = Field(default=16, ge=3, description="rank of LoRA, and of a draw where a method has draws")
+    tune_shots: int = Field(default=16, ge=1, description="shots at which settings are compared, and doubt is tested")
 
 
 def _support(task: Task, shots: int, config: BenchConfig, seed: int) -> tuple[list[Example], list[Example]]:
@@ -160,14 +166,16 @@ def run(
     out: Path,
     *,
     world: World | None = None,
-    device: str = "cpu",
+    device: str | None = None,
+    jobs: int = 1,
     progress: Progress = silent,
 ) -> list[dict[str, Any]]:
-    """Runs every method and seed that ``out`` does not hold yet.
+    """Runs every method and seed that ``out`` does not hold yet, each in a process of its own.
 
-    Settings are chosen by NLL on the validation tasks after tempering; temperatures (for results with
-    ``calibrated``) and conformal thresholds are fitted on the validation tasks for each number of shots. Test tasks
-    are looked at once. A task's questions out of distribution are asked in the same pass, and count in its seconds.
+    Settings are chosen by NLL on the first seed's validation tasks after tempering, and serve all seeds; temperatures
+    (for results with ``calibrated``) and conformal thresholds are fitted on each seed's validation tasks for each
+    number of shots. Test tasks are looked at once. Questions out of distribution are asked at ``tune_shots``, in the
+    same pass, and count in its seconds.
 
     Args:
         methods: What to compare.
@@ -176,41 +184,97 @@ def run(
         config: Settings.
         out: JSON Lines file of results, one row a (method, seed, task, shots, calibrated); appended to.
         world: Gives the exact predictive, for generated tasks.
-        device: Where to run.
+        device: Where to run; a GPU if there is one by default.
+        jobs: Processes at a time, which share the cores.
         progress: Shows progress.
 
     Returns:
         All rows of these seeds, those of earlier runs with the same settings included.
     """
-    identities = {seed: _identity(config, model, tasks) for seed, tasks in parts.items()}
+    first = min(parts)
+    identities = {seed: _identity(config, model, tasks, parts[first]) for seed, tasks in parts.items()}
     rows = [row for row in read_rows(out) if identities.get(row["seed"]) == row["identity"]]
     done = {(row["method"], row["seed"]) for row in rows}
-    budget = Budget(
-        meta_steps=config.meta_steps,
-        tasks_per_step=config.tasks_per_step,
-        episodes=EpisodeConfig(shots=(*config.shots, config.tune_shots), max_chars=None, permute=0.0, subset=0.0),
-        steps=config.steps,
-        draws=config.draws,
-    )
-
-    def load() -> Any:
-        return load_base(model, device=device)
-
-    jobs = [(method, seed) for seed in parts for method in methods]
-    with progress("bench", total=len(jobs)) as bar:
-        for number, (method, seed) in enumerate(jobs, start=1):
-            if (method.name, seed) not in done:
-                new = _measure(method, seed, parts[seed], load, budget, config, world)
-                new = [row | {"identity": identities[seed]} for row in new]
+    with progress("bench", total=len(parts) * len(methods)) as bar:
+        bar.update(len(done), {})
+        for seeds in ([first], sorted(parts.keys() - {first})):
+            chosen = {row["method"]: row["settings"] for row in rows if row["seed"] == first}
+            todo = [
+                _Job(method, seed, parts[seed], model, config, world, device, jobs, chosen.get(method.name))
+                for seed in seeds
+                for method in methods
+                if (method.name, seed) not in done
+            ]
+            for job, measured in _in_processes(todo, jobs):
+                new = [row | {"identity": identities[job.seed]} for row in measured]
                 append_rows(out, new)
                 rows += new
-            bar.update(number, {"seed": seed})
-    return rows
+                done.add((job.method.name, job.seed))
+                bar.update(len(done), {"seed": job.seed})
+    order = {method.name: number for number, method in enumerate(methods)}
+    return sorted(rows, key=lambda row: (row["seed"], order.get(row["method"], len(order))))
 
 
-def _identity(config: BenchConfig, model: str, parts: Parts) -> str:
-    """What a seed's results depend on, as a short hash."""
-    what = [config.model_dump(mode="json"), model, parts.names()]
+@dataclass(frozen=True)
+class _Job:
+    """One method with one seed; ``settings`` are None where they are still to be chosen."""
+
+    method: Method
+    seed: int
+    parts: Parts
+    model: str
+    config: BenchConfig
+    world: World | None
+    device: str | None
+    jobs: int
+    settings: Settings | None
+
+
+def _in_processes(todo: Sequence[_Job], jobs: int) -> Iterator[tuple[_Job, list[dict[str, Any]]]]:
+    """Yields each job with its rows, as they come.
+
+    A process does one job, so that its peak memory is that of the job.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
+        waiting = {pool.submit(_do, job): job for job in todo}
+        try:
+            for future in as_completed(waiting):
+                yield waiting[future], future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _do(job: _Job) -> list[dict[str, Any]]:
+    disable_progress_bar()  # of loading weights: a base model is loaded anew for every trial
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.jobs))
+    device = choose_device(job.device)
+    budget = Budget(
+        meta_steps=job.config.meta_steps,
+        tasks_per_step=job.config.tasks_per_step,
+        episodes=EpisodeConfig(
+            shots=(*job.config.shots, job.config.tune_shots), max_chars=None, permute=0.0, subset=0.0
+        ),
+        steps=job.config.steps,
+        draws=job.config.draws,
+        rank=job.config.rank,
+    )
+    rows = _measure(job, lambda: load_base(job.model, device=device), budget)
+    return [row | {"memory_mib": _peak_memory(device)} for row in rows]
+
+
+def _peak_memory(device: str) -> int:
+    """Peak memory of this process so far in MiB: the GPU's where it runs on one, else what is resident."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+def _identity(config: BenchConfig, model: str, parts: Parts, first: Parts) -> str:
+    """What a seed's results depend on, as a short hash; ``first`` are the tasks that settings are chosen on."""
+    what = [config.model_dump(mode="json"), model, parts.names(), first.names()]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
@@ -224,13 +288,15 @@ class _Tuned:
     predicted: list[_Predicted]
 
 
-def _tune(method: Method, seed: int, parts: Parts, load: Load, budget: Budget, config: BenchConfig) -> _Tuned:
+def _tune(job: _Job, load: Load, budget: Budget) -> _Tuned:
     best: tuple[float, _Tuned] | None = None
-    for settings in method.trials:
+    for settings in job.method.trials if job.settings is None else [job.settings]:
         begin = time.perf_counter()
-        learner = method.learn(load, parts.train, settings, budget, seed)
+        learner = job.method.learn(load, job.parts.train, settings, budget, job.seed)
         seconds = time.perf_counter() - begin
-        predicted = [_predict(learner, task, config.tune_shots, config, seed) for task in parts.validation]
+        predicted = [
+            _predict(learner, task, job.config.tune_shots, job.config, job.seed) for task in job.parts.validation
+        ]
         loss = _tempered_loss(predicted)
         if best is None or loss < best[0]:
             best = loss, _Tuned(learner, settings, seconds, predicted)
@@ -238,17 +304,9 @@ def _tune(method: Method, seed: int, parts: Parts, load: Load, budget: Budget, c
     return best[1]
 
 
-def _measure(
-    method: Method,
-    seed: int,
-    parts: Parts,
-    load: Load,
-    budget: Budget,
-    config: BenchConfig,
-    world: World | None,
-) -> list[dict[str, Any]]:
-    tuned = _tune(method, seed, parts, load, budget, config)
-    learner = tuned.learner
+def _measure(job: _Job, load: Load, budget: Budget) -> list[dict[str, Any]]:
+    tuned = _tune(job, load, budget)
+    learner, config, seed, parts, world = tuned.learner, job.config, job.seed, job.parts, job.world
     bound = isinstance(learner, ExactBayes)
     rows: list[dict[str, Any]] = []
     for shots in config.shots:
@@ -260,7 +318,8 @@ def _measure(
         thresholds = {calibrated: _threshold(predicted, chosen) for calibrated, chosen in temperatures.items()}
         for task in parts.test:
             # The exact predictive is told of the world's scenes only.
-            item = _predict(learner, task, shots, config, seed, None if bound else parts.test)
+            strange = shots == config.tune_shots and not bound
+            item = _predict(learner, task, shots, config, seed, parts.test if strange else None)
             exact = None if world is None else world.exact(item.support, item.query)
             for calibrated, chosen in temperatures.items():
                 result = predictive(item.scores, chosen)
@@ -271,7 +330,7 @@ def _measure(
                     measures["epistemic"] = world.epistemic(exact).mean().item()
                 rows.append(
                     {
-                        "method": method.name,
+                        "method": job.method.name,
                         "seed": seed,
                         "task": task.name,
                         "shots": shots,

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,45 +31,60 @@ PARTS = Parts(TRAIN, VALIDATION, TEST)
 
 
 class Counted(ZeroShot):
-    """Counts how often it learns, and may be told to fail."""
+    """Notes in a file each time it learns, with the settings, and may be told to fail at a seed."""
 
-    def __init__(self, fail_at: int | None = None) -> None:
-        self.learned, self.fail_at = 0, fail_at
+    trials: Sequence[Settings] = ({"rate": 1}, {"rate": 2})
+
+    def __init__(self, notes: Path, fail_at: int | None = None) -> None:
+        self.notes, self.fail_at = notes, fail_at
+
+    @property
+    def learned(self) -> list[tuple[int, int]]:
+        return [tuple(json.loads(line)) for line in self.notes.read_text().splitlines()]
 
     def learn(self, load: Load, tasks: Any, settings: Settings, budget: Budget, seed: int) -> Learner:
-        self.learned += 1
-        if self.learned == self.fail_at:
-            raise KeyboardInterrupt
+        if seed == self.fail_at:
+            raise AbmllError("told to fail")
+        with self.notes.open("a") as stream:
+            stream.write(json.dumps([seed, settings["rate"]]) + "\n")
         return super().learn(load, tasks, settings, budget, seed)
 
 
-def bench(methods: list[Any], model: Path, out: Path, parts: Parts = PARTS) -> list[dict[str, Any]]:
-    return run(methods, {0: parts, 1: parts}, str(model), CONFIG, out, world=WORLD)
+def bench(methods: list[Any], model: Path, out: Path, parts: Parts = PARTS, jobs: int = 1) -> list[dict[str, Any]]:
+    return run(methods, {0: parts, 1: parts}, str(model), CONFIG, out, world=WORLD, jobs=jobs)
+
+
+def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in {"learn_s", "predict_s", "memory_mib"}} for row in rows]
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(tiny_model_folder: Path, tmp_path: Path) -> None:
     out, whole = tmp_path / "results.jsonl", tmp_path / "whole.jsonl"
-    stopped = Counted(fail_at=2)
-    with pytest.raises(KeyboardInterrupt):
-        bench([stopped], tiny_model_folder, out)
+    with pytest.raises(AbmllError, match="told to fail"):
+        bench([Counted(tmp_path / "stopped", fail_at=1)], tiny_model_folder, out)
     out.write_text(out.read_text() + '{"method": "zero-')  # a kill in the middle of a line
-    again = Counted()
+    again = Counted(tmp_path / "again")
     rows = bench([again], tiny_model_folder, out)
-    assert again.learned == 1
-    expected = bench([Counted()], tiny_model_folder, whole)
-    times = {"learn_s", "predict_s"}
-
-    def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{k: v for k, v in row.items() if k not in times} for row in rows]
-
+    assert again.learned == [(1, 1)]  # the first seed chose the first of two settings that are as good
+    expected = bench([Counted(tmp_path / "whole")], tiny_model_folder, whole)
+    assert Counted(tmp_path / "whole").learned == [(0, 1), (0, 2), (1, 1)]
     assert timeless(rows) == timeless(expected) == timeless(read_rows(out))
     assert len(rows) == 2 * 2 * 4 * 2  # seeds, shots, tasks, calibrated or not
 
 
+def test_two_processes_give_what_one_gives(tiny_model_folder: Path, tmp_path: Path) -> None:
+    methods: list[Any] = [ZeroShot(), ExactBayes(WORLD)]
+    one, two = (bench(methods, tiny_model_folder, tmp_path / f"{jobs}.jsonl", jobs=jobs) for jobs in (1, 2))
+    assert [row["method"] for row in one] == [row["method"] for row in two]
+    for row, other in zip(timeless(one), timeless(two), strict=True):
+        assert row["nll"] == pytest.approx(other["nll"], abs=1e-4)  # other threads, other rounding
+    assert all(row["memory_mib"] > 100 for row in one)
+
+
 def test_results_with_other_settings_are_kept_apart(tiny_model_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "results.jsonl"
-    bench([Counted()], tiny_model_folder, out, Parts(TRAIN, VALIDATION, TEST[:2]))
-    rows = bench([Counted()], tiny_model_folder, out)
+    bench([ZeroShot()], tiny_model_folder, out, Parts(TRAIN, VALIDATION, TEST[:2]))
+    rows = bench([ZeroShot()], tiny_model_folder, out)
     assert {row["task"] for row in rows} == {task.name for task in TEST}
     assert len(read_rows(out)) == len(rows) * 6 // 4
 
