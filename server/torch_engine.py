@@ -86,7 +86,7 @@ class TorchEngine:
 
     One thread runs passes; while it does, questions queue. The next pass takes the oldest question and
     those waiting that may share its pass, nearest in length first, up to ``pass_tokens`` padded tokens.
-    Signs of a draw are the same for all posteriors over the same layers and are kept.
+    Signs of a draw are the same for all posteriors of one shape over the same layers, and are kept.
 
     Args:
         model: Hub name or folder of the base model.
@@ -118,7 +118,7 @@ class TorchEngine:
         self.pass_tokens = pass_tokens or PASS_TOKENS.get(self.device.split(":")[0], 65536)
         self._base: BaseModel | None = None
         self._attached: Attached | None = None
-        self._signs: _Counted[tuple[int, int], dict[str, Signs]] = _Counted(SIGNS_KEPT)
+        self._signs: _Counted[tuple[Any, ...], dict[str, Signs]] = _Counted(SIGNS_KEPT)
         self._placed: _Counted[str, Posterior] = _Counted(PLACED_KEPT)
         self._waiting: list[_Item] = []
         self._running: list[_Item] = []
@@ -286,11 +286,15 @@ class TorchEngine:
         assert self._attached is not None
         rows, tokens = batch.ids.shape
         at_once = max(1, self.pass_tokens // (rows * tokens))
+        shape = tuple(layer.noise_shape for layer in posterior.layers.values())
         parts: list[Tensor] = []
         for start in range(0, len(kind.draws), at_once):
             indices = kind.draws[start : start + at_once]
             signs = stack_signs(
-                [self._signs.get((kind.seed, i), lambda i=i: draw_signs(posterior, kind.seed, i)) for i in indices]
+                [
+                    self._signs.get((shape, kind.seed, i), lambda i=i: draw_signs(posterior, kind.seed, i))
+                    for i in indices
+                ]
             )
             with self._attached.using(posterior, rows_of_draws(signs, rows, torch.device(self.device))):
                 parts.append(function(batch.repeat(len(indices))).view(len(indices), -1).cpu())

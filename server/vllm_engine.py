@@ -144,13 +144,11 @@ class VllmEngine:
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**(values | self.options)))
 
     async def _warm_up(self) -> None:
-        config = PosteriorConfig(base_model=self.model, rank=1)
+        config = PosteriorConfig(base_model=self.model, family="subspace", rank=1)
         shapes = await asyncio.to_thread(_target_shapes, self.model, self.revision, self.targets)
         zero = {
             name: LayerPosterior(
-                torch.zeros(1, d_in),
-                torch.zeros(d_out, 1),
-                {"log_s": torch.full((d_out,), -9.0), "log_t": torch.full((d_in,), -9.0)},
+                torch.zeros(1, d_in), torch.zeros(d_out, 1), {"log_s": torch.zeros(1, 1)}, core=torch.zeros(1, 1)
             )
             for name, (d_out, d_in) in shapes.items()
         }
