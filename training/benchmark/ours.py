@@ -32,7 +32,7 @@ _FACTORS: tuple[Settings, ...] = (
 _TRIALS: dict[Family, tuple[Settings, ...]] = {
     "kronecker": _FACTORS,
     "lowrank": _FACTORS,
-    "subspace": ({"rate": 5e-2, "beta": 1e-2}, {"rate": 1e-1, "beta": 1e-2}, {"rate": 5e-2, "beta": 1e-1}),
+    "subspace": ({"rate": 5e-2, "beta": 1e-2}, {"rate": 5e-2, "beta": 3e-2}, {"rate": 1e-1, "beta": 1e-2}),
 }
 # On the world's validation tasks 3e-3 was better than 1e-3 for factors around a core, and worse for first-order MAML's.
 _META_RATES: dict[Family, float] = {"kronecker": META_RATE, "lowrank": META_RATE, "subspace": 3e-3}

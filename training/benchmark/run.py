@@ -41,7 +41,7 @@ class BenchConfig(BaseModel, frozen=True):
 
     shots: tuple[int, ...] = (1, 4, 16, 64)
     train_tasks: int = Field(default=200, ge=1, description="tasks to meta-learn from")
-    validation_tasks: int = Field(default=12, ge=1, description="tasks to tune and calibrate on")
+    validation_tasks: int = Field(default=40, ge=1, description="tasks to tune and calibrate on")
     test_tasks: int = Field(default=24, ge=1, description="tasks to measure on")
     queries: int = Field(default=32, ge=1, description="questions of each task")
     meta_steps: int = Field(default=100, ge=1, description="steps of learning over tasks")
