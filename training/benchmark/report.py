@@ -86,7 +86,7 @@ def paired_table(rows: Sequence[Row], shots: int, calibrated: bool, ours: Sequen
 
 
 def ood_table(rows: Sequence[Row]) -> str:
-    """How well doubt tells questions out of distribution from a task's own: AUROC, over all tasks, seeds and shots.
+    """How well doubt tells questions out of distribution from a task's own: AUROC, over tasks and seeds.
 
     Epistemic uncertainty beside the total. 0.5: not at all; a method with one set of weights has no epistemic part.
     """

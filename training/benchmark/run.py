@@ -49,7 +49,12 @@ class BenchConfig(BaseModel, frozen=True):
     steps: int = Field(default=12, ge=1, description="gradient steps of adaptation")
     draws: int = Field(default=8, ge=1)
     rank: int = Field(default=16, ge=3, description="rank of LoRA, and of a draw where a method has draws")
-    tune_shots: int = Field(default=16, ge=1, description="shots at which settings are compared, and doubt is tested")
+    tune_shots: int = Field(default=16, ge=1, description="shots at which settings are compared")
+
+    @property
+    def strange_shots(self) -> int:
+        """Shots at which questions out of distribution are asked."""
+        return self.tune_shots if self.tune_shots in self.shots else max(self.shots)
 
 
 def _support(task: Task, shots: int, config: BenchConfig, seed: int) -> tuple[list[Example], list[Example]]:
@@ -174,8 +179,8 @@ def run(
 
     Settings are chosen by NLL on the first seed's validation tasks after tempering, and serve all seeds; temperatures
     (for results with ``calibrated``) and conformal thresholds are fitted on each seed's validation tasks for each
-    number of shots. Test tasks are looked at once. Questions out of distribution are asked at ``tune_shots``, in the
-    same pass, and count in its seconds.
+    number of shots. Test tasks are looked at once. Questions out of distribution are asked at one number of shots,
+    in the same pass, and count in its seconds.
 
     Args:
         methods: What to compare.
@@ -318,7 +323,7 @@ def _measure(job: _Job, load: Load, budget: Budget) -> list[dict[str, Any]]:
         thresholds = {calibrated: _threshold(predicted, chosen) for calibrated, chosen in temperatures.items()}
         for task in parts.test:
             # The exact predictive is told of the world's scenes only.
-            strange = shots == config.tune_shots and not bound
+            strange = shots == config.strange_shots and not bound
             item = _predict(learner, task, shots, config, seed, parts.test if strange else None)
             exact = None if world is None else world.exact(item.support, item.query)
             for calibrated, chosen in temperatures.items():

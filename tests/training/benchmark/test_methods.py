@@ -22,7 +22,12 @@ from training.episodes import EpisodeConfig
 
 WORLD = World()
 BUDGET = Budget(
-    meta_steps=1, tasks_per_step=1, episodes=EpisodeConfig(shots=(4,), queries=4, max_chars=None), steps=2, draws=3
+    meta_steps=1,
+    tasks_per_step=1,
+    episodes=EpisodeConfig(shots=(4,), queries=4, max_chars=None),
+    steps=2,
+    draws=3,
+    rank=8,
 )
 TASKS = WORLD.tasks(3, seed=0, items=40)
 SUPPORT, QUERY = TASKS[0].examples[:4], TASKS[0].examples[10:15]
