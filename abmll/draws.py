@@ -84,14 +84,20 @@ def scale_factors(layer: LayerPosterior) -> tuple[Tensor, Tensor]:
     )
 
 
+def drawn_core(layer: LayerPosterior, core: Tensor, signs: Signs | None) -> Tensor:
+    """Returns C + diag(u) S diag(v) of a ``subspace`` layer, shape (..., r, r) for signs (..., r); C without signs."""
+    if signs is None:
+        return core
+    return core + signs.u[..., :, None] * layer.scale["log_s"].exp() * signs.v[..., None, :]
+
+
 def draw_factors(layer: LayerPosterior, signs: Signs | None) -> tuple[Tensor, Tensor]:
     """Returns a draw of one layer as LoRA factors (A, B), shapes (k, d_in) and (d_out, k).
 
     Without signs, the mean.
     """
     if layer.core is not None:
-        noise = 0.0 if signs is None else signs.u[:, None] * layer.scale["log_s"].exp() * signs.v
-        return layer.a, layer.b @ (layer.core + noise)
+        return layer.a, layer.b @ drawn_core(layer, layer.core, signs)
     if signs is None:
         return layer.a, layer.b
     b_scale, a_scale = scale_factors(layer)

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from abmll.draws import Signs, scale_factors
+from abmll.draws import Signs, drawn_core, scale_factors
 from abmll.errors import InvalidPosterior, PosteriorMismatch
 from abmll.posterior import LayerPosterior, Posterior, PosteriorConfig, init_layer
 
@@ -63,10 +63,9 @@ def _update(layer: LayerPosterior, x: Tensor, signs: Signs | None) -> Tensor:
 
 
 def _core_update(layer: LayerPosterior, core: Tensor, x: Tensor, signs: Signs | None) -> Tensor:
-    projected = x @ layer.a.T
+    projected, drawn = x @ layer.a.T, drawn_core(layer, core, signs)
     if signs is None:
-        return (projected @ core.T) @ layer.b.T
-    drawn = core + signs.u[:, :, None] * layer.scale["log_s"].exp() * signs.v[:, None, :]  # (rows, r, r)
+        return (projected @ drawn.T) @ layer.b.T
     moved = projected.reshape(len(drawn), -1, core.shape[1]) @ drawn.transpose(1, 2)
     return moved.view_as(projected) @ layer.b.T
 

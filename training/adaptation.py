@@ -125,18 +125,6 @@ def run_inner(
     return loop
 
 
-def adapt_labelled(
-    attached: Attached,
-    theta: Posterior,
-    support: Sequence[Labelled],
-    config: AdaptConfig,
-    generator: torch.Generator,
-    on_step: Callable[[int, int], None] | None = None,
-) -> Posterior:
-    """Returns the phi that the inner loop ends with."""
-    return run_inner(attached, theta, support, config, generator, on_step).phi
-
-
 def adapt(
     base: Base,
     attached: Attached,
@@ -169,7 +157,7 @@ def adapt(
         raise InvalidExamples("adaptation needs at least one labelled example", field="examples")
     support = label(base, prior.config.template, examples)
     generator = torch.Generator().manual_seed(seed)
-    phi = adapt_labelled(attached, prior, support, config, generator, on_step)
+    phi = run_inner(attached, prior, support, config, generator, on_step).phi
     if not all(torch.isfinite(tensor).all() for tensor in phi.tensors().values()):
         raise InvalidExamples("adaptation diverged on these examples; lower learning_rate or steps", field="examples")
     return phi

@@ -31,7 +31,7 @@ from abmll.draw_scores import score_draws
 from abmll.layers import Attached
 from abmll.posterior import Posterior
 from abmll.predictive import predictive
-from training.adaptation import AdaptConfig, adapt_labelled
+from training.adaptation import AdaptConfig, run_inner
 from training.base_model import BaseModel as Base
 from training.episodes import draw_support, label, relabelled
 from training.progress import Progress, silent
@@ -96,7 +96,7 @@ def predict_task(
     support = label(base, theta.config.template, pool[:shots])
     query = label(base, theta.config.template, rest[: config.queries])
     generator = torch.Generator().manual_seed(config.seed)
-    phi = adapt_labelled(attached, theta, support, inner, generator)
+    phi = run_inner(attached, theta, support, inner, generator).phi
     questions = [item.question for item in query]
     scores = score_draws(attached, phi, questions, range(config.draws), config.seed)
     answers = torch.tensor([item.answer for item in query])

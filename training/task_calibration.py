@@ -14,7 +14,7 @@ from abmll.examples import Example
 from abmll.layers import Attached
 from abmll.objective import Labelled
 from abmll.posterior import Posterior
-from training.adaptation import AdaptConfig, adapt, adapt_labelled
+from training.adaptation import AdaptConfig, adapt, run_inner
 from training.base_model import BaseModel as Base
 from training.episodes import label
 
@@ -68,7 +68,7 @@ def held_out_scores(
             if on_step is not None:
                 on_step(fold * steps + step, folds * steps)
 
-        phi = adapt_labelled(attached, theta, rest, config, torch.Generator().manual_seed(seed), report)
+        phi = run_inner(attached, theta, rest, config, torch.Generator().manual_seed(seed), report).phi
         part = score_draws(attached, phi, [support[i].question for i in left_out], range(draws), seed)
         scores[:, left_out, : part.shape[-1]] = part
     if scores.isnan().any():

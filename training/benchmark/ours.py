@@ -15,7 +15,7 @@ from abmll.examples import Example
 from abmll.kl import kl
 from abmll.layers import Attached, attach
 from abmll.posterior import Family, Posterior, PosteriorConfig
-from training.adaptation import AdaptConfig, adapt_labelled, family_settings
+from training.adaptation import AdaptConfig, family_settings, run_inner
 from training.base_model import BaseModel
 from training.benchmark.method import META_RATE, Budget, Learner, Load, Settings
 from training.benchmark.point import label_in_context
@@ -101,7 +101,7 @@ class _Abmll:
     def predict(self, support: Sequence[Example], query: Sequence[Example], seed: int) -> Tensor:
         template = self.theta.config.template
         labelled = label(self.base, template, support)
-        phi = adapt_labelled(self.attached, self.theta, labelled, self.inner, torch.Generator().manual_seed(seed))
+        phi = run_inner(self.attached, self.theta, labelled, self.inner, torch.Generator().manual_seed(seed)).phi
         self.notes = {}
         if support:
             divergence = kl(phi, self.theta).item() / len(support)
