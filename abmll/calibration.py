@@ -9,6 +9,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from abmll.adaptive import Scatter
 from abmll.predictive import predictive
 
 # Option scores of support examples, each by a posterior that has not seen it, shape (draws, n, options) in nats,
@@ -179,6 +180,7 @@ class ShotCalibration(BaseModel, frozen=True):
         ece_before: Expected calibration error on the validation tasks before tempering.
         ece_after: After it, on held-out folds of validation tasks.
         questions: Validation answers that it was fitted on.
+        scatter: Of the answer's probability between draws; None where it is not known.
     """
 
     shots: int = Field(ge=0)
@@ -189,6 +191,7 @@ class ShotCalibration(BaseModel, frozen=True):
     ece_before: float
     ece_after: float
     questions: int
+    scatter: Scatter | None = None
 
     def for_task(self, held_out: HeldOut | None) -> ShotCalibration:
         """Returns the calibration of one task with its own temperature; ``held_out`` as in ``task_temperature``."""

@@ -4,6 +4,9 @@ A dense sample M + S * E cannot be served as LoRA. With E = u v^T, u and v indep
 Wen et al. 2018), a draw is B A + diag(u) S diag(v): of low rank, with exactly the first two moments of
 the dense Gaussian for every layer, since E[v_j v_k] = E[u_j u_k] = 1 if j = k, else 0. In ``subspace`` the same
 signs go on the core's noise, B (C + diag(u) S diag(v)) A: a draw has the mean's own rank.
+
+Draws come in mirrored pairs (antithetic sampling, Hammersley & Morton 1956): the noise of draw 2k + 1 is that of draw
+2k, negated. Each is still a draw, and what a prediction owes to the noise linearly cancels in a pair's mean.
 """
 
 from __future__ import annotations
@@ -41,6 +44,8 @@ def _random_signs(size: int, generator: torch.Generator, dtype: torch.dtype) -> 
 def draw_signs(posterior: Posterior, seed: int, index: int) -> dict[str, Signs]:
     """Returns the signs of draw ``index``: a function of (layer names and shapes, seed, index) alone.
 
+    Draws 2k and 2k + 1 are mirrored.
+
     The parameters do not enter, so that posteriors before and after adaptation share their noise and
     differences between them are not noise.
 
@@ -48,14 +53,15 @@ def draw_signs(posterior: Posterior, seed: int, index: int) -> dict[str, Signs]:
         Module name to signs, in the parameters' dtype, on the CPU.
     """
     signs: dict[str, Signs] = {}
+    pair, mirrored = divmod(index, 2)
     for name, layer in posterior.layers.items():
-        key = f"{seed}:{index}:{name}".encode()
+        key = f"{seed}:{pair}:{name}".encode()
         layer_seed = int.from_bytes(hashlib.sha256(key).digest()[:7], "big")
         generator = torch.Generator().manual_seed(layer_seed)
         dtype = layer.a.dtype
         rows, columns = layer.noise_shape
         u = _random_signs(rows, generator, dtype)
-        signs[name] = Signs(u, _random_signs(columns, generator, dtype))
+        signs[name] = Signs(-u if mirrored else u, _random_signs(columns, generator, dtype))
     return signs
 
 

@@ -49,7 +49,29 @@ def option_log_probs(scores: Tensor) -> Tensor:
     return scores.log_softmax(dim=-1)
 
 
-def predictive(scores: Tensor, temperature: float = 1.0) -> Predictive:
+def mean_error(values: Tensor, mirrored: bool = False) -> Tensor:
+    """Monte Carlo standard error of the mean over the first dimension; 0 for one value.
+
+    Args:
+        values: A value for each draw, shape (draws, ...).
+        mirrored: Whether values 2k and 2k + 1 are of mirrored draws. Their mean varies less than that of two
+            independent ones; a single pair does not say by how much, and is taken for two independent ones. So
+            are three; of a larger odd number the last is left out.
+    """
+    if len(values) < 2:
+        return torch.zeros_like(values[0])
+    if mirrored and len(values) >= 4:
+        values = pair_means(values)
+    return values.std(dim=0) / len(values) ** 0.5
+
+
+def pair_means(values: Tensor) -> Tensor:
+    """Means of mirrored pairs, shape (pairs, ...), of values of draws, shape (draws, ...); an odd last is left out."""
+    pairs = len(values) // 2
+    return values[: 2 * pairs].unflatten(0, (pairs, 2)).mean(dim=1)
+
+
+def predictive(scores: Tensor, temperature: float = 1.0, *, mirrored: bool = False) -> Predictive:
     """Averages the draws: p(y|x) = 1/S sum_s p(y|x, phi_s), entropy split as in Depeweg et al. (2018).
 
     Args:
@@ -57,6 +79,7 @@ def predictive(scores: Tensor, temperature: float = 1.0) -> Predictive:
             question has fewer options.
         temperature: Divides the scores of every draw, so that probabilities and all parts of the
             uncertainty are on one scale: calibrated, or neither. Above 1 less sure, below 1 surer.
+        mirrored: Whether draws 2k and 2k + 1 are mirrored, as those of ``abmll.draws``; for the standard error.
 
     Returns:
         The predictive distribution, computed in float64.
@@ -64,7 +87,7 @@ def predictive(scores: Tensor, temperature: float = 1.0) -> Predictive:
     each = option_log_probs(scores.double() / temperature).exp()
     mean = each.mean(dim=0)
     total, aleatoric = entropy(mean), entropy(each).mean(dim=0)
-    draws = each.shape[0]
     top = each.gather(-1, mean.argmax(dim=-1, keepdim=True).expand(*each.shape[:-1], 1)).squeeze(-1)
-    error = top.std(dim=0) / draws**0.5 if draws > 1 else torch.zeros_like(total)
-    return Predictive(mean, total, aleatoric, (total - aleatoric).clamp_min(0.0), error, draws)
+    return Predictive(
+        mean, total, aleatoric, (total - aleatoric).clamp_min(0.0), mean_error(top, mirrored), each.shape[0]
+    )

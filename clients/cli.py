@@ -42,7 +42,10 @@ def ask_command(
         list[str] | None, typer.Option("--option", "-o", help="An answer to choose from; repeat. None: free text.")
     ] = None,
     task: _Task = "global",
-    draws: Annotated[str, typer.Option(help="Draws from the posterior: a number, or auto.")] = "auto",
+    draws: Annotated[str, typer.Option(help="Draws from the posterior: a number, or auto: what settles it.")] = "auto",
+    tolerance: Annotated[
+        float, typer.Option(min=0, max=1, help="With auto draws: what more of them may move the confidence by.")
+    ] = 0.02,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws: same question, same answer.")] = 0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest free-text answer, in tokens.")] = 32,
     normalize: Annotated[
@@ -65,6 +68,7 @@ def ask_command(
             task=task,
             options=option or None,
             draws=_draws(draws),
+            tolerance=tolerance,
             seed=seed,
             max_tokens=max_tokens,
             normalize=normalize,

@@ -94,17 +94,22 @@ class Client:
         task: str = "global",
         options: Sequence[str] | None = None,
         draws: int | Literal["auto"] = "auto",
+        tolerance: float = 0.02,
         seed: int = 0,
         max_tokens: int = 32,
         normalize: Normalize | None = None,
     ) -> Answer:
-        """Asks a question: which of ``options``, or free text without them."""
+        """Asks a question: which of ``options``, or free text without them.
+
+        With automatic draws, ``tolerance`` is what further ones may move the confidence by.
+        """
         return self._send(
             calls.generate(
                 prompt,
                 task=task,
                 options=options,
                 draws=draws,
+                tolerance=tolerance,
                 seed=seed,
                 max_tokens=max_tokens,
                 normalize=normalize,
@@ -224,17 +229,22 @@ class AsyncClient:
         task: str = "global",
         options: Sequence[str] | None = None,
         draws: int | Literal["auto"] = "auto",
+        tolerance: float = 0.02,
         seed: int = 0,
         max_tokens: int = 32,
         normalize: Normalize | None = None,
     ) -> Answer:
-        """Asks a question: which of ``options``, or free text without them."""
+        """Asks a question: which of ``options``, or free text without them.
+
+        With automatic draws, ``tolerance`` is what further ones may move the confidence by.
+        """
         return await self._send(
             calls.generate(
                 prompt,
                 task=task,
                 options=options,
                 draws=draws,
+                tolerance=tolerance,
                 seed=seed,
                 max_tokens=max_tokens,
                 normalize=normalize,

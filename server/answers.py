@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from abmll.adaptive import Scatter, settled
 from abmll.calibration import ShotCalibration, prediction_set
 from abmll.errors import InvalidExamples, InvalidRequest, PromptTooLong
 from abmll.examples import Example, Template, check_options, resolve_answer
@@ -32,6 +33,7 @@ from server.settings import Settings
 from server.store import TaskStore
 
 COVERAGE = "0.9"
+FIRST_DRAWS = 2
 # Longer texts are tokenized beside the event loop: a tokenizer reads about a million characters a second.
 _LONG = 20_000
 
@@ -49,6 +51,7 @@ class _Answer:
     prediction_set: list[str] | None
     uncertainty: Uncertainty
     standard_error: float
+    draws: int
 
 
 def check_prompt(prompt: str, field: str = "prompt") -> None:
@@ -121,7 +124,6 @@ class Answerer:
             task=request.task,
             posterior=PosteriorId(id=stored.digest, version=stored.record.version, task=request.task),
             options=request.options,
-            draws=draws,
             timing=Timing(total_ms=1e3 * total, engine_ms=1e3 * clock.engine, queue_ms=1e3 * clock.queued),
             **vars(answer),
         )
@@ -159,10 +161,14 @@ class Answerer:
     ) -> _Answer:
         served, trained = Served(stored.digest, stored.posterior), stored.posterior.config.normalize
         normalize = request.normalize or trained
-        with EngineTime(clock):
-            scores = await self.engine.score(served, question, range(draws), request.seed, normalize)
         entry = _calibration(stored) if normalize == trained else None
-        raw, result = predictive(scores), predictive(scores, 1.0 if entry is None else entry.temperature)
+        with EngineTime(clock):
+            if request.draws == "auto" and entry is not None and entry.scatter is not None:
+                scores = await self._adaptive(served, question, request, draws, entry, entry.scatter)
+            else:
+                scores = await self.engine.score(served, question, range(draws), request.seed, normalize)
+        temperature = 1.0 if entry is None else entry.temperature
+        raw, result = predictive(scores), predictive(scores, temperature, mirrored=True)
         index, probabilities = int(result.answer), result.probabilities
         return _Answer(
             answer=options[index],
@@ -176,7 +182,26 @@ class Answerer:
                 total=result.total.item(), aleatoric=result.aleatoric.item(), epistemic=result.epistemic.item()
             ),
             standard_error=result.standard_error.item(),
+            draws=result.draws,
         )
+
+    async def _adaptive(
+        self,
+        served: Served,
+        question: Question,
+        request: GenerateRequest,
+        most: int,
+        entry: ShotCalibration,
+        scatter: Scatter,
+    ) -> torch.Tensor:
+        """Scores under a pair of draws, and doubles them until they settle the answer or are all."""
+        normalize, count = served.posterior.config.normalize, min(FIRST_DRAWS, most)
+        scores = await self.engine.score(served, question, range(count), request.seed, normalize)
+        while count < most and not settled(scores, entry.temperature, most, request.tolerance, scatter):
+            more = range(count, min(2 * count, most))
+            added = await self.engine.score(served, question, more, request.seed, normalize)
+            scores, count = torch.cat([scores, added]), more.stop
+        return scores
 
     async def _free_text(
         self, stored: StoredPosterior, question: Question, request: GenerateRequest, draws: int, clock: Clock
@@ -199,6 +224,7 @@ class Answerer:
             prediction_set=None,
             uncertainty=Uncertainty(total=result.total, aleatoric=result.aleatoric, epistemic=result.epistemic),
             standard_error=result.standard_error,
+            draws=draws,
         )
 
 

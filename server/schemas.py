@@ -37,7 +37,15 @@ class GenerateRequest(Request):
         examples=[["positive", "negative"]],
     )
     draws: int | Literal["auto"] = Field(
-        "auto", description="Draws from the posterior: more is slower and steadier. `auto`: the server's default."
+        "auto",
+        description="Draws from the posterior: more is slower and steadier. `auto`: with options, as many as settle "
+        "the answer and its confidence to within `tolerance`, at most the server's default; else that default.",
+    )
+    tolerance: float = Field(
+        0.02,
+        ge=0,
+        le=1,
+        description="With `draws: auto`: what further draws may move the confidence by, at 95 %. 0: all draws.",
     )
     seed: int = Field(0, ge=0, lt=2**53, description="Seed of the draws: the same request gives the same reply.")
     max_tokens: int = Field(32, ge=1, le=MAX_TOKENS, description="Longest free-text answer, in tokens.")

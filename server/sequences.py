@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from abmll.predictive import mean_error
+
 
 @dataclass(frozen=True)
 class SequencePredictive:
@@ -46,18 +48,18 @@ def sequence_predictive(log_probs: Tensor) -> SequencePredictive:
     alone. All are divided by the number of tokens.
 
     Args:
-        log_probs: log p of each token under each draw, shape (draws, tokens), at least one token.
+        log_probs: log p of each token under each draw, shape (draws, tokens), at least one token; draws 2k and
+            2k + 1 are mirrored.
     """
     draws, tokens = log_probs.shape[0], max(1, log_probs.shape[1])
     each = log_probs.double().sum(dim=1)
     log_mean = (each.logsumexp(dim=0) - math.log(draws)).item()
     weights = each.softmax(dim=0)
     total, aleatoric = -log_mean / tokens, -torch.dot(weights, each).item() / tokens
-    spread = each.exp().std().item() / draws**0.5 if draws > 1 else 0.0
     return SequencePredictive(
         probability=math.exp(log_mean),
         per_token=math.exp(log_mean / tokens),
-        standard_error=spread,
+        standard_error=mean_error(each.exp(), mirrored=True).item(),
         total=total,
         aleatoric=aleatoric,
         epistemic=max(0.0, total - aleatoric),

@@ -20,7 +20,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     revision: str | None = Field(default=None, description="commit or tag of the base model on the hub")
     posterior: Path | None = Field(default=None, description="folder of the global posterior; None: the embedded one")
     store: Path = Field(default=Path("abmll-store"), description="folder of task posteriors and adaptation jobs")
-    draws: int = Field(default=8, ge=1, description="draws of a request that says none, or auto")
+    draws: int = Field(default=8, ge=1, description="draws of a request that says none, or auto, at most")
     max_draws: int = Field(default=64, ge=1, description="most draws that a request may ask for")
     context: int | None = Field(default=None, ge=16, description="tokens of prompt and answer; None: the model's limit")
     device: str = Field(default="auto", description="device of the torch engine; auto: a GPU if there is one")

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from abmll import metrics
+from abmll.adaptive import fit_scatter
 from abmll.calibration import (
     Calibration,
     HeldOut,
@@ -253,7 +254,8 @@ def calibrate(
         group = [item for item in predictions if item.shots == shots]
         known = [item for item in familiar if item.shots == shots]
         prior = _fit_prior(group, known)
-        tempered = [predictive(item.scores, task_temperature(prior, item.support)).probabilities for item in group]
+        temperatures = [task_temperature(prior, item.support) for item in group]
+        tempered = [predictive(i.scores, t).probabilities for i, t in zip(group, temperatures, strict=True)]
         nonconformity = torch.cat([conformal_scores(p, i.answers) for p, i in zip(tempered, group, strict=True)])
         entries.append(
             ShotCalibration(
@@ -264,6 +266,7 @@ def calibrate(
                 ece_before=score(group, None).ece,
                 ece_after=_held_out_ece(group, known),
                 questions=len(nonconformity),
+                scatter=fit_scatter([item.scores for item in group], temperatures),
             )
         )
     return Calibration(by_shots=entries, fitted_on=sorted({item.task.name for item in predictions}), draws=config.draws)

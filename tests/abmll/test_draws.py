@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from abmll.draws import draw, draw_signs, save_adapter, stack_signs, zero_factors
 from abmll.layers import attach
-from abmll.posterior import Family, PosteriorConfig
+from abmll.posterior import Family, PosteriorConfig, mean
 from tests.abmll.conftest import ARCHITECTURES, random_posterior, tiny_model
 
 IDS = torch.tensor([[5, 9, 33, 2, 71, 14], [8, 8, 1, 60, 90, 3]])
@@ -63,6 +63,16 @@ def test_a_draw_is_a_function_of_posterior_seed_and_index(family: Family) -> Non
         assert not torch.equal(first[1], other[name][1])
     layers = [draw_signs(posterior, 3, 5)[key].v for key in posterior.layers]
     assert not torch.equal(layers[0], layers[1])
+
+
+def test_a_pair_of_draws_has_the_mean_as_its_mean(family: Family) -> None:
+    attached = attach(tiny_model("llama"), ("q_proj", "v_proj"))
+    posterior = random_posterior(attached, family, ("q_proj", "v_proj"), 1)
+    for name, layer in posterior.layers.items():
+        pair = [draw(posterior, 3, index)[name] for index in (4, 5)]
+        updates = [b @ a for a, b in pair]
+        assert not torch.allclose(updates[0], mean(layer))
+        torch.testing.assert_close((updates[0] + updates[1]) / 2, mean(layer))
 
 
 def test_adapters_are_padded_to_the_rank_and_say_so(family: Family, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_stored_draws_entries_are_the_mean_plus_or_minus_the_deviation(family: F
     layer = posterior.layers["layer"]
     updates: list[Tensor] = []
     for index in range(400):
-        a, b = draw_factors(layer, draw_signs(posterior, 0, index)["layer"])
+        a, b = draw_factors(layer, draw_signs(posterior, 0, 2 * index)["layer"])
         updates.append(b @ a - mean(layer) if layer.core is None else torch.linalg.pinv(layer.b) @ b - layer.core)
     stacked = torch.stack(updates)
     torch.testing.assert_close(stacked.abs(), standard_deviation(layer).expand_as(stacked))

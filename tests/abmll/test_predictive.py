@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abmll.predictive import predictive
+from abmll.predictive import mean_error, predictive
 
 
 def test_parts_of_the_uncertainty_are_scipys_entropies() -> None:
@@ -32,6 +32,22 @@ def test_the_standard_error_is_that_of_repeated_experiments() -> None:
     spread = torch.stack([run.probabilities[0, 0] for run in runs]).std()
     told = torch.stack([run.standard_error[0] for run in runs]).mean()
     assert told.item() == pytest.approx(spread.item(), rel=0.15)
+
+
+def test_the_standard_error_of_mirrored_draws_is_that_of_their_pairs() -> None:
+    generator = torch.Generator().manual_seed(1)
+    noise = 0.5 * torch.randn(400, 10, 1, 3, generator=generator)
+    scores = torch.stack([noise, -noise], dim=2).flatten(1, 2) + torch.tensor([1.0, 0, 0])
+    runs = [predictive(each, mirrored=True) for each in scores]
+    spread = torch.stack([run.probabilities[0, 0] for run in runs]).std()
+    told = torch.stack([run.standard_error[0] for run in runs]).mean()
+    assert told.item() == pytest.approx(spread.item(), rel=0.15)
+    as_independent = torch.stack([predictive(each).standard_error[0] for each in scores]).mean()
+    assert told < 0.5 * as_independent
+    values = torch.tensor([0.1, 0.3, 0.2, 0.4, 0.9])
+    assert mean_error(values, mirrored=True) == mean_error(values[:4], mirrored=True)
+    assert mean_error(values[:2], mirrored=True) == mean_error(values[:2]) > 0
+    assert mean_error(values[:1], mirrored=True) == 0
 
 
 def test_draws_that_agree_have_no_epistemic_uncertainty() -> None:

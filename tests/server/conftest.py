@@ -14,6 +14,7 @@ import httpx
 import pytest
 import torch
 
+from abmll.adaptive import Scatter
 from abmll.calibration import Calibration, ShotCalibration
 from abmll.layers import attach, init_posterior
 from abmll.posterior import Posterior, PosteriorConfig
@@ -54,6 +55,7 @@ def global_posterior(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathF
             ece_before=0.1,
             ece_after=0.05,
             questions=100,
+            scatter=Scatter(within=0.1, curvature=0.5),
         )
         for shots, t, spread in ((0, 2.0, 0.0), (4, 1.5, 0.5), (16, 1.25, 0.5))
     ]

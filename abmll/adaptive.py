@@ -1,0 +1,108 @@
+"""Adaptive draws: go on only while more can change the answer, or move the confidence by more than a tolerance.
+
+A few mirrored pairs of draws tell this: the half-difference d within a pair says how much noise there is to first
+order, which the pair's mean cancels; what is left between pairs is of second order, s = c d^2 / v with v = p (1 - p)
+the variance of the answer (for a logit with Gaussian noise c is about 0.7 |1 - 2p|). c, and how large d usually is,
+come from validation tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from abmll.predictive import option_log_probs, pair_means
+
+# How many pairs what is usual counts for, beside a question's own: of d, and of the scatter between pairs.
+_USUAL_HALVES = 1
+_USUAL_PAIRS = 4
+_LEVEL = 0.975
+_LEAST_VARIANCE = 1e-3
+
+
+class Scatter(BaseModel, frozen=True):
+    """How the answer's probability usually scatters between mirrored draws.
+
+    Attributes:
+        within: Root mean square of d / sqrt(v) over questions.
+        curvature: c.
+    """
+
+    within: float = Field(ge=0)
+    curvature: float = Field(ge=0)
+
+
+def fit_scatter(scores: Sequence[Tensor], temperatures: Sequence[float]) -> Scatter | None:
+    """Learns what is usual from validation tasks.
+
+    Args:
+        scores: For each task, option scores under mirrored draws in nats, shape (draws, n, options).
+        temperatures: For each task, what divides them.
+
+    Returns:
+        The scatter; None for fewer than two pairs of draws.
+    """
+    if not scores or min(len(item) for item in scores) < 4:
+        return None
+    parts = [_pairs(item, temperature) for item, temperature in zip(scores, temperatures, strict=True)]
+    halves = torch.cat([part.squared_half for part in parts])
+    variance = torch.cat([part.variance for part in parts])
+    between = torch.cat([part.means.var(dim=0) for part in parts])
+    second_order = ((halves / variance) ** 2).mean()
+    curvature = (between.mean() / second_order).sqrt().item() if second_order > 0 else 0.0
+    return Scatter(within=(halves / variance).mean().sqrt().item(), curvature=curvature)
+
+
+def settled(scores: Tensor, temperature: float, most: int, tolerance: float, scatter: Scatter) -> bool:
+    """Whether the draws that are left would change nothing, at 95 %.
+
+    With k of K pairs drawn, the mean of all K differs from the mean of k by a deviation of s sqrt(1/k - 1/K). s is the
+    pairs' own, shrunk towards what is usual for this d (a scaled inverse chi-squared prior), hence Student's t.
+
+    Args:
+        scores: Option scores of one question under the mirrored draws so far, shape (draws, options), in nats.
+        temperature: Divides them.
+        most: Draws that would be taken at most.
+        tolerance: What the answer's probability may still move by.
+        scatter: What is usual.
+    """
+    from scipy.special import stdtrit
+
+    if len(scores) < 2:
+        return False
+    pairs = _pairs(scores[:, None], temperature)
+    count, limit, variance = len(pairs.means), most // 2, pairs.variance.item()
+    halves = _USUAL_HALVES * scatter.within**2 * variance + count * pairs.squared_half.item()
+    usual = (scatter.curvature * halves / (_USUAL_HALVES + count) / variance) ** 2
+    own = pairs.means.var(dim=0).item() if count > 1 else 0.0
+    freedom = _USUAL_PAIRS + count - 1
+    pooled = (_USUAL_PAIRS * usual + (count - 1) * own) / freedom
+    reach = float(stdtrit(freedom, _LEVEL)) * (pooled * max(0.0, 1 / count - 1 / limit)) ** 0.5
+    return reach <= tolerance and 2 * reach < pairs.lead.item()
+
+
+class _Pairs:
+    """The answer's probability under pairs of draws, of n questions.
+
+    Attributes:
+        means: Of each pair, shape (pairs, n).
+        squared_half: Mean of d^2, shape (n,).
+        variance: v, shape (n,); of an answer that is all but certain, a little more.
+        lead: How far the answer's probability is above the next option's, shape (n,).
+    """
+
+    def __init__(self, each: Tensor) -> None:
+        best = each.mean(dim=0).topk(2, dim=-1)
+        top = each.gather(-1, best.indices[..., :1].expand(*each.shape[:-1], 1)).squeeze(-1)
+        self.means = pair_means(top)
+        self.squared_half = pair_means(top**2).sub(self.means**2).clamp_min(0).mean(dim=0)
+        chance = best.values[..., 0]
+        self.variance = (chance * (1 - chance)).clamp_min(_LEAST_VARIANCE)
+        self.lead = chance - best.values[..., 1]
+
+
+def _pairs(scores: Tensor, temperature: float) -> _Pairs:
+    return _Pairs(option_log_probs(scores.double() / temperature).exp())

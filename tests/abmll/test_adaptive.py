@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from abmll.adaptive import Scatter, fit_scatter, settled
+from abmll.predictive import predictive
+
+MOST, TOLERANCE = 16, 0.02
+USUAL = Scatter(within=0.1, curvature=0.5)
+
+
+def questions(count: int, noise: float, seed: int) -> Tensor:
+    """Scores under mirrored draws, shape (draws, questions, 3): noise that cancels in a pair but for its square."""
+    generator = torch.Generator().manual_seed(seed)
+    centre = 1.5 * torch.randn(count, 3, generator=generator)
+    size = noise * torch.rand(count, 1, generator=generator) * 2
+    half = size * torch.randn(MOST // 2, count, 3, generator=generator)
+    return centre + torch.stack([half, -half], dim=1).flatten(0, 1)
+
+
+def draws_taken(scores: Tensor, scatter: Scatter, tolerance: float = TOLERANCE) -> int:
+    count = 2
+    while count < MOST and not settled(scores[:count], 1.0, MOST, tolerance, scatter):
+        count *= 2
+    return count
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.4, 0.8])
+def test_what_is_settled_stays_as_often_as_promised(noise: float) -> None:
+    scatter = fit_scatter([questions(300, noise, 0)], [1.0])
+    assert scatter is not None
+    scores = questions(400, noise, 1)
+    whole = predictive(scores)
+    within = same = total = 0
+    for number in range(scores.shape[1]):
+        own = scores[:, number]
+        count = draws_taken(own, scatter)
+        total += count
+        part = predictive(own[:count])
+        within += abs(part.confidence - whole.confidence[number]).item() <= TOLERANCE
+        same += bool(part.answer == whole.answer[number])
+    print(f"noise {noise}: {total / 400:.1f} of {MOST} draws, {within / 4:.1f} % within, {same / 4:.1f} % same answer")
+    assert within >= 0.93 * 400  # 95 % is promised
+    assert same >= 0.98 * 400
+    if noise == 0.1:
+        assert total / 400 < MOST / 3
+
+
+def test_a_question_that_scatters_more_than_others_takes_more_draws() -> None:
+    scatter = fit_scatter([questions(300, 0.1, 0)], [1.0])
+    assert scatter is not None
+    means = [
+        sum(draws_taken(scores[:, n], scatter) for n in range(60)) / 60
+        for scores in (questions(60, 0.1, 2), questions(60, 1.2, 2))
+    ]
+    assert means[1] > 2 * means[0]
+
+
+def test_ties_and_single_draws_settle_nothing() -> None:
+    tie = torch.tensor([[1.0, 1.0]]).expand(8, 2)
+    assert not settled(tie, 1.0, 16, 0.1, USUAL)
+    clear = torch.tensor([[3.0, -3.0]]).expand(8, 2)
+    assert settled(clear, 1.0, 16, 0.01, USUAL)
+    assert settled(clear[:2], 1.0, 16, 0.01, USUAL)
+    assert not settled(clear[:1], 1.0, 16, 0.01, USUAL)
+    assert not settled(clear[:2], 1.0, 16, 0.0, USUAL)
+    assert fit_scatter([clear[:2, None]], [1.0]) is None
