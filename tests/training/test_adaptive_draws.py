@@ -13,7 +13,7 @@ from abmll.layers import attach
 from abmll.metrics import expected_calibration_error
 from abmll.predictive import predictive
 from abmll.store import load_posterior
-from training.adaptation import AdaptConfig, adapt_labelled
+from training.adaptation import AdaptConfig, run_inner
 from training.base_model import load_base
 from training.benchmark.world import World
 from training.embedded import POSTERIOR, resolve
@@ -31,7 +31,7 @@ def test_answers_and_calibration_are_those_of_all_draws_at_a_third_of_them() -> 
     for task in World().tasks(12, seed=9):
         support, query = draw_support(task, 8, random.Random(0))
         labelled, asked = (label(base, theta.config.template, part) for part in (support, query[:32]))
-        phi = adapt_labelled(attached, theta, labelled, inner, torch.Generator().manual_seed(0))
+        phi = run_inner(attached, theta, labelled, inner, torch.Generator().manual_seed(0)).phi
         scores.append(score_draws(attached, phi, [item.question for item in asked], range(MOST), 0))
         answers.append(torch.tensor([item.answer for item in asked]))
     temperature = fit_temperature_prior([None] * 6, list(zip(scores[:6], answers[:6], strict=True))).median
