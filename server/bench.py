@@ -215,8 +215,8 @@ def _timed(function: Callable[[], float]) -> list[float]:
 
 def main() -> None:
     """Prints the tables."""
-    from training.bench import machine
     from training.embedded import POSTERIOR, resolve
+    from training.provenance import provenance
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engines", nargs="+", default=["torch", "vllm"])
@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     loop = PeftLoop(POSTERIOR, resolve(None))
-    print(f"machine: {machine()}")
+    print(provenance())
     results: dict[str, dict[str, Any]] = {}
     for engine in arguments.engines:
         with running_server(engine, []) as (url, ready):

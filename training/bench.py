@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,7 +18,9 @@ from typing import Any
 
 import torch
 
-METHODS = ("peft-lora", "abmll-kronecker", "abmll-lowrank")
+from training.provenance import provenance
+
+METHODS = ("peft-lora", "abmll-kronecker", "abmll-lowrank", "abmll-subspace")
 ROWS, TOKENS = 16, 128
 
 
@@ -85,14 +85,6 @@ def _measure_memory(method: str, model: str) -> None:
     print(json.dumps(_peak_mib()))
 
 
-def machine() -> str:
-    """Names the machine that figures come from."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    processor = names[0] if names else platform.processor() or platform.machine()
-    return f"{processor}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
-
-
 def main() -> None:
     """Prints the table."""
     from training.embedded import resolve
@@ -120,7 +112,7 @@ def main() -> None:
             if number >= 3:
                 times[method].append(time.perf_counter() - begin)
     reference = statistics.median(times["peft-lora"])
-    print(f"training step, {ROWS} rows of {TOKENS} tokens; {machine()}")
+    print(f"training step, {ROWS} rows of {TOKENS} tokens; {provenance()}")
     print("| method | step ms | time ratio | peak MiB | memory ratio |\n|---|---|---|---|---|")
     for method in METHODS:
         median = statistics.median(times[method])

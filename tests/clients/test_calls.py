@@ -18,8 +18,8 @@ def test_a_question_is_sent_with_every_field_of_the_contract():
     )
     assert (call.method, call.path) == ("POST", "/generate")
     assert call.body == {
-        "prompt": "p", "task": "t", "options": ["a", "b"], "draws": "auto", "tolerance": 0.1, "seed": 3, "max_tokens": 5,
-        "normalize": "mean",
+        "prompt": "p", "task": "t", "options": ["a", "b"], "draws": "auto", "tolerance": 0.1, "seed": 3,
+        "max_tokens": 5, "normalize": "mean",
     }  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def bench_command(
         parts,
         resolve(model),
         config,
-        out / "results.jsonl",
+        out / "results.jsonl.gz",
         world=world,
         device=device,
         jobs=jobs,
@@ -142,14 +142,14 @@ def _real(tasks: Path | None, model: str, config: BenchConfig, seeds: tuple[int,
 
 
 def _report(rows: list[dict[str, Any]], config: BenchConfig) -> str:
-    from training.bench import machine
     from training.benchmark.catalogue import OURS
     from training.benchmark.report import BOUND, cost_table, names, ood_table, paired_table, quality_table
 
     present = names(rows)
     ours = [name for name in OURS if name in present]
     seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
-    parts = [f"# Benchmark\n\n{machine()}; seeds: {seeds}; settings: {config.model_dump_json()}\n"]
+    sources = "; ".join(sorted({row["measured"] for row in rows}))
+    parts = [f"# Benchmark\n\n{sources}. Seeds: {seeds}. Settings: {config.model_dump_json()}\n"]
     for calibrated in (True, False):
         for shots in config.shots:
             kind = "calibrated on the validation tasks" if calibrated else "not calibrated"

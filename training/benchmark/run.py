@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -32,6 +33,7 @@ from training.benchmark.ood import foreign, nonsense
 from training.benchmark.world import World
 from training.episodes import EpisodeConfig, draw_support
 from training.progress import Progress, silent
+from training.provenance import provenance
 from training.settings import choose_device
 from training.tasks import Task
 
@@ -187,7 +189,7 @@ def run(
         parts: The tasks of each seed.
         model: Base model, hub name or folder.
         config: Settings.
-        out: JSON Lines file of results, one row a (method, seed, task, shots, calibrated); appended to.
+        out: Compressed JSON Lines of results, one row a (method, seed, task, shots, calibrated); appended to.
         world: Gives the exact predictive, for generated tasks.
         device: Where to run; a GPU if there is one by default.
         jobs: Processes at a time, which share the cores.
@@ -200,6 +202,7 @@ def run(
     identities = {seed: _identity(config, model, tasks, parts[first]) for seed, tasks in parts.items()}
     rows = [row for row in read_rows(out) if identities.get(row["seed"]) == row["identity"]]
     done = {(row["method"], row["seed"]) for row in rows}
+    source = provenance()
     with progress("bench", total=len(parts) * len(methods)) as bar:
         bar.update(len(done), {})
         for seeds in ([first], sorted(parts.keys() - {first})):
@@ -211,7 +214,7 @@ def run(
                 if (method.name, seed) not in done
             ]
             for job, measured in _in_processes(todo, jobs):
-                new = [row | {"identity": identities[job.seed]} for row in measured]
+                new = [row | {"identity": identities[job.seed], "measured": source} for row in measured]
                 append_rows(out, new)
                 rows += new
                 done.add((job.method.name, job.seed))
@@ -356,16 +359,11 @@ def _measure(job: _Job, load: Load, budget: Budget) -> list[dict[str, Any]]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Reads result rows; a last line that a kill cut short is left out."""
+    """Reads result rows; none where there is no file."""
     if not path.is_file():
         return []
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    with gzip.open(path, "rt", encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -373,8 +371,8 @@ def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in [*read_rows(path), *rows])
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
+    with partial.open("wb") as stream:
+        stream.write(gzip.compress(text.encode("utf-8")))
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(path)

@@ -59,10 +59,10 @@ def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(tiny_model_folder: Path, tmp_path: Path) -> None:
-    out, whole = tmp_path / "results.jsonl", tmp_path / "whole.jsonl"
+    out, whole = tmp_path / "results.jsonl.gz", tmp_path / "whole.jsonl.gz"
     with pytest.raises(AbmllError, match="told to fail"):
         bench([Counted(tmp_path / "stopped", fail_at=1)], tiny_model_folder, out)
-    out.write_text(out.read_text() + '{"method": "zero-')  # a kill in the middle of a line
+    out.with_name(out.name + ".partial").write_bytes(out.read_bytes()[:100])  # a kill while writing
     again = Counted(tmp_path / "again")
     rows = bench([again], tiny_model_folder, out)
     assert again.learned == [(1, 1)]  # the first seed chose the first of two settings that are as good
@@ -74,7 +74,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tiny_model_folder: Path, tm
 
 def test_two_processes_give_what_one_gives(tiny_model_folder: Path, tmp_path: Path) -> None:
     methods: list[Any] = [ZeroShot(), ExactBayes(WORLD)]
-    one, two = (bench(methods, tiny_model_folder, tmp_path / f"{jobs}.jsonl", jobs=jobs) for jobs in (1, 2))
+    one, two = (bench(methods, tiny_model_folder, tmp_path / f"{jobs}.jsonl.gz", jobs=jobs) for jobs in (1, 2))
     assert [row["method"] for row in one] == [row["method"] for row in two]
     for row, other in zip(timeless(one), timeless(two), strict=True):
         assert row["nll"] == pytest.approx(other["nll"], abs=1e-4)  # other threads, other rounding
@@ -82,7 +82,7 @@ def test_two_processes_give_what_one_gives(tiny_model_folder: Path, tmp_path: Pa
 
 
 def test_results_with_other_settings_are_kept_apart(tiny_model_folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "results.jsonl"
+    out = tmp_path / "results.jsonl.gz"
     bench([ZeroShot()], tiny_model_folder, out, Parts(TRAIN, VALIDATION, TEST[:2]))
     rows = bench([ZeroShot()], tiny_model_folder, out)
     assert {row["task"] for row in rows} == {task.name for task in TEST}
@@ -90,7 +90,7 @@ def test_results_with_other_settings_are_kept_apart(tiny_model_folder: Path, tmp
 
 
 def test_measures_and_tables_say_what_the_rows_say(tiny_model_folder: Path, tmp_path: Path) -> None:
-    rows = bench([ExactBayes(WORLD), ZeroShot()], tiny_model_folder, tmp_path / "results.jsonl")
+    rows = bench([ExactBayes(WORLD), ZeroShot()], tiny_model_folder, tmp_path / "results.jsonl.gz")
     for row in rows:
         if row["method"] == "exact bayes":  # calibrated or not
             assert row["kl_exact"] == pytest.approx(0.0, abs=1e-9)
@@ -117,7 +117,7 @@ def test_measures_and_tables_say_what_the_rows_say(tiny_model_folder: Path, tmp_
 def test_results_with_fewer_draws_are_those_of_the_first_draws(tiny_model_folder: Path, tmp_path: Path) -> None:
     dropout = McDropout()
     dropout.trials = dropout.trials[:1]
-    rows = bench([dropout], tiny_model_folder, tmp_path / "results.jsonl", Parts(TRAIN, VALIDATION, TEST[:2]))
+    rows = bench([dropout], tiny_model_folder, tmp_path / "results.jsonl.gz", Parts(TRAIN, VALIDATION, TEST[:2]))
     for row in rows:
         if row["calibrated"]:
             assert list(row["by_draws"]) == ["1", "2"]
@@ -126,7 +126,7 @@ def test_results_with_fewer_draws_are_those_of_the_first_draws(tiny_model_folder
 
 
 def test_an_ablation_tells_kl_and_draws_it(tiny_model_folder: Path, tmp_path: Path) -> None:
-    rows = bench(ablation("0,1"), tiny_model_folder, tmp_path / "results.jsonl", Parts(TRAIN, VALIDATION, TEST[:2]))
+    rows = bench(ablation("0,1"), tiny_model_folder, tmp_path / "results.jsonl.gz", Parts(TRAIN, VALIDATION, TEST[:2]))
     kl = {beta: [row["kl_nats"] for row in rows if row["settings"]["beta"] == beta] for beta in (0.0, 1.0)}
     assert min(kl[0.0]) > max(kl[1.0]) > 0  # a heavy KL holds the posterior to the prior
     assert all(row["beta_kl_nats"] == pytest.approx(row["settings"]["beta"] * row["kl_nats"]) for row in rows)
