@@ -17,8 +17,8 @@ from torch import Tensor
 from abmll.predictive import option_log_probs, pair_means
 
 # How many pairs what is usual counts for, beside a question's own: of d, and of the scatter between pairs.
-_USUAL_HALVES = 1
-_USUAL_PAIRS = 4
+_USUAL_HALVES = 8
+_USUAL_PAIRS = 8
 _LEVEL = 0.975
 _LEAST_VARIANCE = 1e-3
 
