@@ -176,12 +176,11 @@ def against_beta(rows: Sequence[Row], folder: Path) -> Path:
     for axis, (title, measure) in zip(axes.flat, panels, strict=True):
         for shots in sorted({row["shots"] for row in chosen}):
             own = [[r for r in select(chosen, shots=shots) if r["settings"]["beta"] == beta] for beta in betas]
-            axis.plot(
-                range(len(betas)), [measure(part) for part in own], marker="o", markersize=3, label=f"{shots} shots"
-            )
+            axis.plot(range(len(betas)), [measure(part) for part in own], marker="o", markersize=3, label=str(shots))
         axis.set_xticks(range(len(betas)), [f"{beta:g}" for beta in betas])
         axis.set_title(title, fontsize=10)
-    axes[0, 0].legend(fontsize=8)
     figure.supxlabel("β", fontsize=10)
     figure.tight_layout()
+    lines, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(lines, labels, title="shots", fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _save(figure, folder, "beta")
