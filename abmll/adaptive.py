@@ -8,10 +8,11 @@ come from validation tasks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from pydantic import BaseModel, Field
+from scipy.special import stdtrit
 from torch import Tensor
 
 from abmll.predictive import option_log_probs, pair_means
@@ -47,13 +48,21 @@ def fit_scatter(scores: Sequence[Tensor], temperatures: Sequence[float]) -> Scat
     """
     if not scores or min(len(item) for item in scores) < 4:
         return None
-    parts = [_pairs(item, temperature) for item, temperature in zip(scores, temperatures, strict=True)]
-    halves = torch.cat([part.squared_half for part in parts])
-    variance = torch.cat([part.variance for part in parts])
+    parts = [_Pairs(item, temperature) for item, temperature in zip(scores, temperatures, strict=True)]
+    relative = torch.cat([part.squared_half / part.variance for part in parts])
     between = torch.cat([part.means.var(dim=0) for part in parts])
-    second_order = ((halves / variance) ** 2).mean()
+    second_order = (relative**2).mean()
     curvature = (between.mean() / second_order).sqrt().item() if second_order > 0 else 0.0
-    return Scatter(within=(halves / variance).mean().sqrt().item(), curvature=curvature)
+    return Scatter(within=relative.mean().sqrt().item(), curvature=curvature)
+
+
+def stages(most: int) -> Iterator[range]:
+    """Yields which draws to take next: a pair, then as many again, up to ``most`` in all."""
+    taken = 0
+    while taken < most:
+        stage = range(taken, min(max(2, 2 * taken), most))
+        yield stage
+        taken = stage.stop
 
 
 def settled(scores: Tensor, temperature: float, most: int, tolerance: float, scatter: Scatter) -> bool:
@@ -69,18 +78,16 @@ def settled(scores: Tensor, temperature: float, most: int, tolerance: float, sca
         tolerance: What the answer's probability may still move by.
         scatter: What is usual.
     """
-    from scipy.special import stdtrit
-
     if len(scores) < 2:
         return False
-    pairs = _pairs(scores[:, None], temperature)
-    count, limit, variance = len(pairs.means), most // 2, pairs.variance.item()
+    pairs = _Pairs(scores[:, None], temperature)
+    count, variance = len(pairs.means), pairs.variance.item()
     halves = _USUAL_HALVES * scatter.within**2 * variance + count * pairs.squared_half.item()
     usual = (scatter.curvature * halves / (_USUAL_HALVES + count) / variance) ** 2
     own = pairs.means.var(dim=0).item() if count > 1 else 0.0
     freedom = _USUAL_PAIRS + count - 1
     pooled = (_USUAL_PAIRS * usual + (count - 1) * own) / freedom
-    reach = float(stdtrit(freedom, _LEVEL)) * (pooled * max(0.0, 1 / count - 1 / limit)) ** 0.5
+    reach = float(stdtrit(freedom, _LEVEL)) * (pooled * max(0.0, 1 / count - 2 / most)) ** 0.5
     return reach <= tolerance and 2 * reach < pairs.lead.item()
 
 
@@ -94,7 +101,8 @@ class _Pairs:
         lead: How far the answer's probability is above the next option's, shape (n,).
     """
 
-    def __init__(self, each: Tensor) -> None:
+    def __init__(self, scores: Tensor, temperature: float) -> None:
+        each = option_log_probs(scores.double() / temperature).exp()
         best = each.mean(dim=0).topk(2, dim=-1)
         top = each.gather(-1, best.indices[..., :1].expand(*each.shape[:-1], 1)).squeeze(-1)
         self.means = pair_means(top)
@@ -102,7 +110,3 @@ class _Pairs:
         chance = best.values[..., 0]
         self.variance = (chance * (1 - chance)).clamp_min(_LEAST_VARIANCE)
         self.lead = chance - best.values[..., 1]
-
-
-def _pairs(scores: Tensor, temperature: float) -> _Pairs:
-    return _Pairs(option_log_probs(scores.double() / temperature).exp())

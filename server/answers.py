@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from abmll.adaptive import Scatter, settled
+from abmll.adaptive import Scatter, settled, stages
 from abmll.calibration import ShotCalibration, prediction_set
 from abmll.errors import InvalidExamples, InvalidRequest, PromptTooLong
 from abmll.examples import Example, Template, check_options, resolve_answer
@@ -33,7 +33,6 @@ from server.settings import Settings
 from server.store import TaskStore
 
 COVERAGE = "0.9"
-FIRST_DRAWS = 2
 # Longer texts are tokenized beside the event loop: a tokenizer reads about a million characters a second.
 _LONG = 20_000
 
@@ -195,13 +194,13 @@ class Answerer:
         scatter: Scatter,
     ) -> torch.Tensor:
         """Scores under a pair of draws, and doubles them until they settle the answer or are all."""
-        normalize, count = served.posterior.config.normalize, min(FIRST_DRAWS, most)
-        scores = await self.engine.score(served, question, range(count), request.seed, normalize)
-        while count < most and not settled(scores, entry.temperature, most, request.tolerance, scatter):
-            more = range(count, min(2 * count, most))
-            added = await self.engine.score(served, question, more, request.seed, normalize)
-            scores, count = torch.cat([scores, added]), more.stop
-        return scores
+        parts: list[torch.Tensor] = []
+        for stage in stages(most):
+            normalize = served.posterior.config.normalize
+            parts.append(await self.engine.score(served, question, stage, request.seed, normalize))
+            if settled(torch.cat(parts), entry.temperature, most, request.tolerance, scatter):
+                break
+        return torch.cat(parts)
 
     async def _free_text(
         self, stored: StoredPosterior, question: Question, request: GenerateRequest, draws: int, clock: Clock

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from abmll.adaptive import Scatter, fit_scatter, settled
+from abmll.adaptive import Scatter, fit_scatter, settled, stages
 from abmll.predictive import predictive
 
 MOST, TOLERANCE = 16, 0.02
@@ -21,10 +21,8 @@ def questions(count: int, noise: float, seed: int) -> Tensor:
 
 
 def draws_taken(scores: Tensor, scatter: Scatter, tolerance: float = TOLERANCE) -> int:
-    count = 2
-    while count < MOST and not settled(scores[:count], 1.0, MOST, tolerance, scatter):
-        count *= 2
-    return count
+    stops = [stage.stop for stage in stages(MOST)]
+    return next((stop for stop in stops if settled(scores[:stop], 1.0, MOST, tolerance, scatter)), MOST)
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.4, 0.8])
@@ -67,3 +65,14 @@ def test_ties_and_single_draws_settle_nothing() -> None:
     assert not settled(clear[:1], 1.0, 16, 0.01, USUAL)
     assert not settled(clear[:2], 1.0, 16, 0.0, USUAL)
     assert fit_scatter([clear[:2, None]], [1.0]) is None
+
+
+def test_stages_double_up_to_all_draws_each_taken_once() -> None:
+    assert [stage.stop for stage in stages(16)] == [2, 4, 8, 16]
+    for most in (1, 2, 3, 7, 12):
+        assert [index for stage in stages(most) for index in stage] == list(range(most))
+
+
+def test_a_last_draw_without_its_mirror_image_still_counts() -> None:
+    doubtful = torch.tensor([[0.5, 0.0], [-0.2, 0.0]])
+    assert not settled(doubtful, 1.0, 3, 0.0, USUAL)
