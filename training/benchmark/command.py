@@ -40,6 +40,7 @@ def bench_command(
     shots: Annotated[str, typer.Option(help="Numbers of shots, joined by commas.")] = "1,4,16,64",
     seeds: Annotated[str, typer.Option(help="Seeds, joined by commas.")] = "0,1,2",
     meta_steps: Annotated[int, typer.Option(help="Steps of learning over tasks.")] = 100,
+    validation_tasks: Annotated[int, typer.Option(help="Tasks to tune and calibrate on.")] = 40,
     test_tasks: Annotated[int, typer.Option(help="Tasks to measure on.")] = 24,
     quick: Annotated[bool, typer.Option(help="A run of minutes that shows how it works, not how good it is.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Processes at a time, which share the cores.")] = 1,
@@ -55,7 +56,12 @@ def bench_command(
     from training.progress import track
     from training.settings import checked, numbers
 
-    values: dict[str, Any] = {"shots": numbers(shots, "shots"), "meta_steps": meta_steps, "test_tasks": test_tasks}
+    values: dict[str, Any] = {
+        "shots": numbers(shots, "shots"),
+        "meta_steps": meta_steps,
+        "validation_tasks": validation_tasks,
+        "test_tasks": test_tasks,
+    }
     config: BenchConfig = checked(BenchConfig, values | (QUICK if quick else {}))
     wanted = (0,) if quick else numbers(seeds, "seeds")
     world = World() if tasks is None else None
