@@ -51,3 +51,29 @@ class JobNotFound(AbmllError):
 
 class EngineFailure(AbmllError):
     """The engine is not able to answer at present."""
+
+
+class StoreFailure(AbmllError):
+    """The store cannot be read or written at present: the disk is full, read-only or failing."""
+
+
+class Overloaded(AbmllError):
+    """Too much waits already.
+
+    Args:
+        message: What was wrong and what would be right.
+        retry_after: Seconds after which to ask again.
+        field: The name of the input at fault, where there is one.
+    """
+
+    def __init__(self, message: str, retry_after: int, field: str | None = None) -> None:
+        super().__init__(message, field)
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(AbmllError):
+    """The answer did not come in the time that the request, or the server, gives it."""
+
+
+class ClientGone(AbmllError):
+    """The client closed the connection before its answer was there."""

@@ -12,12 +12,13 @@ import torch
 
 from abmll.adaptive import Scatter, settled, stages
 from abmll.calibration import ShotCalibration, prediction_set
-from abmll.errors import InvalidExamples, InvalidRequest, PromptTooLong
+from abmll.errors import DeadlineExceeded, InvalidExamples, InvalidRequest, PromptTooLong
 from abmll.examples import Example, Template, check_options, resolve_answer
 from abmll.predictive import predictive
 from abmll.scoring import Question, tokenize
 from abmll.store import StoredPosterior
-from server.clock import Clock, EngineTime, start_clock
+from server.admission import Admission
+from server.clock import EngineTime, start_clock
 from server.engine import Engine, Served
 from server.schemas import (
     MAX_EXAMPLES,
@@ -96,10 +97,14 @@ class Answerer:
         engine: A started engine.
         tokenizer: The base model's.
         store: Where the posteriors are.
+        admission: The queue before the engine.
     """
 
-    def __init__(self, settings: Settings, engine: Engine, tokenizer: Any, store: TaskStore) -> None:
+    def __init__(
+        self, settings: Settings, engine: Engine, tokenizer: Any, store: TaskStore, admission: Admission
+    ) -> None:
         self.settings, self.engine, self.tokenizer, self.store = settings, engine, tokenizer, store
+        self.admission = admission
 
     async def answer(self, request: GenerateRequest, request_id: str) -> GenerateReply:
         """Answers one question.
@@ -108,15 +113,29 @@ class Answerer:
             InvalidRequest: The question cannot be answered as asked.
             TaskNotFound: There is no such task.
             EngineFailure: The engine cannot answer at present.
+            Overloaded: Too many questions wait.
+            DeadlineExceeded: The time for it is up.
         """
+        seconds = min(request.timeout or self.settings.timeout, self.settings.timeout)
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._answer(request, request_id)
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"no answer within {seconds:g} s; ask again later, or with fewer draws", field="timeout"
+            ) from error
+
+    async def _answer(self, request: GenerateRequest, request_id: str) -> GenerateReply:
         begun, clock = time.perf_counter(), start_clock()
         draws = self._check(request)
         stored = await asyncio.to_thread(self.store.current, request.task)
         question = await self._tokenize(stored, request)
-        if request.options is None:
-            answer = await self._free_text(stored, question, request, draws, clock)
-        else:
-            answer = await self._choose(stored, question, request, request.options, draws, clock)
+        with EngineTime(clock):
+            async with self.admission.admitted(request.task):
+                if request.options is None:
+                    answer = await self._free_text(stored, question, request, draws)
+                else:
+                    answer = await self._choose(stored, question, request, request.options, draws)
         total = time.perf_counter() - begun
         return GenerateReply(
             request_id=request_id,
@@ -156,16 +175,14 @@ class Answerer:
         request: GenerateRequest,
         options: list[str],
         draws: int,
-        clock: Clock,
     ) -> _Answer:
         served, trained = Served(stored.digest, stored.posterior), stored.posterior.config.normalize
         normalize = request.normalize or trained
         entry = _calibration(stored) if normalize == trained else None
-        with EngineTime(clock):
-            if request.draws == "auto" and entry is not None and entry.scatter is not None:
-                scores = await self._adaptive(served, question, request, draws, entry, entry.scatter)
-            else:
-                scores = await self.engine.score(served, question, range(draws), request.seed, normalize)
+        if request.draws == "auto" and entry is not None and entry.scatter is not None:
+            scores = await self._adaptive(served, question, request, draws, entry, entry.scatter)
+        else:
+            scores = await self.engine.score(served, question, range(draws), request.seed, normalize)
         temperature = 1.0 if entry is None else entry.temperature
         raw, result = predictive(scores), predictive(scores, temperature, mirrored=True)
         index, probabilities = int(result.answer), result.probabilities
@@ -203,15 +220,14 @@ class Answerer:
         return torch.cat(parts)
 
     async def _free_text(
-        self, stored: StoredPosterior, question: Question, request: GenerateRequest, draws: int, clock: Clock
+        self, stored: StoredPosterior, question: Question, request: GenerateRequest, draws: int
     ) -> _Answer:
         """Decodes under the posterior mean, and scores what was decoded, its end included, under the draws."""
         served = Served(stored.digest, stored.posterior)
         end: int | None = self.tokenizer.eos_token_id
-        with EngineTime(clock):
-            tokens = await self.engine.generate(served, question.prompt, request.max_tokens)
-            scored = [*tokens, end] if len(tokens) < request.max_tokens and end is not None else tokens
-            log_probs = await self.engine.score_tokens(served, question.prompt, scored, range(draws), request.seed)
+        tokens = await self.engine.generate(served, question.prompt, request.max_tokens)
+        scored = [*tokens, end] if len(tokens) < request.max_tokens and end is not None else tokens
+        log_probs = await self.engine.score_tokens(served, question.prompt, scored, range(draws), request.seed)
         result = sequence_predictive(log_probs)
         return _Answer(
             answer=self.tokenizer.decode(tokens, skip_special_tokens=True).strip(),

@@ -16,6 +16,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from abmll.errors import EngineFailure, TaskConflict
 from server.answers import read_examples
+from server.body_limit import BodyLimit
+from server.connection import while_connected
 from server.errors import install
 from server.metrics import Measured, Metrics
 from server.schemas import (
@@ -44,10 +46,12 @@ _REASONS = {
     400: "The body is not JSON.",
     404: "No such task or job.",
     409: "The task is reserved, or a job for it is under way.",
-    413: "Prompt and answer exceed the model's context.",
+    413: "Prompt and answer exceed the model's context, or the body the server's limit.",
     422: "A field is missing, unknown, of the wrong type, or out of range.",
+    429: "Too much waits already; ask again after the seconds in `Retry-After`.",
     500: "The server failed, or a stored posterior is damaged.",
-    503: "The engine cannot answer at present; ask again later.",
+    503: "The engine cannot answer, or the store cannot be written, at present; ask again after `Retry-After`.",
+    504: "No answer within the time that the request or the server gives.",
 }
 
 
@@ -78,14 +82,10 @@ def create_app(settings: Settings, on_failure: Callable[[Exception], None] = lam
     # The page's scripts come from here: where nothing can be downloaded, /docs would else stay blank.
     app = FastAPIOffline(title="abmll", summary="Answers with a calibrated confidence", description=_DESCRIPTION,
                          lifespan=lifespan)  # fmt: skip
+    app.add_middleware(BodyLimit, limit=settings.max_body)
     app.add_middleware(Measured, metrics=metrics)
     install(app)
-    metrics.watch(
-        lambda: None if service.engine is None else service.engine.state(),
-        lambda: (service.registry.counts(), service.registry.time_spent()),
-        lambda: len(service.store.names()),
-        settings.engine,
-    )
+    metrics.watch(service.snapshot, settings.engine)
     app.state.service = service
     _add_questions(app, service, metrics)
     _add_adaptation(app, service)
@@ -95,18 +95,18 @@ def create_app(settings: Settings, on_failure: Callable[[Exception], None] = lam
 
 
 def _add_questions(app: FastAPI, service: Service, metrics: Metrics) -> None:
-    @app.post("/generate", tags=["questions"], responses=_errors(400, 404, 413, 422, 500, 503))
-    async def generate(question: GenerateRequest, response: Response) -> GenerateReply:  # pyright: ignore[reportUnusedFunction] -- a route
+    @app.post("/generate", tags=["questions"], responses=_errors(400, 404, 413, 422, 429, 500, 503, 504))
+    async def generate(question: GenerateRequest, request: Request, response: Response) -> GenerateReply:  # pyright: ignore[reportUnusedFunction] -- a route
         """Answers a question under draws from a task's posterior."""
         request_id = uuid.uuid4().hex[:16]
-        reply = await service.answerer.answer(question, request_id)
+        reply = await while_connected(request, service.answerer.answer(question, request_id))
         metrics.observe(reply)
         response.headers["X-Request-ID"] = request_id
         return reply
 
 
 def _add_adaptation(app: FastAPI, service: Service) -> None:
-    @app.post("/adapt", status_code=202, tags=["adaptation"], responses=_errors(400, 409, 413, 422, 503))
+    @app.post("/adapt", status_code=202, tags=["adaptation"], responses=_errors(400, 409, 413, 422, 429, 503))
     async def adapt(task: AdaptRequest) -> JobReply:  # pyright: ignore[reportUnusedFunction] -- a route
         """Queues a job that makes a task's posterior from labelled examples."""
         check_name(task.task)
@@ -118,6 +118,7 @@ def _add_adaptation(app: FastAPI, service: Service) -> None:
                 read_examples(task.examples, answerer.tokenizer, template, answerer.engine.context),
                 task.steps,
                 task.seed,
+                service.settings.job_queue,
             )
         )
         if service.supervisor is not None:
@@ -159,10 +160,7 @@ def _add_tasks(app: FastAPI, service: Service) -> None:
             raise TaskConflict("the global posterior cannot be deleted", field="name")
         if await run_in_threadpool(lambda: service.registry.active(name)):
             raise TaskConflict(f"a job for task {name!r} is under way; cancel it first", field="name")
-        digests = await run_in_threadpool(lambda: service.store.delete(name))
-        for digest in digests:
-            if service.engine is not None:
-                await service.engine.release(digest)
+        await service.forget(await run_in_threadpool(lambda: service.store.delete(name)))
 
 
 def _add_operation(app: FastAPI, service: Service, metrics: Metrics) -> None:

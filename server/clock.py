@@ -12,8 +12,8 @@ class Clock:
     """Times of one request, in seconds.
 
     Attributes:
-        queued: Time that its questions waited in the engine's queue.
-        engine: Time spent in calls of the engine, waiting included.
+        queued: Time that its questions waited for the engine: for their turn, and in its own queue.
+        engine: Time spent on the engine, waiting included.
     """
 
     queued: float = 0.0

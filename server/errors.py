@@ -13,12 +13,16 @@ from starlette.exceptions import HTTPException
 
 from abmll.errors import (
     AbmllError,
+    ClientGone,
+    DeadlineExceeded,
     EngineFailure,
     InvalidExamples,
     InvalidPosterior,
     InvalidRequest,
     JobNotFound,
+    Overloaded,
     PromptTooLong,
+    StoreFailure,
     TaskConflict,
     TaskNotFound,
 )
@@ -34,7 +38,11 @@ STATUS: Sequence[tuple[type[AbmllError], int]] = (
     (TaskNotFound, 404),
     (JobNotFound, 404),
     (TaskConflict, 409),
+    (Overloaded, 429),
+    (ClientGone, 499),  # as nginx logs it; nobody reads the reply
     (EngineFailure, 503),
+    (StoreFailure, 503),
+    (DeadlineExceeded, 504),
     (InvalidPosterior, 500),
     (AbmllError, 500),
 )
@@ -96,6 +104,8 @@ def install(app: FastAPI) -> None:
         if status == 500:
             logger.error("%s %s: %s: %s", request.method, request.url.path, type(error).__name__, error.message)
         headers = {"Retry-After": "5"} if status == 503 else None
+        if isinstance(error, Overloaded):
+            headers = {"Retry-After": str(error.retry_after)}
         return _reply(status, type(error).__name__, error.message, error.field, headers)
 
     async def invalid(_: Request, error: Exception) -> JSONResponse:

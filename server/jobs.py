@@ -12,11 +12,13 @@ from typing import Literal
 
 from pydantic import BaseModel, TypeAdapter
 
-from abmll.errors import AbmllError, JobNotFound, TaskConflict
+from abmll.errors import AbmllError, JobNotFound, Overloaded, StoreFailure, TaskConflict
 from abmll.examples import Example
 
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
 ATTEMPTS = 2
+# Seconds after which to ask again where too many jobs wait: about as long as one takes.
+_RETRY_AFTER = 30
 _EXAMPLES = TypeAdapter(list[Example])
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -76,6 +78,9 @@ def _now() -> str:
 class JobRegistry:
     """Jobs in ``path``; every method is one transaction, callable from any thread and process.
 
+    A method that has returned has reached the disk (write-ahead log, synced at each commit). Every method
+    raises ``StoreFailure`` where the disk is full, read-only or failing.
+
     Raises:
         AbmllError: The file is damaged, or cannot be written.
     """
@@ -87,17 +92,24 @@ class JobRegistry:
             with self._open() as db:
                 db.execute("PRAGMA journal_mode=WAL")
                 db.executescript(_SCHEMA)
+        except StoreFailure as error:
+            raise AbmllError(f"the jobs in {path} cannot be written: {error.message}", field="store") from error
         except (OSError, sqlite3.Error) as error:
             raise AbmllError(f"the jobs in {path} cannot be used: {error}; restore or remove the file") from error
 
     @contextmanager
     def _open(self) -> Generator[sqlite3.Connection]:
-        db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
-        db.row_factory = sqlite3.Row
         try:
-            yield db
-        finally:
-            db.close()
+            db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+            db.row_factory = sqlite3.Row
+            try:
+                db.execute("PRAGMA synchronous=FULL")
+                yield db
+            finally:
+                db.close()
+        except sqlite3.OperationalError as error:
+            reason = f"the store's disk does not take or give the jobs ({error}); free space or mend it"
+            raise StoreFailure(reason) from error
 
     @contextmanager
     def _transaction(self) -> Generator[sqlite3.Connection]:
@@ -106,19 +118,35 @@ class JobRegistry:
             try:
                 yield db
             except BaseException:
-                db.execute("ROLLBACK")
+                if db.in_transaction:  # a full disk ends it by itself
+                    db.execute("ROLLBACK")
                 raise
             db.execute("COMMIT")
 
-    def submit(self, task: str, examples: Sequence[Example], steps: int | None, seed: int) -> Job:
+    def submit(
+        self, task: str, examples: Sequence[Example], steps: int | None, seed: int, limit: int | None = None
+    ) -> Job:
         """Queues a job.
+
+        Args:
+            task: The task to make a version of.
+            examples: Its labelled examples.
+            steps: Gradient steps; None for those of meta-training.
+            seed: Seed of the adaptation.
+            limit: Jobs that may wait; None for any number.
 
         Raises:
             TaskConflict: A job for the task is queued or running.
+            Overloaded: So many jobs wait already.
         """
         job = uuid.uuid4().hex[:16]
         text = _EXAMPLES.dump_json(list(examples)).decode()
-        with self._open() as db:
+        with self._transaction() as db:
+            (waiting,) = db.execute("SELECT COUNT(*) FROM jobs WHERE status = 'queued'").fetchone()
+            if limit is not None and waiting >= limit:
+                raise Overloaded(
+                    f"{waiting} adaptation jobs wait already; ask again when GET /adapt shows fewer", _RETRY_AFTER
+                )
             try:
                 db.execute(
                     "INSERT INTO jobs (id, task, status, examples, steps, seed, created) VALUES (?,?,'queued',?,?,?,?)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from importlib import metadata
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, generate_latest
@@ -17,6 +18,35 @@ from server.schemas import GenerateReply
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _SHARES = tuple(i / 20 for i in range(1, 21))
 _NATS = (0.001, 0.003, 0.01, 0.03, 0.06, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is read off at a scrape.
+
+    Attributes:
+        engine: The engine's state; None while it starts.
+        waiting: Questions that wait for the engine.
+        inside: Questions in the engine.
+        refused: Questions refused because too many waited.
+        tasks: Tasks in the store; None where it cannot be read.
+        jobs: Jobs by status; None where the registry cannot be read.
+        done: Jobs done.
+        seconds: Their run times' sum.
+        engine_restarts: Times that the engine has died.
+        worker_restarts: Times that the adaptation process has died.
+    """
+
+    engine: EngineState | None
+    waiting: int
+    inside: int
+    refused: int
+    tasks: int | None
+    jobs: dict[str, int] | None
+    done: int
+    seconds: float
+    engine_restarts: int
+    worker_restarts: int
 
 
 class Metrics:
@@ -53,22 +83,14 @@ class Metrics:
         self.confidence.labels(kind).observe(reply.confidence)
         self.epistemic.labels(kind).observe(reply.uncertainty.epistemic)
 
-    def watch(
-        self,
-        engine: Callable[[], EngineState | None],
-        jobs: Callable[[], tuple[dict[str, int], tuple[int, float]]],
-        tasks: Callable[[], int],
-        name: str,
-    ) -> None:
-        """Reads engine, jobs and tasks off at each scrape.
+    def watch(self, read: Callable[[], Snapshot], name: str) -> None:
+        """Reads the server's parts off at each scrape.
 
         Args:
-            engine: Gives the engine's state; None before it has started.
-            jobs: Gives the number of jobs by status, and number and summed seconds of those done.
-            tasks: Gives the number of tasks.
+            read: Gives their state.
             name: The engine's name.
         """
-        self.registry.register(_Scraped(engine, jobs, tasks, name))
+        self.registry.register(_Scraped(read, name))
 
     def text(self) -> bytes:
         """Returns all metrics, and those that others (vLLM, the process) keep in the default registry."""
@@ -76,38 +98,50 @@ class Metrics:
 
 
 class _Scraped(Collector):
-    def __init__(
-        self,
-        engine: Callable[[], EngineState | None],
-        jobs: Callable[[], tuple[dict[str, int], tuple[int, float]]],
-        tasks: Callable[[], int],
-        name: str,
-    ) -> None:
-        self.engine, self.jobs, self.tasks, self.name = engine, jobs, tasks, name
+    def __init__(self, read: Callable[[], Snapshot], name: str) -> None:
+        self.read, self.name = read, name
 
     def collect(self) -> Iterable[Metric]:
+        seen = self.read()
         yield InfoMetricFamily(
             "abmll_build", "What runs.", value={"version": metadata.version("abmll"), "engine": self.name}
         )
-        state = self.engine() or EngineState(False, 0, 0, 0, 0, 0)
+        state = seen.engine or EngineState(False, 0, 0, 0, 0, 0)
         yield GaugeMetricFamily("abmll_engine_up", "Whether the engine answers.", value=float(state.healthy))
-        yield GaugeMetricFamily("abmll_engine_queued", "Questions in the engine's queue.", value=state.queued)
+        yield CounterMetricFamily("abmll_engine_restarts", "Times the engine has died.", value=seen.engine_restarts)
+        yield GaugeMetricFamily("abmll_waiting", "Questions that wait for the engine.", value=seen.waiting)
+        yield GaugeMetricFamily("abmll_inside", "Questions in the engine.", value=seen.inside)
+        yield CounterMetricFamily("abmll_refused", "Questions refused, too many waiting.", value=seen.refused)
+        yield GaugeMetricFamily("abmll_engine_queued", "Of those inside, in the engine's own queue.",
+                                value=state.queued)  # fmt: skip
         yield GaugeMetricFamily("abmll_adapters_resident", "Draws resident in the engine.", value=state.adapters)
         yield CounterMetricFamily("abmll_adapter_loads", "Draws made and loaded.", value=state.loads)
         yield CounterMetricFamily("abmll_adapter_hits", "Draws needed and resident.", value=state.hits)
         yield CounterMetricFamily("abmll_adapter_evictions", "Draws given up for others.", value=state.evictions)
-        counts, (done, seconds) = self.jobs()
+        yield CounterMetricFamily(
+            "abmll_worker_restarts", "Times the adaptation process has died.", value=seen.worker_restarts
+        )
+        yield from self._store(seen)
+
+    def _store(self, seen: Snapshot) -> Iterable[Metric]:
+        usable = seen.jobs is not None and seen.tasks is not None
+        yield GaugeMetricFamily("abmll_store_up", "Whether the store can be read.", value=float(usable))
+        if seen.tasks is not None:
+            yield GaugeMetricFamily("abmll_tasks", "Tasks in the store.", value=seen.tasks)
+        if seen.jobs is None:
+            return
         ended = CounterMetricFamily("abmll_adaptation_jobs", "Adaptation jobs that ended.", labels=["status"])
         for status in ("done", "failed", "cancelled"):
-            ended.add_metric([status], counts.get(status, 0))
+            ended.add_metric([status], seen.jobs.get(status, 0))
         yield ended
         for status in ("queued", "running"):
             yield GaugeMetricFamily(
-                f"abmll_adaptation_{status}", f"Adaptation jobs {status}.", value=counts.get(status, 0)
+                f"abmll_adaptation_{status}", f"Adaptation jobs {status}.", value=seen.jobs.get(status, 0)
             )
-        yield CounterMetricFamily("abmll_adaptation_seconds", "Run time of adaptation jobs done.", value=seconds)
-        yield CounterMetricFamily("abmll_adaptation_done", "Adaptation jobs that this time was spent on.", value=done)
-        yield GaugeMetricFamily("abmll_tasks", "Tasks in the store.", value=self.tasks())
+        yield CounterMetricFamily("abmll_adaptation_seconds", "Run time of adaptation jobs done.", value=seen.seconds)
+        yield CounterMetricFamily(
+            "abmll_adaptation_done", "Adaptation jobs that this time was spent on.", value=seen.done
+        )
 
 
 class Measured:

@@ -48,6 +48,13 @@ class GenerateRequest(Request):
         description="With `draws: auto`: what further draws may move the confidence by, at 95 %. 0: all draws.",
     )
     seed: int = Field(0, ge=0, lt=2**53, description="Seed of the draws: the same request gives the same reply.")
+    timeout: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds until the question is given up with 504; null, or more than the server allows: as the "
+        "server is set.",
+    )
     max_tokens: int = Field(32, ge=1, le=MAX_TOKENS, description="Longest free-text answer, in tokens.")
     normalize: Literal["sum", "mean"] | None = Field(
         None,
@@ -78,7 +85,7 @@ class Timing(BaseModel):
 
     total_ms: float = Field(description="From the request's arrival to its reply.", examples=[41.2])
     engine_ms: float = Field(description="In the engine, its queue included.", examples=[39.8])
-    queue_ms: float = Field(description="Of that, waiting in the engine's queue.", examples=[11.3])
+    queue_ms: float = Field(description="Of that, waiting for the engine.", examples=[11.3])
 
 
 class GenerateReply(BaseModel):

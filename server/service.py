@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from abmll.errors import AbmllError, EngineFailure
+from abmll.errors import AbmllError, EngineFailure, StoreFailure
 from abmll.layers import check_base, checkpoint_fingerprint
 from abmll.posterior import Posterior
 from abmll.store import StoredPosterior, load_posterior
+from server.admission import Admission
 from server.answers import Answerer
 from server.engine import Engine
 from server.jobs import JobRegistry
+from server.metrics import Snapshot
 from server.settings import Settings
 from server.store import TaskStore
 from server.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
+
+# How often the engine is looked at, and the longest wait between attempts to start it again; in seconds.
+_LOOK_SECONDS = 0.5
+_LONGEST_DELAY = 60.0
 
 
 def load_global(settings: Settings) -> StoredPosterior:
@@ -97,7 +104,10 @@ def _lock(store: Path) -> IO[str]:
     Raises:
         AbmllError: Another server uses it.
     """
-    file = (store / ".lock").open("w")
+    try:
+        file = (store / ".lock").open("w")
+    except OSError as error:
+        raise AbmllError(f"the store {store} cannot be written: {error}; choose another with --store") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -110,7 +120,8 @@ class Service:
     """Store, jobs, engine and adaptation process of one server.
 
     The engine starts in the background, so that the port answers at once: until then ``answerer`` raises.
-    The adaptation process starts after it, so that it takes nothing from the start.
+    The adaptation process starts after it, so that it takes nothing from the start. An engine that dies is
+    started anew.
 
     Args:
         settings: The settings.
@@ -128,12 +139,14 @@ class Service:
             self.store.check(self.prior.posterior)
         self.registry = JobRegistry(settings.store / "jobs.sqlite3")
         self._lock = _lock(settings.store)
+        self.admission = Admission(settings.concurrency, settings.queue)
         self.engine: Engine | None = None
+        self.engine_restarts = 0
         self.supervisor: Supervisor | None = None
         self.failure: Exception | None = None
         self.tokenizer: Any = None
         self._answerer: Answerer | None = None
-        self._starting: asyncio.Task[None] | None = None
+        self._running: asyncio.Task[None] | None = None
 
     @property
     def answerer(self) -> Answerer:
@@ -142,7 +155,7 @@ class Service:
         Raises:
             EngineFailure: The engine is not ready.
         """
-        if self._answerer is None:
+        if self._answerer is None or self.engine is None:
             raise EngineFailure("the engine is starting; wait until GET /readyz says 200")
         return self._answerer
 
@@ -153,17 +166,15 @@ class Service:
 
     async def start(self) -> None:
         """Begins the start."""
-        self._starting = asyncio.create_task(self._start(), name="start")
+        self._running = asyncio.create_task(self._run(), name="service")
 
-    async def _start(self) -> None:
+    async def _run(self) -> None:
         try:
-            engine = make_engine(self.settings, self.prior)
-            await engine.start()
-            self.engine = engine
+            engine = await self._start_engine()
             await asyncio.to_thread(self.store.check, self.prior.posterior)
             self.tokenizer = await asyncio.to_thread(load_tokenizer, self.settings)
             damaged = await asyncio.to_thread(self.store.damaged)
-            self._answerer = Answerer(self.settings, engine, self.tokenizer, self.store)
+            self._answerer = Answerer(self.settings, engine, self.tokenizer, self.store, self.admission)
         except Exception as error:
             self.failure = error
             self.on_failure(error)
@@ -177,12 +188,81 @@ class Service:
         )
         self.supervisor = Supervisor(self.settings, self.registry)
         self.supervisor.start()
+        await self._keep_engine(self._answerer)
+
+    async def _start_engine(self) -> Engine:
+        engine = make_engine(self.settings, self.prior)
+        try:
+            await engine.start()
+        except BaseException:
+            await engine.close()
+            raise
+        self.engine = engine
+        return engine
+
+    async def _keep_engine(self, answerer: Answerer) -> None:
+        """Starts the engine anew whenever it has died; questions are refused with 503 meanwhile."""
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            if self.engine is not None and self.engine.state().healthy:
+                continue
+            logger.error("the engine has died; it is started again")
+            self.engine_restarts += 1
+            dead, self.engine = self.engine, None
+            if dead is not None:
+                await self._bury(dead)
+            delay = 1.0
+            while self.engine is None:
+                try:
+                    answerer.engine = await self._start_engine()
+                except Exception:
+                    logger.exception("the engine could not be started again; trying again in %g s", delay)
+                    await asyncio.sleep(delay)
+                    delay = min(_LONGEST_DELAY, 2 * delay)
+            logger.info("the engine answers again")
+
+    @staticmethod
+    async def _bury(engine: Engine) -> None:
+        try:
+            await engine.close()
+        except Exception:
+            logger.exception("what was left of the engine could not be closed")
+
+    def snapshot(self) -> Snapshot:
+        """Reads the state of all parts off, for the metrics; works without the store too."""
+        try:
+            jobs, (done, seconds) = self.registry.counts(), self.registry.time_spent()
+        except StoreFailure:
+            jobs, done, seconds = None, 0, 0.0
+        try:
+            tasks = len(self.store.names())
+        except OSError:
+            tasks = None
+        return Snapshot(
+            engine=None if self.engine is None else self.engine.state(),
+            waiting=self.admission.waiting,
+            inside=self.admission.inside,
+            refused=self.admission.refused,
+            tasks=tasks,
+            jobs=jobs,
+            done=done,
+            seconds=seconds,
+            engine_restarts=self.engine_restarts,
+            worker_restarts=0 if self.supervisor is None else self.supervisor.restarts,
+        )
+
+    async def forget(self, digests: Sequence[str]) -> None:
+        """Has the engine give up what it keeps of posteriors whose task was deleted."""
+        for digest in digests:
+            if self.engine is not None:
+                with contextlib.suppress(EngineFailure):  # a dead engine has forgotten already
+                    await self.engine.release(digest)
 
     async def close(self) -> None:
         """Stops everything; jobs under way are taken up again at the next start."""
-        if self._starting is not None:
-            self._starting.cancel()
-            await asyncio.gather(self._starting, return_exceptions=True)
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.gather(self._running, return_exceptions=True)
         if self.supervisor is not None:
             await self.supervisor.close()
         if self.engine is not None:

@@ -30,6 +30,11 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     threads: int | None = Field(default=None, ge=1, description="CPU threads of the torch engine; None: torch's choice")
     adapt_device: str = Field(default="cpu", description="device that adaptation runs on")
     adapt_threads: int = Field(default=1, ge=1, description="CPU threads of adaptation, which runs at low priority")
+    concurrency: int = Field(default=32, ge=1, description="questions in the engine at a time")
+    queue: int = Field(default=512, ge=0, description="questions that may wait for the engine; 429 past that")
+    job_queue: int = Field(default=256, ge=1, description="adaptation jobs that may wait; 429 past that")
+    timeout: float = Field(default=60.0, gt=0, description="seconds until an unanswered question is given up; 504")
+    max_body: int = Field(default=16 << 20, ge=1024, description="largest body of a request in bytes; 413 past that")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @model_validator(mode="after")

@@ -7,10 +7,14 @@ import contextlib
 import logging
 import sys
 
+from abmll.errors import StoreFailure
 from server.jobs import JobRegistry
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+# A disk that is full or failing is tried again after so long.
+_STORE_SECONDS = 2.0
 
 
 class Supervisor:
@@ -50,7 +54,12 @@ class Supervisor:
     async def _watch(self) -> None:
         delay = 1.0
         while True:
-            await asyncio.to_thread(self.registry.recover)
+            try:
+                await asyncio.to_thread(self.registry.recover)
+            except StoreFailure as error:  # a worker without its jobs put right would leave them running for ever
+                logger.error("%s; adaptation waits", error.message)
+                await asyncio.sleep(_STORE_SECONDS)
+                continue
             begun = asyncio.get_running_loop().time()
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "server.worker", stdin=asyncio.subprocess.PIPE

@@ -10,8 +10,11 @@ import logging
 import os
 import sys
 import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
 
-from abmll.errors import AbmllError
+from abmll.errors import AbmllError, InvalidPosterior, StoreFailure, TaskNotFound
 from abmll.layers import Attached, attach
 from abmll.store import Record, StoredPosterior, load_posterior
 from server.jobs import Job, JobCancelled, JobRegistry
@@ -20,8 +23,12 @@ from server.store import TaskStore
 
 logger = logging.getLogger("abmll.worker")
 
+_T = TypeVar("_T")
+
 NICENESS = 10
 POLL_SECONDS = 1.0
+# A disk that is full or failing is tried again after so long.
+STORE_SECONDS = 2.0
 
 
 class Adapter:
@@ -44,12 +51,21 @@ class Adapter:
             logger.info("job %s was cancelled", job.id)
         except AbmllError as error:
             logger.warning("job %s failed: %s", job.id, error.message)
-            self.registry.fail(job.id, error.message)
+            self._fail(job, error.message)
         except Exception as error:
             logger.exception("job %s failed", job.id)
-            self.registry.fail(job.id, f"adaptation failed: {type(error).__name__}; see the server's log")
+            self._fail(job, f"adaptation failed: {type(error).__name__}; see the server's log")
         else:
             logger.info("job %s is done", job.id)
+
+    def _fail(self, job: Job, reason: str) -> None:
+        persist(lambda: self.registry.fail(job.id, reason))
+
+    def _report(self, job: Job, progress: float) -> None:
+        try:
+            self.registry.report(job.id, progress)
+        except StoreFailure as error:  # the disk may be well again before the job has a result to write
+            logger.warning("progress of job %s is not written: %s", job.id, error.message)
 
     def _adapt(self, job: Job) -> None:
         import torch
@@ -82,7 +98,7 @@ class Adapter:
             config,
             self.prior.calibration,
             seed=job.seed,
-            on_step=lambda step, steps: self.registry.report(job.id, step / max(1, steps)),
+            on_step=lambda step, steps: self._report(job, step / max(1, steps)),
         )
 
         def record(version: int) -> Record:
@@ -96,10 +112,28 @@ class Adapter:
             )
 
         def save() -> tuple[str, int]:
-            stored = self.store.add(job.task, phi, calibration, record)
+            stored = self._made_by(job) or self.store.add(job.task, phi, calibration, record)
             return stored.digest, stored.record.version
 
-        self.registry.complete(job.id, save)
+        persist(lambda: self.registry.complete(job.id, save))
+
+    def _made_by(self, job: Job) -> StoredPosterior | None:
+        """The version that the job has saved already, where what came after failed."""
+        try:
+            newest = self.store.current(job.task)
+        except (TaskNotFound, InvalidPosterior):
+            return None
+        return newest if newest.record.training.get("job") == job.id else None
+
+
+def persist(write: Callable[[], _T]) -> _T:
+    """Writes to the registry; where the disk does not take it, again until it does."""
+    while True:
+        try:
+            return write()
+        except StoreFailure as error:
+            logger.error("%s; trying again", error.message)
+            time.sleep(STORE_SECONDS)
 
 
 def _watch_server(wake: threading.Event) -> None:
@@ -130,7 +164,7 @@ def main() -> None:
     registry = JobRegistry(settings.store / "jobs.sqlite3")
     adapter = Adapter(settings, prior, TaskStore(settings.store, prior), registry)
     while True:
-        job = registry.claim()
+        job = persist(registry.claim)
         if job is None:
             wake.wait(POLL_SECONDS)
             wake.clear()
