@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -22,6 +23,8 @@ from abmll.errors import AbmllError, InvalidPosterior
 from abmll.posterior import LayerPosterior, Posterior, PosteriorConfig
 
 FORMAT = 1
+# As sha256sum writes it, so that `sha256sum -c SHA256SUMS` checks a folder too.
+SUMS = "SHA256SUMS"
 
 
 class LayerShape(BaseModel, frozen=True):
@@ -143,10 +146,12 @@ def save_posterior(
     contents = {
         "posterior.safetensors": save(tensors),
         "posterior.json": (file.model_dump_json(indent=1) + "\n").encode(),
-        "CARD.md": _card(posterior, record, calibration).encode(),
     }
     if calibration is not None:
         contents["calibration.json"] = (calibration.model_dump_json(indent=1) + "\n").encode()
+    sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in contents.items())
+    # The card is for people, who may add to it.
+    contents |= {SUMS: sums.encode(), "CARD.md": _card(posterior, record, calibration).encode()}
     replace_folder(folder, contents)
     return StoredPosterior(clean, record, calibration, digest)
 
@@ -198,7 +203,7 @@ def _expected_shapes(config: PosteriorConfig, shape: LayerShape) -> dict[str, tu
 
 
 def load_posterior(folder: Path) -> StoredPosterior:
-    """Reads a posterior folder and checks names, shapes, dtypes, finiteness and the content's hash.
+    """Reads a posterior folder and checks names, shapes, dtypes, finiteness and the contents' hashes.
 
     Raises:
         InvalidPosterior: The folder is absent or damaged; the message says where.
@@ -242,7 +247,23 @@ def load_posterior(folder: Path) -> StoredPosterior:
     digest = posterior.digest()
     if digest != file.digest:
         raise InvalidPosterior(f"{tensor_file} does not match its posterior.json (hash {digest}, not {file.digest})")
-    return StoredPosterior(posterior, file.record, read_calibration(folder), digest)
+    calibration = read_calibration(folder)
+    _check_sums(folder)
+    return StoredPosterior(posterior, file.record, calibration, digest)
+
+
+def _check_sums(folder: Path) -> None:
+    """Checks each file against ``SHA256SUMS``; a folder without it was written before there was one."""
+    path = folder / SUMS
+    if not path.exists():
+        return
+    try:
+        for line in path.read_bytes().decode("ascii").splitlines():
+            expected, _, name = line.partition("  ")
+            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+                raise InvalidPosterior(f"{folder / name} is damaged: it does not match {SUMS}; restore it")
+    except (OSError, ValueError) as error:
+        raise InvalidPosterior(f"{path} is damaged, or names a file that is not there: {error}") from error
 
 
 def read_calibration(folder: Path) -> Calibration | None:

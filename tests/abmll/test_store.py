@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from abmll.calibration import Calibration, ShotCalibration
@@ -48,9 +50,33 @@ def test_a_posterior_comes_back_as_it_was(llama: Attached, family: Family, tmp_p
         assert torch.equal(loaded.posterior.tensors()[key], tensor)
     assert {layer.offset for layer in loaded.posterior.layers.values()} == {0.05 if family == "lowrank" else 0.0}
     assert {path.name for path in (tmp_path / "p").iterdir()} == {
-        "posterior.safetensors", "posterior.json", "calibration.json", "CARD.md",
+        "posterior.safetensors", "posterior.json", "calibration.json", "CARD.md", "SHA256SUMS",
     }  # fmt: skip
     assert "after 0 shots: temperature 2.000" in (tmp_path / "p" / "CARD.md").read_text()
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_flipped_bit_anywhere_is_noticed(
+    llama: Attached, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("flipped") / "p"
+    save_posterior(folder, posterior_of(llama), Record(task="films"), CALIBRATION)
+    name = data.draw(st.sampled_from(["posterior.safetensors", "posterior.json", "calibration.json", "SHA256SUMS"]))
+    content = bytearray((folder / name).read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    (folder / name).write_bytes(content)
+    with pytest.raises(InvalidPosterior):
+        load_posterior(folder)
+
+
+@given(content=st.binary(max_size=300))
+def test_arbitrary_bytes_are_no_posterior(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("arbitrary")
+    (folder / "posterior.json").write_bytes(content)
+    (folder / "posterior.safetensors").write_bytes(content)
+    with pytest.raises(InvalidPosterior):
+        load_posterior(folder)
 
 
 def _json(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
