@@ -117,6 +117,8 @@ class Admission:
         self._inside[task] -= 1
         if not self._inside[task]:
             del self._inside[task]
+        if task in self._queues:  # it has just been served: its turn comes after those of the others
+            self._queues[task] = self._queues.pop(task)
         while self._queues:
             chosen = min(self._queues, key=lambda name: self._inside[name])
             turn = self._queues[chosen][0]

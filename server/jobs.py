@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import uuid
 from collections.abc import Callable, Generator, Sequence
@@ -16,6 +17,8 @@ from abmll.errors import AbmllError, JobNotFound, Overloaded, StoreFailure, Task
 from abmll.examples import Example
 
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
+logger = logging.getLogger(__name__)
+
 ATTEMPTS = 2
 # Seconds after which to ask again where too many jobs wait: about as long as one takes.
 _RETRY_AFTER = 30
@@ -81,18 +84,24 @@ class JobRegistry:
     A method that has returned has reached the disk (write-ahead log, synced at each commit). Every method
     raises ``StoreFailure`` where the disk is full, read-only or failing.
 
+    A file that exists, but cannot be written at present, is no obstacle: a server can answer without it.
+
     Raises:
-        AbmllError: The file is damaged, or cannot be written.
+        AbmllError: The file is damaged, or cannot be made.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        existed = path.exists()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._open() as db:
                 db.execute("PRAGMA journal_mode=WAL")
                 db.executescript(_SCHEMA)
         except StoreFailure as error:
+            if existed:
+                logger.warning("no task can be learnt until this is mended: %s", error.message)
+                return
             raise AbmllError(f"the jobs in {path} cannot be written: {error.message}", field="store") from error
         except (OSError, sqlite3.Error) as error:
             raise AbmllError(f"the jobs in {path} cannot be used: {error}; restore or remove the file") from error

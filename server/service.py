@@ -104,10 +104,13 @@ def _lock(store: Path) -> IO[str]:
     Raises:
         AbmllError: Another server uses it.
     """
+    path = store / ".lock"
     try:
-        file = (store / ".lock").open("w")
+        file = path.open("a")
     except OSError as error:
-        raise AbmllError(f"the store {store} cannot be written: {error}; choose another with --store") from error
+        if not path.exists():
+            raise AbmllError(f"the store {store} cannot be written: {error}; choose another with --store") from error
+        file = path.open()  # a store that has become read-only is served all the same
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
