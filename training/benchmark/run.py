@@ -199,7 +199,8 @@ def run(
         All rows of these seeds, those of earlier runs with the same settings included.
     """
     first = min(parts)
-    identities = {seed: _identity(config, model, tasks, parts[first]) for seed, tasks in parts.items()}
+    weights = _weights(model)
+    identities = {seed: _identity(config, weights, tasks, parts[first]) for seed, tasks in parts.items()}
     rows = [row for row in read_rows(out) if identities.get(row["seed"]) == row["identity"]]
     done = {(row["method"], row["seed"]) for row in rows}
     source = provenance()
@@ -284,6 +285,16 @@ def _identity(config: BenchConfig, model: str, parts: Parts, first: Parts) -> st
     """What a seed's results depend on, as a short hash; ``first`` are the tasks that settings are chosen on."""
     what = [config.model_dump(mode="json"), model, parts.names(), first.names()]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+def _weights(model: str) -> str:
+    """A base model's identity: a folder's weights wherever it lies, or a hub name."""
+    files = sorted(Path(model).glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest() if files else model
 
 
 @dataclass(frozen=True)
