@@ -125,17 +125,17 @@ def _add_adaptation(app: FastAPI, service: Service) -> None:
             service.supervisor.wake()
         return JobReply.of(job)
 
-    @app.get("/adapt", tags=["adaptation"])
+    @app.get("/adapt", tags=["adaptation"], responses=_errors(503))
     def list_jobs() -> Sequence[JobReply]:  # pyright: ignore[reportUnusedFunction] -- a route
         """Lists the newest hundred jobs, newest first."""
         return [JobReply.of(job) for job in service.registry.list()]
 
-    @app.get("/adapt/{job}", tags=["adaptation"], responses=_errors(404))
+    @app.get("/adapt/{job}", tags=["adaptation"], responses=_errors(404, 503))
     def get_job(job: str) -> JobReply:  # pyright: ignore[reportUnusedFunction] -- a route
         """Tells a job's status and progress."""
         return JobReply.of(service.registry.get(job))
 
-    @app.delete("/adapt/{job}", tags=["adaptation"], responses=_errors(404))
+    @app.delete("/adapt/{job}", tags=["adaptation"], responses=_errors(404, 503))
     def cancel_job(job: str) -> JobReply:  # pyright: ignore[reportUnusedFunction] -- a route
         """Cancels a job that is queued or running; one that has ended stays as it is."""
         return JobReply.of(service.registry.cancel(job))
@@ -153,7 +153,7 @@ def _add_tasks(app: FastAPI, service: Service) -> None:
         """Tells a task's calibration and history."""
         return describe(name, service.store.versions(name))
 
-    @app.delete("/tasks/{name}", status_code=204, tags=["tasks"], responses=_errors(404, 409, 422))
+    @app.delete("/tasks/{name}", status_code=204, tags=["tasks"], responses=_errors(404, 409, 422, 503))
     async def delete_task(name: str) -> None:  # pyright: ignore[reportUnusedFunction] -- a route
         """Removes a task with all its versions."""
         if name == GLOBAL:

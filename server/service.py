@@ -106,11 +106,11 @@ def _lock(store: Path) -> IO[str]:
     """
     path = store / ".lock"
     try:
-        file = path.open("a")
+        if not path.exists():  # a store that has become read-only is served all the same
+            path.touch()
+        file = path.open()
     except OSError as error:
-        if not path.exists():
-            raise AbmllError(f"the store {store} cannot be written: {error}; choose another with --store") from error
-        file = path.open()  # a store that has become read-only is served all the same
+        raise AbmllError(f"the store {store} cannot be written: {error}; choose another with --store") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

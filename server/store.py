@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from abmll.calibration import Calibration
-from abmll.errors import AbmllError, InvalidPosterior, InvalidRequest, TaskConflict, TaskNotFound
+from abmll.errors import AbmllError, InvalidPosterior, InvalidRequest, StoreFailure, TaskConflict, TaskNotFound
 from abmll.posterior import Posterior
 from abmll.store import Record, StoredPosterior, load_posterior, save_posterior
 
@@ -152,12 +152,16 @@ class TaskStore:
         Raises:
             TaskNotFound: There is no such task.
             TaskConflict: The task is ``global``.
+            StoreFailure: The disk is full or not writable; the task is still there.
         """
         check_name(name)
         self._known(name)
         folder = self.tasks / name
-        grave = Path(tempfile.mkdtemp(prefix=".deleted.", dir=self.tasks))
-        folder.rename(grave / name)
+        try:
+            grave = Path(tempfile.mkdtemp(prefix=".deleted.", dir=self.tasks))
+            folder.rename(grave / name)
+        except OSError as error:
+            raise StoreFailure(f"task {name!r} cannot be deleted: {error}; mend the store's disk") from error
         with self._lock:
             gone = {key: v for key, v in self._loaded.items() if key[0].parent == folder}
             for key in gone:

@@ -75,12 +75,11 @@ def free_port() -> int:
 class Server:
     """A server in a process of its own."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, log: Path) -> None:
         self.settings = settings
         self.url = f"http://127.0.0.1:{settings.port}"
         code = "import sys; from server.run import run; from server.settings import Settings; "
         code += "sys.exit(run(Settings.model_validate_json(sys.argv[1])))"
-        log = settings.store.parent / f"{settings.store.name}-{settings.port}.log"
         self.log = log
         with log.open("w") as stream:
             self.process = subprocess.Popen(
@@ -135,7 +134,7 @@ def start_server(
             posterior=global_posterior[0],
             store=store or tmp_path_factory.mktemp("server") / "store",
         ).model_copy(update=options)
-        server = Server(settings)
+        server = Server(settings, tmp_path_factory.mktemp("log") / "server.log")
         started.append(server)
         if wait:
             server.wait_ready()

@@ -1,0 +1,178 @@
+"""Real faults: a full disk, a read-only one, killed processes, flipped bits; what was acknowledged stays."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from abmll.store import load_posterior
+from tests.server.conftest import Server
+from tests.server.test_http import EXAMPLES, QUESTION, adapt
+from tests.server.test_lifetime import wait_running
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of four megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def remount(folder: Path, mode: str) -> None:
+    deadline = time.monotonic() + 10
+    while subprocess.run(["mount", "-o", f"remount,{mode}", folder], capture_output=True).returncode:
+        assert time.monotonic() < deadline, "the file system stays busy"
+        time.sleep(0.05)
+
+
+def fill(folder: Path) -> Path:
+    """Takes every byte that is left."""
+    filler = folder / "filler"
+    with filler.open("wb", buffering=0) as file:
+        for size in (1 << 16, 1):
+            try:
+                while file.write(bytes(size)) == size:
+                    pass
+            except OSError:
+                continue
+    return filler
+
+
+def probabilities(server: Server, task: str) -> object:
+    reply = server.http.post("/generate", json=QUESTION | {"task": task})
+    assert reply.status_code == 200, reply.text
+    return reply.json()["probabilities"]
+
+
+def refusal(reply: httpx.Response) -> tuple[int, str]:
+    assert int(reply.headers.get("Retry-After", 0)) > 0, reply.text
+    return reply.status_code, reply.json()["error"]["type"]
+
+
+def metric(server: Server, name: str) -> float:
+    families = text_string_to_metric_families(server.http.get("/metrics").text)
+    return next(sample.value for family in families for sample in family.samples if sample.name == name)
+
+
+def half_written(store: Path) -> list[str]:
+    """Versions that cannot be read, and whatever else lies visibly among them."""
+    wrong: list[str] = []
+    for task in (store / "tasks").glob("[!.]*"):
+        for version in task.glob("[!.]*"):
+            try:
+                load_posterior(version)
+            except Exception as error:
+                wrong.append(str(error))
+    return wrong
+
+
+@pytest.mark.slow
+def test_a_full_disk_takes_no_job_loses_none_and_answers_go_on(start_server: Callable[..., Server], disk: Path) -> None:
+    store = disk / "store"
+    server = start_server(store)
+    assert server.wait_job(adapt(server, "kept", steps=1)["job"])["status"] == "done"
+    before = probabilities(server, "kept")
+    running = adapt(server, "running", steps=60)["job"]
+    wait_running(server, running)
+
+    filler = fill(disk)
+    body = {"task": "late", "examples": EXAMPLES * 16}
+    assert refusal(server.http.post("/adapt", json=body)) == (503, "StoreFailure")
+    assert probabilities(server, "kept") == before
+    assert server.http.get("/readyz").status_code == 200
+    time.sleep(8)  # the job comes to its end meanwhile
+    assert probabilities(server, "kept") == before
+    assert half_written(store) == []
+
+    filler.unlink()
+    ended = server.wait_job(running)
+    assert ended["status"] == "done" or "space" in ended["error"], ended
+    assert (store / "tasks" / "running").exists() == (ended["status"] == "done")
+    assert half_written(store) == []
+    assert server.wait_job(adapt(server, "late", steps=1)["job"])["status"] == "done"
+    assert probabilities(server, "kept") == before
+
+
+@pytest.mark.slow
+def test_a_read_only_store_answers_before_and_after_a_restart(start_server: Callable[..., Server], disk: Path) -> None:
+    store = disk / "store"
+    server = start_server(store)
+    assert server.wait_job(adapt(server, "kept", steps=1)["job"])["status"] == "done"
+    before = probabilities(server, "kept")
+
+    remount(disk, "ro")
+    for attempt in range(2):
+        assert refusal(server.http.post("/adapt", json=adapt_body("late"))) == (503, "StoreFailure")
+        assert refusal(server.http.delete("/tasks/kept")) == (503, "StoreFailure")
+        assert probabilities(server, "kept") == before
+        assert {task["task"] for task in server.http.get("/tasks").json()} == {"global", "kept"}
+        assert server.http.get("/metrics").status_code == 200
+        if attempt == 0:
+            assert server.stop() == 0
+            server = start_server(store)
+
+    remount(disk, "rw")
+    assert server.wait_job(adapt(server, "late", steps=1)["job"])["status"] == "done"
+    assert server.http.delete("/tasks/kept").status_code == 204
+
+
+def adapt_body(task: str) -> dict[str, object]:
+    return {"task": task, "examples": [{"prompt": "a film", "answer": "good", "options": ["good", "bad"]}], "steps": 1}
+
+
+@pytest.mark.slow
+def test_acknowledged_jobs_survive_being_killed_at_any_moment(
+    start_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    store, moments = tmp_path / "store", random.Random(5)
+    acknowledged: dict[str, str] = {}
+    for life in range(3):
+        server = start_server(store)
+        for i in range(3):
+            task = f"t{life}-{i}"
+            acknowledged[task] = server.http.post("/adapt", json=adapt_body(task)).json()["job"]
+        time.sleep(moments.uniform(0, 3))
+        server.process.send_signal(signal.SIGKILL)
+        server.process.wait()
+        assert half_written(store) == []
+
+    server = start_server(store)
+    for task, job in acknowledged.items():
+        ended = server.wait_job(job)
+        assert ended["status"] == "done", ended
+        assert ended["posterior"]["version"] == 1, "a job that was taken up again has made two versions"
+        probabilities(server, task)
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_falls_back_to_the_version_before(start_server: Callable[..., Server], tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    server = start_server(store)
+    answers: list[object] = []
+    for seed in range(2):
+        job = server.http.post("/adapt", json=adapt_body("task") | {"seed": seed}).json()["job"]
+        assert server.wait_job(job)["status"] == "done"
+        answers.append(probabilities(server, "task"))
+    assert server.stop() == 0
+
+    weights = store / "tasks" / "task" / "v0002" / "posterior.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    server = start_server(store)
+    assert probabilities(server, "task") == answers[0]
+    shown = server.http.get("/tasks/task").json()["versions"]
+    assert [version["status"] for version in shown] == ["ready", "damaged"]
