@@ -71,6 +71,18 @@ class Overloaded(AbmllError):
         self.retry_after = retry_after
 
 
+class RateLimited(Overloaded):
+    """The key has asked more often than it may."""
+
+
+class Unauthorized(AbmllError):
+    """No API key was sent, or one that is unknown."""
+
+
+class Forbidden(AbmllError):
+    """The API key lacks the right."""
+
+
 class DeadlineExceeded(AbmllError):
     """The answer did not come in the time that the request, or the server, gives it."""
 

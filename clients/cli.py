@@ -166,7 +166,7 @@ def _console(stderr: bool = False) -> Console:
 @contextmanager
 def _connected(url: str | None, timeout: float) -> Generator[Client]:
     """Gives a client; its errors become one line and exit status 2 (the input is wrong) or 1 (all else)."""
-    from clients.errors import ClientError, InvalidFile, NotFound, RequestRejected, ServerUnreachable
+    from clients.errors import AccessDenied, ClientError, InvalidFile, NotFound, RequestRejected, ServerUnreachable
     from clients.http import Client
 
     try:
@@ -176,6 +176,8 @@ def _connected(url: str | None, timeout: float) -> Generator[Client]:
         hint = ""
         if isinstance(error, ServerUnreachable):
             hint = "; start it with `make serve`, or name another with --url"
+        elif isinstance(error, AccessDenied):
+            hint = "; put the key into ABMLL_KEY"
         elif isinstance(error, NotFound) and error.type == "TaskNotFound":
             hint = "; `abmll tasks` lists what there is"
         typer.echo(f"abmll: {error}{hint}", err=True)

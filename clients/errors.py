@@ -50,6 +50,10 @@ class RequestRejected(ApiError):
     """400, 413 or 422: the request cannot be served as it stands."""
 
 
+class AccessDenied(ApiError):
+    """401 or 403: no key, an unknown one, or one without the right."""
+
+
 class NotFound(ApiError):
     """404: no such task or job."""
 
@@ -59,7 +63,7 @@ class Conflict(ApiError):
 
 
 class ServerUnavailable(ApiError):
-    """429 or 503: starting, overloaded or broken; later may help."""
+    """429, 503 or 504: starting, overloaded or broken; later may help."""
 
 
 class JobError(ClientError):
@@ -90,10 +94,13 @@ _KINDS: dict[int, type[ApiError]] = {
     400: RequestRejected,
     413: RequestRejected,
     422: RequestRejected,
+    401: AccessDenied,
+    403: AccessDenied,
     404: NotFound,
     409: Conflict,
     429: ServerUnavailable,
     503: ServerUnavailable,
+    504: ServerUnavailable,
 }
 
 

@@ -25,7 +25,7 @@ _PAUSES = (0.2, 0.8)  # seconds before a GET whose connection failed is sent aga
 _BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
 
 
-def _settings(url: str | None, timeout: float) -> dict[str, Any]:
+def _settings(url: str | None, timeout: float, key: str | None) -> dict[str, Any]:
     base = (url or os.environ.get("ABMLL_URL") or DEFAULT_URL).rstrip("/")
     try:
         parsed = httpx.URL(base)
@@ -33,10 +33,13 @@ def _settings(url: str | None, timeout: float) -> dict[str, Any]:
         raise ServerUnreachable(f"{base!r} is not a URL ({error}); give one such as {DEFAULT_URL}") from error
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ServerUnreachable(f"{base!r} is not a server's URL; give one such as {DEFAULT_URL}")
+    key = key or os.environ.get("ABMLL_KEY")
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise ClientError("the API key holds characters that no key has; give it as `abmll keys add` printed it")
     return {
         "base_url": base,
         "timeout": httpx.Timeout(timeout, connect=min(timeout, _CONNECT_SECONDS)),
-        "headers": {"Accept": "application/json"},
+        "headers": {"Accept": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}),
     }
 
 
@@ -64,16 +67,22 @@ class Client:
     Args:
         url: The server's address; ``$ABMLL_URL`` or ``http://127.0.0.1:8000`` by default.
         timeout: Longest wait for a reply, in seconds.
+        key: API key, where the server asks for one; ``$ABMLL_KEY`` by default.
         transport: Another way to send requests, as httpx takes it.
 
     All methods raise ``ServerUnreachable``, ``ReplyTimeout``, ``ApiError`` (``NotFound``,
-    ``RequestRejected``, ``Conflict``, ``ServerUnavailable``) and ``InvalidReply``.
+    ``RequestRejected``, ``AccessDenied``, ``Conflict``, ``ServerUnavailable``) and ``InvalidReply``.
     """
 
     def __init__(
-        self, url: str | None = None, *, timeout: float = 60.0, transport: httpx.BaseTransport | None = None
+        self,
+        url: str | None = None,
+        *,
+        timeout: float = 60.0,
+        key: str | None = None,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self._http = httpx.Client(**_settings(url, timeout), transport=transport)
+        self._http = httpx.Client(**_settings(url, timeout, key), transport=transport)
 
     def __enter__(self) -> Self:
         return self
@@ -206,9 +215,14 @@ class AsyncClient:
     """A connection to a server, for asynchronous code; see ``Client``."""
 
     def __init__(
-        self, url: str | None = None, *, timeout: float = 60.0, transport: httpx.AsyncBaseTransport | None = None
+        self,
+        url: str | None = None,
+        *,
+        timeout: float = 60.0,
+        key: str | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self._http = httpx.AsyncClient(**_settings(url, timeout), transport=transport)
+        self._http = httpx.AsyncClient(**_settings(url, timeout, key), transport=transport)
 
     async def __aenter__(self) -> Self:
         return self

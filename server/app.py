@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,10 +14,13 @@ from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from abmll.errors import EngineFailure, TaskConflict
+from server.access import ANY, Access
 from server.answers import read_examples
 from server.body_limit import BodyLimit
 from server.connection import while_connected
 from server.errors import install
+from server.keys import Keys
+from server.logs import Logged, audit, current_request
 from server.metrics import Measured, Metrics
 from server.schemas import (
     AdaptRequest,
@@ -44,11 +46,13 @@ examples: `POST /adapt`, then `POST /generate` with its name.
 """
 _REASONS = {
     400: "The body is not JSON.",
+    401: "No API key, or one that is unknown or revoked.",
+    403: "The API key lacks the right.",
     404: "No such task or job.",
     409: "The task is reserved, or a job for it is under way.",
     413: "Prompt and answer exceed the model's context, or the body the server's limit.",
     422: "A field is missing, unknown, of the wrong type, or out of range.",
-    429: "Too much waits already; ask again after the seconds in `Retry-After`.",
+    429: "Too much waits already, or the API key has asked too often; ask again after the seconds in `Retry-After`.",
     500: "The server failed, or a stored posterior is damaged.",
     503: "The engine cannot answer, or the store cannot be written, at present; ask again after `Retry-After`.",
     504: "No answer within the time that the request or the server gives.",
@@ -70,6 +74,7 @@ def create_app(settings: Settings, on_failure: Callable[[Exception], None] = lam
         AbmllError: The global posterior or the store cannot be used.
     """
     service, metrics = Service(settings, on_failure), Metrics()
+    access = Access(None if settings.keys is None else Keys(settings.keys))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
@@ -84,29 +89,44 @@ def create_app(settings: Settings, on_failure: Callable[[Exception], None] = lam
                          lifespan=lifespan)  # fmt: skip
     app.add_middleware(BodyLimit, limit=settings.max_body)
     app.add_middleware(Measured, metrics=metrics)
+    app.add_middleware(Logged)
+    app.router.route_class = access.route_class()
     install(app)
     metrics.watch(service.snapshot, settings.engine)
     app.state.service = service
-    _add_questions(app, service, metrics)
-    _add_adaptation(app, service)
-    _add_tasks(app, service)
-    _add_operation(app, service, metrics)
+    _add_questions(app, service, access, metrics)
+    _add_adaptation(app, service, access)
+    _add_tasks(app, service, access)
+    _add_operation(app, service, access, metrics)
     return app
 
 
-def _add_questions(app: FastAPI, service: Service, metrics: Metrics) -> None:
-    @app.post("/generate", tags=["questions"], responses=_errors(400, 404, 413, 422, 429, 500, 503, 504))
-    async def generate(question: GenerateRequest, request: Request, response: Response) -> GenerateReply:  # pyright: ignore[reportUnusedFunction] -- a route
+def _add_questions(app: FastAPI, service: Service, access: Access, metrics: Metrics) -> None:
+    @app.post(
+        "/generate",
+        tags=["questions"],
+        responses=_errors(400, 404, 413, 422, 429, 500, 503, 504, *access.statuses),
+        dependencies=access.needs("query"),
+    )
+    async def generate(question: GenerateRequest, request: Request) -> GenerateReply:  # pyright: ignore[reportUnusedFunction] -- a route
         """Answers a question under draws from a task's posterior."""
-        request_id = uuid.uuid4().hex[:16]
-        reply = await while_connected(request, service.answerer.answer(question, request_id))
+        context = current_request()
+        assert context is not None
+        if service.settings.log_prompts:
+            logger.info("task %s is asked %r", question.task, question.prompt)
+        reply = await while_connected(request, service.answerer.answer(question, context.id))
         metrics.observe(reply)
-        response.headers["X-Request-ID"] = request_id
         return reply
 
 
-def _add_adaptation(app: FastAPI, service: Service) -> None:
-    @app.post("/adapt", status_code=202, tags=["adaptation"], responses=_errors(400, 409, 413, 422, 429, 503))
+def _add_adaptation(app: FastAPI, service: Service, access: Access) -> None:
+    @app.post(
+        "/adapt",
+        status_code=202,
+        tags=["adaptation"],
+        responses=_errors(400, 409, 413, 422, 429, 503, *access.statuses),
+        dependencies=access.needs("adapt"),
+    )
     async def adapt(task: AdaptRequest) -> JobReply:  # pyright: ignore[reportUnusedFunction] -- a route
         """Queues a job that makes a task's posterior from labelled examples."""
         check_name(task.task)
@@ -121,49 +141,74 @@ def _add_adaptation(app: FastAPI, service: Service) -> None:
                 service.settings.job_queue,
             )
         )
+        audit("adapt", task=job.task, job=job.id, examples=len(task.examples))
         if service.supervisor is not None:
             service.supervisor.wake()
         return JobReply.of(job)
 
-    @app.get("/adapt", tags=["adaptation"], responses=_errors(503))
+    @app.get(
+        "/adapt", tags=["adaptation"], responses=_errors(503, *access.statuses), dependencies=access.needs("adapt")
+    )
     def list_jobs() -> Sequence[JobReply]:  # pyright: ignore[reportUnusedFunction] -- a route
         """Lists the newest hundred jobs, newest first."""
         return [JobReply.of(job) for job in service.registry.list()]
 
-    @app.get("/adapt/{job}", tags=["adaptation"], responses=_errors(404, 503))
+    @app.get(
+        "/adapt/{job}",
+        tags=["adaptation"],
+        responses=_errors(404, 503, *access.statuses),
+        dependencies=access.needs("adapt"),
+    )
     def get_job(job: str) -> JobReply:  # pyright: ignore[reportUnusedFunction] -- a route
         """Tells a job's status and progress."""
         return JobReply.of(service.registry.get(job))
 
-    @app.delete("/adapt/{job}", tags=["adaptation"], responses=_errors(404, 503))
+    @app.delete(
+        "/adapt/{job}",
+        tags=["adaptation"],
+        responses=_errors(404, 503, *access.statuses),
+        dependencies=access.needs("adapt"),
+    )
     def cancel_job(job: str) -> JobReply:  # pyright: ignore[reportUnusedFunction] -- a route
         """Cancels a job that is queued or running; one that has ended stays as it is."""
-        return JobReply.of(service.registry.cancel(job))
+        cancelled = service.registry.cancel(job)
+        audit("cancel", task=cancelled.task, job=job)
+        return JobReply.of(cancelled)
 
 
-def _add_tasks(app: FastAPI, service: Service) -> None:
-    @app.get("/tasks", tags=["tasks"])
+def _add_tasks(app: FastAPI, service: Service, access: Access) -> None:
+    @app.get("/tasks", tags=["tasks"], responses=_errors(*access.statuses), dependencies=access.needs("query"))
     def list_tasks() -> Sequence[TaskSummary]:  # pyright: ignore[reportUnusedFunction] -- a route
         """Lists all tasks, `global` first."""
         store = service.store
         return [summarize(name, store.versions(name)) for name in store.names()]
 
-    @app.get("/tasks/{name}", tags=["tasks"], responses=_errors(404))
+    @app.get(
+        "/tasks/{name}", tags=["tasks"], responses=_errors(404, *access.statuses), dependencies=access.needs("query")
+    )
     def get_task(name: str) -> TaskReply:  # pyright: ignore[reportUnusedFunction] -- a route
         """Tells a task's calibration and history."""
         return describe(name, service.store.versions(name))
 
-    @app.delete("/tasks/{name}", status_code=204, tags=["tasks"], responses=_errors(404, 409, 422, 503))
+    @app.delete(
+        "/tasks/{name}",
+        status_code=204,
+        tags=["tasks"],
+        responses=_errors(404, 409, 422, 503, *access.statuses),
+        dependencies=access.needs("admin"),
+    )
     async def delete_task(name: str) -> None:  # pyright: ignore[reportUnusedFunction] -- a route
         """Removes a task with all its versions."""
         if name == GLOBAL:
             raise TaskConflict("the global posterior cannot be deleted", field="name")
         if await run_in_threadpool(lambda: service.registry.active(name)):
             raise TaskConflict(f"a job for task {name!r} is under way; cancel it first", field="name")
-        await service.forget(await run_in_threadpool(lambda: service.store.delete(name)))
+        digests = await run_in_threadpool(lambda: service.store.delete(name))
+        audit("delete", task=name)
+        await service.forget(digests)
 
 
-def _add_operation(app: FastAPI, service: Service, metrics: Metrics) -> None:
+def _add_operation(app: FastAPI, service: Service, access: Access, metrics: Metrics) -> None:
     @app.get("/healthz", tags=["operation"])
     async def healthz() -> Health:  # pyright: ignore[reportUnusedFunction] -- a route
         """Says 200 while the process lives."""
@@ -177,7 +222,13 @@ def _add_operation(app: FastAPI, service: Service, metrics: Metrics) -> None:
         service.answerer  # noqa: B018 -- raises while the engine starts
         raise EngineFailure("the engine is not healthy; see the server's log")
 
-    @app.get("/metrics", tags=["operation"], response_class=Response)
+    @app.get(
+        "/metrics",
+        tags=["operation"],
+        response_class=Response,
+        responses=_errors(*access.statuses),
+        dependencies=access.needs(ANY),
+    )
     def read_metrics() -> Response:  # pyright: ignore[reportUnusedFunction] -- a route
         """Gives Prometheus metrics, vLLM's own included."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import typer
 
 import clients.cli
+import server.keys
 import training.cli
 from abmll.errors import AbmllError, EngineFailure
 
@@ -49,7 +50,24 @@ def serve_command(
         Literal["float32", "bfloat16", "float16"],
         typer.Option(help="Base weights of the torch engine and of adaptation."),
     ] = "float32",
+    concurrency: Annotated[int, typer.Option(min=1, help="Questions in the engine at a time.")] = 32,
+    queue: Annotated[int, typer.Option(min=0, help="Questions that may wait for it; 429 past that.")] = 512,
+    job_queue: Annotated[int, typer.Option(min=1, help="Adaptation jobs that may wait; 429 past that.")] = 256,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds until a question is given up; 504.")] = 60.0,
+    max_body: Annotated[int, typer.Option(min=1024, help="Largest body of a request, in bytes.")] = 16 << 20,
+    keys: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="ABMLL_KEY_FILE",
+            show_default="everybody may do everything",
+            help="File of API keys, as `abmll keys add` makes it.",
+        ),
+    ] = None,
     log_level: Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="Least severe log.")] = "info",
+    log_format: Annotated[
+        Literal["text", "json"], typer.Option(help="Lines for people, or one JSON object each.")
+    ] = "text",
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write the questions into the log.")] = False,
 ) -> None:
     """Serve the model over HTTP."""
     from pydantic import ValidationError
@@ -73,7 +91,15 @@ def serve_command(
                 "device": device,
                 "adapt_device": adapt_device,
                 "dtype": dtype,
+                "concurrency": concurrency,
+                "queue": queue,
+                "job_queue": job_queue,
+                "timeout": timeout,
+                "max_body": max_body,
+                "keys": keys,
                 "log_level": log_level,
+                "log_format": log_format,
+                "log_prompts": log_prompts,
             }
         )
     except ValidationError as error:
@@ -92,6 +118,7 @@ def create_cli() -> typer.Typer:
     app.command("serve")(serve_command)
     clients.cli.register(app)
     training.cli.register(app)
+    server.keys.register(app)
     return app
 
 

@@ -16,6 +16,7 @@ from abmll.errors import (
     ClientGone,
     DeadlineExceeded,
     EngineFailure,
+    Forbidden,
     InvalidExamples,
     InvalidPosterior,
     InvalidRequest,
@@ -25,6 +26,7 @@ from abmll.errors import (
     StoreFailure,
     TaskConflict,
     TaskNotFound,
+    Unauthorized,
 )
 from server.schemas import AdaptRequest, ErrorBody, ErrorReply, ExampleIn, GenerateRequest
 
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 # The first match counts, so that a kind stands before the kind it is derived from.
 STATUS: Sequence[tuple[type[AbmllError], int]] = (
+    (Unauthorized, 401),
+    (Forbidden, 403),
     (PromptTooLong, 413),
     (InvalidRequest, 422),
     (InvalidExamples, 422),
@@ -104,6 +108,8 @@ def install(app: FastAPI) -> None:
         if status == 500:
             logger.error("%s %s: %s: %s", request.method, request.url.path, type(error).__name__, error.message)
         headers = {"Retry-After": "5"} if status == 503 else None
+        if isinstance(error, Unauthorized):
+            headers = {"WWW-Authenticate": "Bearer"}
         if isinstance(error, Overloaded):
             headers = {"Retry-After": str(error.retry_after)}
         return _reply(status, type(error).__name__, error.message, error.field, headers)

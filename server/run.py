@@ -12,6 +12,8 @@ import uvicorn
 
 from abmll.errors import AbmllError
 from server.app import create_app
+from server.keys import Keys
+from server.logs import configure
 from server.settings import Settings
 from training.embedded import BASE, NAME
 
@@ -22,8 +24,13 @@ def check(settings: Settings) -> None:
     """Finds what would fail after a long start.
 
     Raises:
-        AbmllError: The port is taken, or the embedded model is not there.
+        AbmllError: The embedded model is not there, vLLM cannot be imported, or there are no keys.
     """
+    if settings.keys is not None:
+        if not Keys(settings.keys).all():
+            raise AbmllError(f"{settings.keys} holds no key, nobody could ask; make one with `abmll keys add`")
+    elif settings.host not in ("127.0.0.1", "::1", "localhost"):
+        logger.warning("anybody who reaches %s may ask, teach and delete; --keys asks for API keys", settings.host)
     if settings.model in (None, NAME):
         if not (BASE / "config.json").exists():
             raise AbmllError(f"the embedded base model is not in {BASE}; name one with --model")
@@ -60,9 +67,7 @@ def run(settings: Settings) -> int:
     Returns:
         The exit status: 0 after a stop, 1 if the server could not start.
     """
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for chatty in ("httpx", "httpcore", "filelock", "urllib3"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    configure(settings)
     failures: list[Exception] = []
 
     def failed(error: Exception) -> None:
@@ -79,9 +84,7 @@ def run(settings: Settings) -> int:
             taken.close()
         print(f"abmll: {error.message}", file=sys.stderr)
         return 1
-    config = uvicorn.Config(
-        app, log_config=None, access_log=settings.log_level == "debug", timeout_graceful_shutdown=10
-    )
+    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=10)
     server = uvicorn.Server(config)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after its own orderly stop
     logger.info("listening on http://%s:%d, not ready yet", *taken.getsockname()[:2])

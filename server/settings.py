@@ -35,7 +35,10 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     job_queue: int = Field(default=256, ge=1, description="adaptation jobs that may wait; 429 past that")
     timeout: float = Field(default=60.0, gt=0, description="seconds until an unanswered question is given up; 504")
     max_body: int = Field(default=16 << 20, ge=1024, description="largest body of a request in bytes; 413 past that")
+    keys: Path | None = Field(default=None, description="file of API keys; None: everybody may do everything")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = Field(default="text", description="lines for people, or one JSON object each")
+    log_prompts: bool = Field(default=False, description="write the questions into the log")
 
     @model_validator(mode="after")
     def _draws_in_range(self) -> Settings:

@@ -18,6 +18,7 @@ from abmll.errors import AbmllError, InvalidPosterior, StoreFailure, TaskNotFoun
 from abmll.layers import Attached, attach
 from abmll.store import Record, StoredPosterior, load_posterior
 from server.jobs import Job, JobCancelled, JobRegistry
+from server.logs import configure
 from server.settings import Settings
 from server.store import TaskStore
 
@@ -145,8 +146,7 @@ def _watch_server(wake: threading.Event) -> None:
 def main() -> None:
     """Works until the server ends."""
     settings = Settings.model_validate_json(sys.stdin.readline())
-    level = settings.log_level.upper()
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure(settings)
     wake = threading.Event()
     threading.Thread(target=_watch_server, args=(wake,), daemon=True).start()
 

@@ -72,6 +72,13 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.02)
+
+
 class Server:
     """A server in a process of its own."""
 

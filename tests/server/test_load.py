@@ -13,7 +13,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.server.conftest import Server
+from tests.server.conftest import Server, wait_for
 from tests.server.test_http import EXAMPLES, QUESTION, adapt
 
 SLOW = QUESTION | {"prompt": "play it again " * 60, "draws": 64}
@@ -22,13 +22,6 @@ SLOW = QUESTION | {"prompt": "play it again " * 60, "draws": 64}
 def metric(server: Server, name: str) -> float:
     families = text_string_to_metric_families(server.http.get("/metrics").text)
     return sum(sample.value for family in families for sample in family.samples if sample.name == name)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
