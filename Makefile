@@ -11,6 +11,7 @@ ENGINE ?=
 MODEL ?=
 STORE ?=
 TASKS ?=
+MINUTES ?= 15
 ARGS ?=
 
 # cpu or gpu: which build of vLLM and torch is installed.
@@ -46,12 +47,12 @@ FLAGS += --torch-backend cpu
 endif
 endif
 
-.PHONY: help serve test bench eval lint types imports format clean install install-dev
+.PHONY: help serve test bench soak eval lint types imports format clean install install-dev
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  variables: HOST PORT ENGINE=vllm|torch MODEL STORE TASKS ACCEL=cpu|gpu PYTHON ARGS"
+	@echo "  variables: HOST PORT ENGINE=vllm|torch MODEL STORE TASKS MINUTES ACCEL=cpu|gpu PYTHON ARGS"
 
 serve: $(SERVING) ## serve on PORT (8000), with the embedded model or MODEL
 	@exec $(BIN)/abmll serve --host $(HOST) --port $(PORT) $(if $(ENGINE),--engine '$(ENGINE)') \
@@ -63,6 +64,9 @@ test: lint types imports ## lint, types, import rules, then every test (ARGS go 
 bench: $(SERVING) ## measure the server's speed, and training's against plain LoRA (ARGS go to server.bench)
 	@$(BIN)/python -m server.bench $(ARGS)
 	@$(BIN)/python -m training.bench
+
+soak: $(SERVING) ## mixed traffic with faults for MINUTES (15): errors, lost jobs, memory (ARGS go to server.soak)
+	@$(BIN)/python -m server.soak $(MINUTES) $(ARGS)
 
 eval: $(SERVING) ## measure accuracy and calibration on TASKS, a folder (ARGS go to abmll eval)
 	@test -n "$(TASKS)" || { echo "name a folder of tasks: make eval TASKS=folder" >&2; exit 2; }

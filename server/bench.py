@@ -40,7 +40,8 @@ def prompts(count: int, seed: int) -> list[str]:
     return [" ".join(rng.choices(_WORDS, k=60)) for _ in range(count)]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -49,7 +50,7 @@ def _free_port() -> int:
 @contextmanager
 def running_server(engine: str, extra: Sequence[str]) -> Generator[tuple[str, float], None, None]:
     """Starts ``abmll serve`` on a free port; yields its address and the seconds until it was ready."""
-    port = _free_port()
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         command = [sys.executable, "-m", "server.cli", "serve", "--engine", engine, "--port", str(port)]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import random
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from abmll.store import load_posterior
-from tests.server.conftest import Server
+from tests.server.conftest import Server, wait_for
 from tests.server.test_http import EXAMPLES, QUESTION, adapt
 from tests.server.test_lifetime import wait_running
+from tests.server.test_load import SLOW, metric
 
 
 @pytest.fixture
@@ -60,11 +63,6 @@ def probabilities(server: Server, task: str) -> object:
 def refusal(reply: httpx.Response) -> tuple[int, str]:
     assert int(reply.headers.get("Retry-After", 0)) > 0, reply.text
     return reply.status_code, reply.json()["error"]["type"]
-
-
-def metric(server: Server, name: str) -> float:
-    families = text_string_to_metric_families(server.http.get("/metrics").text)
-    return next(sample.value for family in families for sample in family.samples if sample.name == name)
 
 
 def half_written(store: Path) -> list[str]:
@@ -176,3 +174,41 @@ def test_a_flipped_bit_falls_back_to_the_version_before(start_server: Callable[.
     assert probabilities(server, "task") == answers[0]
     shown = server.http.get("/tasks/task").json()["versions"]
     assert [version["status"] for version in shown] == ["ready", "damaged"]
+
+
+def processes_below(parent: int) -> set[int]:
+    started_by_its_threads = Path(f"/proc/{parent}/task").glob("*/children")
+    found = {int(child) for file in started_by_its_threads for child in file.read_text().split()}
+    return found.union(*map(processes_below, found))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM exists for Linux only")
+def test_a_killed_vllm_is_started_anew_and_nothing_is_lost(start_server: Callable[..., Server]) -> None:
+    server = start_server(engine="vllm", wait=False)
+    server.wait_ready(180)
+    assert server.wait_job(adapt(server, "kept", steps=1)["job"])["status"] == "done"
+    before = probabilities(server, "kept")
+    assert metric(server, "abmll_engine_restarts_total") == 0
+
+    (core,) = (
+        process
+        for process in processes_below(server.process.pid)
+        if b"EngineCore" in Path(f"/proc/{process}/cmdline").read_bytes()
+    )
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(server.http.post, "/generate", json=SLOW | {"seed": seed}) for seed in range(4)]
+        wait_for(lambda: metric(server, "abmll_inside") == 4)
+        os.kill(core, signal.SIGKILL)
+        in_flight = [future.result() for future in asked]
+    assert {refusal(reply) for reply in in_flight} == {(503, "EngineFailure")}
+    wait_for(lambda: server.http.get("/readyz").status_code == 503)
+    assert server.http.get("/healthz").status_code == 200
+    assert refusal(server.http.post("/generate", json=QUESTION)) == (503, "EngineFailure")
+
+    server.wait_ready(180)
+    assert probabilities(server, "kept") == pytest.approx(before, abs=1e-3)
+    assert metric(server, "abmll_engine_restarts_total") == 1
+    assert not Path(f"/proc/{core}").exists()
+    assert server.wait_job(adapt(server, "later", steps=1)["job"])["status"] == "done"
