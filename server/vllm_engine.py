@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -35,6 +36,7 @@ _FUSED = {
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
 }
+_DEAD = "vLLM's engine process has died; ask again once it has been started anew"
 
 
 def adapter_rank(rank: int) -> int:
@@ -95,12 +97,14 @@ class VllmEngine:
         self._requests = itertools.count()
         self._waiting = 0
         self._closed = False
+        self._building: asyncio.Future[Any] | None = None
 
     async def start(self) -> None:
         """Loads the model and warms up every path, so that nothing is left to compile."""
         _set_environment()
+        self._building = asyncio.ensure_future(asyncio.to_thread(self._build))
         try:
-            self._llm = await asyncio.to_thread(self._build)
+            self._llm = await asyncio.shield(self._building)
         except Exception as error:
             raise EngineFailure(f"vLLM could not start with {self.model}: {error}") from error
         config = self._llm.model_config
@@ -162,6 +166,7 @@ class VllmEngine:
     async def close(self) -> None:
         """Ends vLLM's processes and removes the adapters."""
         self._closed = True
+        await self._end_building()
         llm, self._llm = self._llm, None
         if llm is not None:
             handler = getattr(llm, "output_handler", None)
@@ -172,6 +177,15 @@ class VllmEngine:
             # Its __del__ would do it again, perhaps when the interpreter has already taken its module apart.
             llm.shutdown = lambda: None
         await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
+
+    async def _end_building(self) -> None:
+        """Cuts a start short that is under way: vLLM gives up once its processes are gone."""
+        while self._building is not None and not self._building.done():
+            for child in multiprocessing.active_children():
+                child.kill()
+            await asyncio.wait({self._building}, timeout=0.2)
+        if self._llm is None and self._building is not None and self._building.exception() is None:
+            self._llm = self._building.result()
 
     async def score(
         self, served: Served, question: Question, draws: Sequence[int], seed: int, normalize: Normalize = "sum"
@@ -262,17 +276,18 @@ class VllmEngine:
         from vllm.lora.request import LoRARequest
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        llm = self._llm
+        if llm is None:
+            raise EngineFailure(_DEAD)
         lora = LoRARequest(adapter.path.name, adapter.number, str(adapter.path))
         request_id = f"abmll-{next(self._requests)}"
         last: Any = None
         try:
-            stream = self._llm.generate(
-                {"prompt_token_ids": list(prompt)}, params, request_id=request_id, lora_request=lora
-            )
+            stream = llm.generate({"prompt_token_ids": list(prompt)}, params, request_id=request_id, lora_request=lora)
             async for output in stream:
                 last = output
         except EngineDeadError as error:
-            raise EngineFailure("vLLM's engine process has died; the server must be restarted") from error
+            raise EngineFailure(_DEAD) from error
         if last is None or not last.outputs:
             raise EngineFailure("vLLM ended a request without an answer")
         return last
@@ -280,7 +295,7 @@ class VllmEngine:
     @property
     def _adapters(self) -> AdapterCache:
         if self._cache is None or self._closed or self._llm.errored:
-            raise EngineFailure("vLLM is not running; see the server's log")
+            raise EngineFailure(_DEAD)
         return self._cache
 
     async def release(self, key: str) -> None:

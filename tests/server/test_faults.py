@@ -176,6 +176,13 @@ def test_a_flipped_bit_falls_back_to_the_version_before(start_server: Callable[.
     assert [version["status"] for version in shown] == ["ready", "damaged"]
 
 
+def command(process: int) -> bytes:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def processes_below(parent: int) -> set[int]:
     started_by_its_threads = Path(f"/proc/{parent}/task").glob("*/children")
     found = {int(child) for file in started_by_its_threads for child in file.read_text().split()}
@@ -192,11 +199,7 @@ def test_a_killed_vllm_is_started_anew_and_nothing_is_lost(start_server: Callabl
     before = probabilities(server, "kept")
     assert metric(server, "abmll_engine_restarts_total") == 0
 
-    (core,) = (
-        process
-        for process in processes_below(server.process.pid)
-        if b"EngineCore" in Path(f"/proc/{process}/cmdline").read_bytes()
-    )
+    (core,) = (process for process in processes_below(server.process.pid) if b"EngineCore" in command(process))
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(server.http.post, "/generate", json=SLOW | {"seed": seed}) for seed in range(4)]
         wait_for(lambda: metric(server, "abmll_inside") == 4)
@@ -212,3 +215,15 @@ def test_a_killed_vllm_is_started_anew_and_nothing_is_lost(start_server: Callabl
     assert metric(server, "abmll_engine_restarts_total") == 1
     assert not Path(f"/proc/{core}").exists()
     assert server.wait_job(adapt(server, "later", steps=1)["job"])["status"] == "done"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM exists for Linux only")
+def test_a_stop_in_the_middle_of_vllms_start_is_quick_and_leaves_nothing(start_server: Callable[..., Server]) -> None:
+    server = start_server(engine="vllm", wait=False)
+    wait_for(lambda: any(b"EngineCore" in command(process) for process in processes_below(server.process.pid)), 90)
+    started = processes_below(server.process.pid)
+    begun = time.monotonic()
+    assert server.stop() == 0
+    assert time.monotonic() - begun < 15
+    wait_for(lambda: not any(Path(f"/proc/{process}").exists() for process in started))
