@@ -186,6 +186,21 @@ def replace_folder(folder: Path, contents: dict[str, bytes]) -> None:
         raise AbmllError(f"cannot write {folder}: {error}; free space or choose another folder") from error
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file beside ``path``, synced, and renames it there: what stood there stays until all is written.
+
+    Raises:
+        OSError: Writing failed.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+    _sync(path.parent)
+
+
 def _check_finite(tensors: dict[str, Tensor], where: str) -> None:
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():

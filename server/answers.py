@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -128,7 +130,7 @@ class Answerer:
     async def _answer(self, request: GenerateRequest, request_id: str) -> GenerateReply:
         begun, clock = time.perf_counter(), start_clock()
         draws = self._check(request)
-        stored = await asyncio.to_thread(self.store.current, request.task)
+        stored = await asyncio.to_thread(self.store.choose, request.task, request.version, _lot(request))
         question = await self._tokenize(stored, request)
         with EngineTime(clock):
             async with self.admission.admitted(request.task):
@@ -241,6 +243,12 @@ class Answerer:
             standard_error=result.standard_error,
             draws=draws,
         )
+
+
+def _lot(request: GenerateRequest) -> float:
+    """Between 0 and 1, by what is asked: the same question meets the same version."""
+    asked = json.dumps([request.task, request.prompt, request.options, request.seed]).encode()
+    return int.from_bytes(hashlib.sha256(asked).digest()[:8], "big") / 2**64
 
 
 def _calibration(stored: StoredPosterior) -> ShotCalibration | None:

@@ -29,13 +29,14 @@ from server.schemas import (
     GenerateRequest,
     Health,
     JobReply,
+    ServingRequest,
     TaskReply,
     TaskSummary,
 )
 from server.service import Service
 from server.settings import Settings
 from server.store import GLOBAL, check_name
-from server.tasks import describe, summarize
+from server.tasks import describe, read_shares, summarize
 
 logger = logging.getLogger(__name__)
 
@@ -181,14 +182,29 @@ def _add_tasks(app: FastAPI, service: Service, access: Access) -> None:
     def list_tasks() -> Sequence[TaskSummary]:  # pyright: ignore[reportUnusedFunction] -- a route
         """Lists all tasks, `global` first."""
         store = service.store
-        return [summarize(name, store.versions(name)) for name in store.names()]
+        return [summarize(name, store.versions(name), store.serving(name)) for name in store.names()]
 
     @app.get(
         "/tasks/{name}", tags=["tasks"], responses=_errors(404, *access.statuses), dependencies=access.needs("query")
     )
     def get_task(name: str) -> TaskReply:  # pyright: ignore[reportUnusedFunction] -- a route
         """Tells a task's calibration and history."""
-        return describe(name, service.store.versions(name))
+        return describe(name, service.store.versions(name), service.store.serving(name))
+
+    @app.put(
+        "/tasks/{name}/serving",
+        tags=["tasks"],
+        responses=_errors(400, 404, 409, 422, 500, 503, *access.statuses),
+        dependencies=access.needs("adapt"),
+    )
+    async def serve_versions(name: str, wanted: ServingRequest) -> TaskReply:  # pyright: ignore[reportUnusedFunction] -- a route
+        """Says which versions of a task answer: one, several that share the questions, or the newest."""
+        shares = None if wanted.versions is None else read_shares(wanted.versions)
+        await run_in_threadpool(lambda: service.store.serve(name, shares))
+        audit("serve", task=name, versions=wanted.versions)
+        return await run_in_threadpool(
+            lambda: describe(name, service.store.versions(name), service.store.serving(name))
+        )
 
     @app.delete(
         "/tasks/{name}",

@@ -31,6 +31,9 @@ class GenerateRequest(Request):
         description="The question. Must not be blank.", examples=["The film was a delight. Sentiment?"]
     )
     task: str = Field(GLOBAL, description="Which posterior answers: `global`, or a task made by `POST /adapt`.")
+    version: int | None = Field(
+        None, ge=1, description="Which version of the task answers; null: as the task is served."
+    )
     options: list[Text] | None = Field(
         None,
         description=f"2 to {MAX_OPTIONS} distinct answers to choose from; null for a free-text answer.",
@@ -196,6 +199,19 @@ class TaskReply(TaskSummary):
     base_model: str | None = Field(description="Base model that the posterior is over.")
     calibration: Calibration | None
     versions: list[VersionReply] = Field(description="Oldest first.")
+    serving: dict[str, float] | None = Field(
+        description="Share of the questions by version; null: the newest answers.", examples=[{"1": 0.9, "2": 0.1}]
+    )
+
+
+class ServingRequest(Request):
+    """Which versions of a task answer."""
+
+    versions: dict[str, float] | None = Field(
+        description="Share of the questions by version: one to roll back to, or several for an A/B test, in which "
+        "the same question always goes to the same version. null: always the newest.",
+        examples=[{"1": 0.9, "2": 0.1}],
+    )
 
 
 class Health(BaseModel):

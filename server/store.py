@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import logging
+import math
 import re
 import shutil
 import tempfile
@@ -13,16 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic import BaseModel, Field, ValidationError
+
 from abmll.calibration import Calibration
 from abmll.errors import AbmllError, InvalidPosterior, InvalidRequest, StoreFailure, TaskConflict, TaskNotFound
 from abmll.posterior import Posterior
-from abmll.store import Record, StoredPosterior, load_posterior, save_posterior
+from abmll.store import Record, StoredPosterior, load_posterior, replace_file, save_posterior
 
 logger = logging.getLogger(__name__)
 
 GLOBAL = "global"
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 LOADED_KEPT = 128
+_SERVING = "serving.json"
+UNKNOWN_SERVING = "which version answers cannot be read from serving.json; say it anew with PUT /tasks/{name}/serving"
 _VERSION = re.compile(r"^v(\d{4,})$")
 
 
@@ -60,6 +67,16 @@ class Version:
     def status(self) -> Literal["ready", "damaged"]:
         """Whether it can be asked."""
         return "damaged" if self.stored is None else "ready"
+
+
+class _Serving(BaseModel, frozen=True):
+    shares: dict[int, float] = Field(min_length=1)
+
+
+def _usable(name: str, version: Version) -> StoredPosterior:
+    if version.stored is None:
+        raise InvalidPosterior(f"version {version.number} of task {name!r} cannot be used: {version.error}", "task")
+    return version.stored
 
 
 class TaskStore:
@@ -118,6 +135,86 @@ class TaskStore:
         if name == GLOBAL:
             return [Version(self.global_posterior.record.version, self.global_posterior, None)]
         return [self._load(name, number) for number in self._known(name)]
+
+    def choose(self, name: str, version: int | None, lot: float) -> StoredPosterior:
+        """Returns the version that answers a question.
+
+        Args:
+            name: The task.
+            version: The version that was asked for; None: as the task is served.
+            lot: Between 0 and 1; decides between the versions that share the traffic.
+
+        Raises:
+            TaskNotFound: There is no such task or version.
+            InvalidPosterior: What should answer is damaged, or made for another base model.
+        """
+        if version is not None:
+            found = next((known for known in self.versions(name) if known.number == version), None)
+            if found is None:
+                raise TaskNotFound(f"task {name!r} has no version {version}; GET /tasks/{name} lists them", "version")
+            return _usable(name, found)
+        shares = self.serving(name)
+        if shares is None:
+            return self.current(name)
+        if not shares:
+            raise InvalidPosterior(f"task {name!r} cannot be used: {UNKNOWN_SERVING}", field="task")
+        limits = list(itertools.accumulate(shares.values()))
+        chosen = list(shares)[min(bisect.bisect_right(limits, lot), len(limits) - 1)]
+        return _usable(name, self._load(name, chosen))
+
+    def serving(self, name: str) -> dict[int, float] | None:
+        """The versions that share a task's traffic, each with its share.
+
+        Returns:
+            None where the newest answers; nothing where the file that says so is damaged.
+
+        Raises:
+            TaskNotFound: There is no such task.
+        """
+        if name == GLOBAL:
+            return None
+        self._known(name)
+        path = self.tasks / name / _SERVING
+        try:
+            return _Serving.model_validate_json(path.read_bytes()).shares
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError) as error:
+            logger.warning("%s is damaged: %s", path, error)
+            return {}
+
+    def serve(self, name: str, shares: dict[int, float] | None) -> None:
+        """Says which versions of a task answer: one (a roll-back), several (an A/B test), or always the newest.
+
+        Args:
+            name: The task.
+            shares: Share of the questions by version, made to sum to 1; None: the newest.
+
+        Raises:
+            InvalidRequest: Not a task name, no version, or a share that is not positive.
+            TaskNotFound: There is no such task or version.
+            InvalidPosterior: A version is damaged.
+            StoreFailure: The disk is full or not writable; all is as before.
+        """
+        check_name(name)
+        known = {version.number: version for version in self.versions(name)}
+        path = self.tasks / name / _SERVING
+        if shares is not None:
+            if not shares or not all(0 < share < math.inf for share in shares.values()):
+                raise InvalidRequest("versions needs a positive share for each; null: the newest", field="versions")
+            for number in shares:
+                if number not in known:
+                    raise TaskNotFound(f"task {name!r} has no version {number}; it has {sorted(known)}", "versions")
+                _usable(name, known[number])
+        try:
+            if shares is None:
+                path.unlink(missing_ok=True)
+            else:
+                total = sum(shares.values())
+                normal = _Serving(shares={number: share / total for number, share in sorted(shares.items())})
+                replace_file(path, normal.model_dump_json().encode())
+        except OSError as error:
+            raise StoreFailure(f"task {name!r} is served as before: {error}; mend the store's disk") from error
 
     def add(
         self,

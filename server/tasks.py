@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from abmll.errors import InvalidRequest
 from server.schemas import PosteriorId, TaskReply, TaskSummary, VersionReply
-from server.store import Version
+from server.store import UNKNOWN_SERVING, Version
 
 
-def summarize(name: str, versions: Sequence[Version]) -> TaskSummary:
-    """Tells a task by the version that answers, and what is wrong with its newest one."""
-    current = next((version for version in reversed(versions) if version.stored is not None), None)
-    newest = versions[-1]
+def summarize(name: str, versions: Sequence[Version], serving: dict[int, float] | None) -> TaskSummary:
+    """Tells a task by the version that answers (most), and what is wrong with its newest one."""
+    current = _answering(versions, serving)
+    error = UNKNOWN_SERVING if serving == {} else versions[-1].error
     if current is None or current.stored is None:
         return TaskSummary(
-            task=name, status="damaged", error=newest.error, version=newest.number, posterior=None, shots=None,
+            task=name, status="damaged", error=error, version=versions[-1].number, posterior=None, shots=None,
             created=None, calibrated=False,
         )  # fmt: skip
     stored = current.stored
     return TaskSummary(
         task=name,
         status="ready",
-        error=newest.error,
+        error=error,
         version=current.number,
         posterior=PosteriorId(id=stored.digest, version=current.number, task=name),
         shots=stored.record.shots,
@@ -30,15 +31,24 @@ def summarize(name: str, versions: Sequence[Version]) -> TaskSummary:
     )
 
 
-def describe(name: str, versions: Sequence[Version]) -> TaskReply:
+def describe(name: str, versions: Sequence[Version], serving: dict[int, float] | None) -> TaskReply:
     """Tells a task with its history."""
-    current = next((version.stored for version in reversed(versions) if version.stored is not None), None)
+    answering = _answering(versions, serving)
+    current = None if answering is None else answering.stored
     return TaskReply(
-        **summarize(name, versions).model_dump(),
+        **summarize(name, versions, serving).model_dump(),
         base_model=None if current is None else current.posterior.config.base_model,
         calibration=None if current is None else current.calibration,
         versions=[_version(version) for version in versions],
+        serving=None if serving is None else {str(number): share for number, share in serving.items()},
     )
+
+
+def _answering(versions: Sequence[Version], serving: dict[int, float] | None) -> Version | None:
+    usable = [version for version in versions if version.stored is not None]
+    if serving is None:
+        return usable[-1] if usable else None
+    return max((v for v in usable if v.number in serving), key=lambda v: serving[v.number], default=None)
 
 
 def _version(version: Version) -> VersionReply:
@@ -54,3 +64,17 @@ def _version(version: Version) -> VersionReply:
         seed=None if record is None else record.seed,
         created=None if record is None else record.created,
     )
+
+
+def read_shares(given: dict[str, float]) -> dict[int, float]:
+    """Reads shares by version.
+
+    Raises:
+        InvalidRequest: A version is not a number, or named twice.
+    """
+    if not all(number.isascii() and number.isdigit() and len(number) < 10 for number in given):
+        raise InvalidRequest(f"versions are numbers, not {', '.join(given)[:80]!r}", field="versions")
+    shares = {int(number): share for number, share in given.items()}
+    if len(shares) < len(given):
+        raise InvalidRequest("versions names a version twice", field="versions")
+    return shares

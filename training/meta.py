@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from abmll.errors import AbmllError
 from abmll.layers import Attached, init_posterior
 from abmll.objective import data_loss, micro_batches, task_gradient
 from abmll.posterior import Posterior, PosteriorConfig
+from abmll.store import replace_file
 from training.adaptation import AdaptConfig, run_inner
 from training.base_model import BaseModel as Base
 from training.episodes import EpisodeConfig, label, sample_episode, short_items
@@ -75,12 +76,9 @@ class _Checkpoint:
             "theta": {key: leaf.detach().cpu() for key, leaf in leaves.items()},
             "optimizer": optimizer.state_dict(),
         }
-        partial = self.path.with_name(self.path.name + ".partial")
-        with partial.open("wb") as stream:
-            torch.save(state, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(self.path)
+        stream = io.BytesIO()
+        torch.save(state, stream)
+        replace_file(self.path, stream.getvalue())
 
     def load(self, leaves: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> tuple[int, float]:
         if not self.path.is_file():

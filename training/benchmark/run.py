@@ -25,6 +25,7 @@ from abmll.calibration import conformal_scores, conformal_threshold, fit_tempera
 from abmll.examples import Example
 from abmll.metrics import negative_log_likelihood
 from abmll.predictive import Predictive, predictive
+from abmll.store import replace_file
 from training.base_model import load_base
 from training.benchmark.exact import ExactBayes
 from training.benchmark.measures import of_task, ood_auroc
@@ -381,9 +382,4 @@ def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Adds rows to a results file: the file is replaced as a whole, so that it never holds half a method."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in [*read_rows(path), *rows])
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as stream:
-        stream.write(gzip.compress(text.encode("utf-8")))
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    replace_file(path, gzip.compress(text.encode("utf-8")))
