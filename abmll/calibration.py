@@ -79,9 +79,15 @@ def task_temperature(prior: TemperaturePrior, held_out: HeldOut | None) -> float
     Returns:
         The temperature; the prior's median where there are no answers or the spread is 0.
     """
-    if held_out is None or len(held_out[1]) == 0 or prior.spread == 0:
+    return own_temperature(prior, [] if held_out is None else [held_out])
+
+
+def own_temperature(prior: TemperaturePrior, groups: Sequence[HeldOut]) -> float:
+    """A task's own temperature, see ``task_temperature``, from answers in groups of as many draws each."""
+    if prior.spread == 0 or sum(len(answers) for _, answers in groups) == 0:
         return prior.median
-    return _grid()[(_evidence(held_out) + prior.penalty()).argmin()].exp().item()
+    evidence = torch.stack([_evidence(group) for group in groups]).sum(dim=0)
+    return _grid()[(evidence + prior.penalty()).argmin()].exp().item()
 
 
 def fit_temperature_prior(
@@ -181,6 +187,8 @@ class ShotCalibration(BaseModel, frozen=True):
         ece_after: After it, on held-out folds of validation tasks.
         questions: Validation answers that it was fitted on.
         scatter: Of the answer's probability between draws; None where it is not known.
+        confidence: Mean confidence on the validation answers, after tempering; None where it is not known.
+        epistemic: Mean epistemic uncertainty on them, in nats, after tempering; None where it is not known.
     """
 
     shots: int = Field(ge=0)
@@ -192,6 +200,8 @@ class ShotCalibration(BaseModel, frozen=True):
     ece_after: float
     questions: int
     scatter: Scatter | None = None
+    confidence: float | None = None
+    epistemic: float | None = None
 
     def for_task(self, held_out: HeldOut | None) -> ShotCalibration:
         """Returns the calibration of one task with its own temperature; ``held_out`` as in ``task_temperature``."""

@@ -49,6 +49,10 @@ class JobNotFound(AbmllError):
     """No adaptation job has that id."""
 
 
+class AnswerNotFound(AbmllError):
+    """No answer is kept under that request id."""
+
+
 class EngineFailure(AbmllError):
     """The engine is not able to answer at present."""
 

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from abmll.store import StoredPosterior
 from server.admission import Admission
 from server.clock import EngineTime, start_clock
 from server.engine import Engine, Served
+from server.feedback import Answered
 from server.schemas import (
     MAX_EXAMPLES,
     ExampleIn,
@@ -100,13 +101,20 @@ class Answerer:
         tokenizer: The base model's.
         store: Where the posteriors are.
         admission: The queue before the engine.
+        note: Told of each answer.
     """
 
     def __init__(
-        self, settings: Settings, engine: Engine, tokenizer: Any, store: TaskStore, admission: Admission
+        self,
+        settings: Settings,
+        engine: Engine,
+        tokenizer: Any,
+        store: TaskStore,
+        admission: Admission,
+        note: Callable[[Answered], None],
     ) -> None:
         self.settings, self.engine, self.tokenizer, self.store = settings, engine, tokenizer, store
-        self.admission = admission
+        self.admission, self.note = admission, note
 
     async def answer(self, request: GenerateRequest, request_id: str) -> GenerateReply:
         """Answers one question.
@@ -134,10 +142,26 @@ class Answerer:
         question = await self._tokenize(stored, request)
         with EngineTime(clock):
             async with self.admission.admitted(request.task):
+                scores: torch.Tensor | None = None
                 if request.options is None:
                     answer = await self._free_text(stored, question, request, draws)
                 else:
-                    answer = await self._choose(stored, question, request, request.options, draws)
+                    answer, scores = await self._choose(stored, question, request, request.options, draws)
+        self.note(
+            Answered(
+                request_id=request_id,
+                task=request.task,
+                version=stored.record.version,
+                options=request.options,
+                scores=scores,
+                standard=request.normalize in (None, stored.posterior.config.normalize),
+                draws=answer.draws,
+                answer=answer.answer_index,
+                probabilities=answer.probabilities,
+                confidence=answer.confidence,
+                epistemic=answer.uncertainty.epistemic,
+            )
+        )
         total = time.perf_counter() - begun
         return GenerateReply(
             request_id=request_id,
@@ -177,7 +201,8 @@ class Answerer:
         request: GenerateRequest,
         options: list[str],
         draws: int,
-    ) -> _Answer:
+    ) -> tuple[_Answer, torch.Tensor]:
+        """Chooses among options; gives the scores, shape (draws, options), too."""
         served, trained = Served(stored.digest, stored.posterior), stored.posterior.config.normalize
         normalize = request.normalize or trained
         entry = _calibration(stored) if normalize == trained else None
@@ -188,7 +213,7 @@ class Answerer:
         temperature = 1.0 if entry is None else entry.temperature
         raw, result = predictive(scores), predictive(scores, temperature, mirrored=True)
         index, probabilities = int(result.answer), result.probabilities
-        return _Answer(
+        answer = _Answer(
             answer=options[index],
             answer_index=index,
             probabilities=probabilities.tolist(),
@@ -202,6 +227,7 @@ class Answerer:
             standard_error=result.standard_error.item(),
             draws=result.draws,
         )
+        return answer, scores
 
     async def _adaptive(
         self,

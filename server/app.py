@@ -25,10 +25,14 @@ from server.metrics import Measured, Metrics
 from server.schemas import (
     AdaptRequest,
     ErrorReply,
+    FeedbackReply,
+    FeedbackRequest,
     GenerateReply,
     GenerateRequest,
     Health,
     JobReply,
+    RecalibrateRequest,
+    RecalibrationReply,
     ServingRequest,
     TaskReply,
     TaskSummary,
@@ -49,7 +53,7 @@ _REASONS = {
     400: "The body is not JSON.",
     401: "No API key, or one that is unknown or revoked.",
     403: "The API key lacks the right.",
-    404: "No such task or job.",
+    404: "No such task, version, job or answer.",
     409: "The task is reserved, or a job for it is under way.",
     413: "Prompt and answer exceed the model's context, or the body the server's limit.",
     422: "A field is missing, unknown, of the wrong type, or out of range.",
@@ -96,6 +100,7 @@ def create_app(settings: Settings, on_failure: Callable[[Exception], None] = lam
     metrics.watch(service.snapshot, settings.engine)
     app.state.service = service
     _add_questions(app, service, access, metrics)
+    _add_feedback(app, service, access)
     _add_adaptation(app, service, access)
     _add_tasks(app, service, access)
     _add_operation(app, service, access, metrics)
@@ -117,6 +122,34 @@ def _add_questions(app: FastAPI, service: Service, access: Access, metrics: Metr
             logger.info("task %s is asked %r", question.task, question.prompt)
         reply = await while_connected(request, service.answerer.answer(question, context.id))
         metrics.observe(reply)
+        return reply
+
+
+def _add_feedback(app: FastAPI, service: Service, access: Access) -> None:
+    @app.post(
+        "/feedback",
+        tags=["questions"],
+        responses=_errors(400, 404, 413, 422, 503, *access.statuses),
+        dependencies=access.needs("query"),
+    )
+    def feedback(said: FeedbackRequest) -> FeedbackReply:  # pyright: ignore[reportUnusedFunction] -- a route
+        """Stores the right answer to a question that was answered, or whether the answer was right."""
+        judged = service.feedback.judge(said.request_id, said.answer, said.correct)
+        return FeedbackReply(
+            request_id=said.request_id, task=judged.task, version=judged.version, correct=judged.correct
+        )
+
+    @app.post(
+        "/tasks/{name}/recalibrate",
+        tags=["tasks"],
+        responses=_errors(400, 404, 409, 413, 422, 500, 503, *access.statuses),
+        dependencies=access.needs("adapt"),
+    )
+    def recalibrate(name: str, wanted: RecalibrateRequest) -> RecalibrationReply:  # pyright: ignore[reportUnusedFunction] -- a route
+        """Fits a task's temperature to its feedback; shows before and after, and makes a new version if asked to."""
+        reply = service.recalibrate(name, wanted.version, wanted.apply)
+        if reply.applied is not None:
+            audit("recalibrate", task=name, version=reply.applied)
         return reply
 
 
@@ -219,9 +252,8 @@ def _add_tasks(app: FastAPI, service: Service, access: Access) -> None:
             raise TaskConflict("the global posterior cannot be deleted", field="name")
         if await run_in_threadpool(lambda: service.registry.active(name)):
             raise TaskConflict(f"a job for task {name!r} is under way; cancel it first", field="name")
-        digests = await run_in_threadpool(lambda: service.store.delete(name))
+        await service.delete(name)
         audit("delete", task=name)
-        await service.forget(digests)
 
 
 def _add_operation(app: FastAPI, service: Service, access: Access, metrics: Metrics) -> None:

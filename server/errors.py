@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from abmll.errors import (
     AbmllError,
+    AnswerNotFound,
     ClientGone,
     DeadlineExceeded,
     EngineFailure,
@@ -41,6 +42,7 @@ STATUS: Sequence[tuple[type[AbmllError], int]] = (
     (InvalidExamples, 422),
     (TaskNotFound, 404),
     (JobNotFound, 404),
+    (AnswerNotFound, 404),
     (TaskConflict, 409),
     (Overloaded, 429),
     (ClientGone, 499),  # as nginx logs it; nobody reads the reply

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import sqlite3
 import uuid
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, TypeAdapter
 
-from abmll.errors import AbmllError, JobNotFound, Overloaded, StoreFailure, TaskConflict
+from abmll.errors import JobNotFound, Overloaded, TaskConflict
 from abmll.examples import Example
+from server.database import Database
 
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
-logger = logging.getLogger(__name__)
 
 ATTEMPTS = 2
 # Seconds after which to ask again where too many jobs wait: about as long as one takes.
@@ -84,53 +82,12 @@ class JobRegistry:
     A method that has returned has reached the disk (write-ahead log, synced at each commit). Every method
     raises ``StoreFailure`` where the disk is full, read-only or failing.
 
-    A file that exists, but cannot be written at present, is no obstacle: a server can answer without it.
-
     Raises:
         AbmllError: The file is damaged, or cannot be made.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        existed = path.exists()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with self._open() as db:
-                db.execute("PRAGMA journal_mode=WAL")
-                db.executescript(_SCHEMA)
-        except StoreFailure as error:
-            if existed:
-                logger.warning("no task can be learnt until this is mended: %s", error.message)
-                return
-            raise AbmllError(f"the jobs in {path} cannot be written: {error.message}", field="store") from error
-        except (OSError, sqlite3.Error) as error:
-            raise AbmllError(f"the jobs in {path} cannot be used: {error}; restore or remove the file") from error
-
-    @contextmanager
-    def _open(self) -> Generator[sqlite3.Connection]:
-        try:
-            db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
-            db.row_factory = sqlite3.Row
-            try:
-                db.execute("PRAGMA synchronous=FULL")
-                yield db
-            finally:
-                db.close()
-        except sqlite3.OperationalError as error:
-            reason = f"the store's disk does not take or give the jobs ({error}); free space or mend it"
-            raise StoreFailure(reason) from error
-
-    @contextmanager
-    def _transaction(self) -> Generator[sqlite3.Connection]:
-        with self._open() as db:
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-            except BaseException:
-                if db.in_transaction:  # a full disk ends it by itself
-                    db.execute("ROLLBACK")
-                raise
-            db.execute("COMMIT")
+        self._database = Database(path, _SCHEMA, "jobs")
 
     def submit(
         self, task: str, examples: Sequence[Example], steps: int | None, seed: int, limit: int | None = None
@@ -150,7 +107,7 @@ class JobRegistry:
         """
         job = uuid.uuid4().hex[:16]
         text = _EXAMPLES.dump_json(list(examples)).decode()
-        with self._transaction() as db:
+        with self._database.transaction() as db:
             (waiting,) = db.execute("SELECT COUNT(*) FROM jobs WHERE status = 'queued'").fetchone()
             if limit is not None and waiting >= limit:
                 raise Overloaded(
@@ -174,7 +131,7 @@ class JobRegistry:
         Raises:
             JobNotFound: There is none with that id.
         """
-        with self._open() as db:
+        with self._database.open() as db:
             row = db.execute(f"SELECT {_COLUMNS} FROM jobs WHERE id = ?", (job,)).fetchone()
         if row is None:
             raise JobNotFound(f"there is no adaptation job {job[:40]!r}; GET /adapt lists them", field="job")
@@ -182,36 +139,36 @@ class JobRegistry:
 
     def list(self, limit: int = 100) -> Sequence[Job]:
         """Returns the newest jobs, newest first."""
-        with self._open() as db:
+        with self._database.open() as db:
             rows = db.execute(f"SELECT {_COLUMNS} FROM jobs ORDER BY number DESC LIMIT ?", (limit,)).fetchall()
         return [Job.model_validate(dict(row)) for row in rows]
 
     def active(self, task: str) -> bool:
         """Whether a job for the task is queued or running."""
-        with self._open() as db:
+        with self._database.open() as db:
             query = "SELECT 1 FROM jobs WHERE task = ? AND status IN ('queued', 'running')"
             return db.execute(query, (task,)).fetchone() is not None
 
     def counts(self) -> dict[str, int]:
         """Number of jobs in each status."""
-        with self._open() as db:
+        with self._database.open() as db:
             return dict(db.execute("SELECT status, COUNT(*) FROM jobs GROUP BY status").fetchall())
 
     def time_spent(self) -> tuple[int, float]:
         """Number of jobs done, and the sum of their run times in seconds."""
-        with self._open() as db:
+        with self._database.open() as db:
             days = "SUM(julianday(finished) - julianday(started))"
             count, total = db.execute(f"SELECT COUNT(*), {days} FROM jobs WHERE status = 'done'").fetchone()
         return count, 86400 * (total or 0.0)
 
     def examples(self, job: str) -> Sequence[Example]:
         """Returns a job's labelled examples."""
-        with self._open() as db:
+        with self._database.open() as db:
             return _EXAMPLES.validate_json(db.execute("SELECT examples FROM jobs WHERE id = ?", (job,)).fetchone()[0])
 
     def claim(self) -> Job | None:
         """Takes the oldest queued job up; None if there is none."""
-        with self._transaction() as db:
+        with self._database.transaction() as db:
             row = db.execute(
                 "UPDATE jobs SET status = 'running', progress = 0, attempts = attempts + 1, started = ? WHERE number = "
                 f"(SELECT number FROM jobs WHERE status = 'queued' ORDER BY number LIMIT 1) RETURNING {_COLUMNS}",
@@ -225,7 +182,7 @@ class JobRegistry:
         Raises:
             JobCancelled: It is not running any more.
         """
-        with self._open() as db:
+        with self._database.open() as db:
             query = "UPDATE jobs SET progress = ? WHERE id = ? AND status = 'running'"
             if db.execute(query, (progress, job)).rowcount == 0:
                 raise JobCancelled(job)
@@ -240,7 +197,7 @@ class JobRegistry:
         Raises:
             JobCancelled: The job is not running any more; nothing was saved.
         """
-        with self._transaction() as db:
+        with self._database.transaction() as db:
             if db.execute("SELECT status FROM jobs WHERE id = ?", (job,)).fetchone()[0] != "running":
                 raise JobCancelled(job)
             digest, version = save()
@@ -251,7 +208,7 @@ class JobRegistry:
 
     def fail(self, job: str, error: str) -> None:
         """Marks a running job as failed."""
-        with self._open() as db:
+        with self._database.open() as db:
             db.execute(
                 "UPDATE jobs SET status = 'failed', error = ?, finished = ? WHERE id = ? AND status = 'running'",
                 (error, _now(), job),
@@ -263,7 +220,7 @@ class JobRegistry:
         Raises:
             JobNotFound: There is none with that id.
         """
-        with self._open() as db:
+        with self._database.open() as db:
             db.execute(
                 "UPDATE jobs SET status = 'cancelled', finished = ? WHERE id = ? AND status IN ('queued', 'running')",
                 (_now(), job),
@@ -272,7 +229,7 @@ class JobRegistry:
 
     def recover(self) -> None:
         """Queues running jobs of a worker that died again; those that saw ``ATTEMPTS`` workers die fail."""
-        with self._transaction() as db:
+        with self._database.transaction() as db:
             db.execute(
                 "UPDATE jobs SET status = 'failed', finished = ?, error = ? WHERE status = 'running' AND attempts >= ?",
                 (_now(), f"the adaptation process died {ATTEMPTS} times on this job; see the server's log", ATTEMPTS),

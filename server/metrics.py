@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.engine import EngineState
+from server.feedback import WINDOW
 from server.schemas import GenerateReply
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -33,6 +34,8 @@ class Snapshot:
         jobs: Jobs by status; None where the registry cannot be read.
         done: Jobs done.
         seconds: Their run times' sum.
+        windows: Task, version and rolling measures of each version that has answered.
+        references: Mean confidence and epistemic uncertainty (nats) on the validation set, by task and version.
         engine_restarts: Times that the engine has died.
         worker_restarts: Times that the adaptation process has died.
     """
@@ -45,6 +48,8 @@ class Snapshot:
     jobs: dict[str, int] | None
     done: int
     seconds: float
+    windows: Sequence[tuple[str, int, dict[str, float]]]
+    references: Mapping[tuple[str, int], tuple[float, float]]
     engine_restarts: int
     worker_restarts: int
 
@@ -122,6 +127,7 @@ class _Scraped(Collector):
             "abmll_worker_restarts", "Times the adaptation process has died.", value=seen.worker_restarts
         )
         yield from self._store(seen)
+        yield from _feedback(seen)
 
     def _store(self, seen: Snapshot) -> Iterable[Metric]:
         usable = seen.jobs is not None and seen.tasks is not None
@@ -142,6 +148,34 @@ class _Scraped(Collector):
         yield CounterMetricFamily(
             "abmll_adaptation_done", "Adaptation jobs that this time was spent on.", value=seen.done
         )
+
+
+_ROLLING = {
+    "feedback_count": f"Judged answers among those that the measures look back on, {WINDOW} at most.",
+    "feedback_accuracy": "Share of judged answers that were right.",
+    "feedback_ece": "Expected calibration error of judged answers, 15 bins.",
+    "feedback_brier": "Brier score of judged answers whose right option is known.",
+    "feedback_nll": "Negative log-likelihood of the right option in nats, where it is known.",
+    "recent_confidence": f"Mean confidence of the newest {WINDOW} answers with options.",
+    "recent_epistemic_nats": f"Mean epistemic uncertainty of the newest {WINDOW} answers with options.",
+    "confidence_drift": "Recent confidence less that on the posterior's validation set.",
+    "epistemic_drift_nats": "Recent epistemic uncertainty less that on the posterior's validation set.",
+}
+
+
+def _feedback(seen: Snapshot) -> Iterable[Metric]:
+    families = {
+        name: GaugeMetricFamily(f"abmll_{name}", text, labels=["task", "version"]) for name, text in _ROLLING.items()
+    }
+    for task, version, told in seen.windows:
+        values = dict(told)
+        reference = seen.references.get((task, version))
+        if reference is not None and "recent_confidence" in told:
+            values["confidence_drift"] = told["recent_confidence"] - reference[0]
+            values["epistemic_drift_nats"] = told["recent_epistemic_nats"] - reference[1]
+        for name, value in values.items():
+            families[name].add_metric([task, str(version)], value)
+    yield from families.values()
 
 
 class Measured:

@@ -214,6 +214,55 @@ class ServingRequest(Request):
     )
 
 
+class FeedbackRequest(Request):
+    """What is said of an answer: the right one, or whether it was right."""
+
+    request_id: str = Field(description="As in the reply to `POST /generate`.", examples=["a1b2c3d4e5f60718"])
+    answer: str | int | None = Field(None, description="The right option: its text, or its index.")
+    correct: bool | None = Field(None, description="Whether the answer was right; the only way for free text.")
+
+
+class FeedbackReply(BaseModel):
+    """Feedback that is stored."""
+
+    request_id: str
+    task: str
+    version: int = Field(description="The version that had answered.")
+    correct: bool = Field(description="Whether the answer was right.")
+
+
+class RecalibrateRequest(Request):
+    """Which version's temperature to fit to its feedback."""
+
+    version: int | None = Field(None, ge=1, description="null: the version that answers (most).")
+    apply: bool = Field(False, description="Whether to make a new version with it; else it is only shown.")
+
+
+class Measured(BaseModel):
+    """Measures of judged answers."""
+
+    accuracy: float
+    ece: float = Field(description="Expected calibration error, 15 bins.")
+    nll: float = Field(description="Mean negative log-likelihood of the right option, in nats.")
+    brier: float = Field(description="Mean Brier score, 0 to 2.")
+
+
+class RecalibrationReply(BaseModel):
+    """A temperature fitted to feedback, beside the present one."""
+
+    task: str
+    version: int = Field(description="The version whose answers were judged.")
+    answers: int = Field(description="Judged answers that it was fitted to.")
+    temperature_before: float
+    temperature_after: float
+    before: Measured
+    after: Measured = Field(description="On answers that the temperature was not fitted on (five folds).")
+    applied: int | None = Field(
+        description="The new version, same weights with the new temperature; null: nothing was changed. It answers "
+        "unless the task is pinned to others; `PUT /tasks/{name}/serving` rolls back."
+    )
+
+
 class Health(BaseModel):
     """Whether the server lives, or answers."""
 

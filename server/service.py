@@ -6,21 +6,24 @@ import asyncio
 import contextlib
 import fcntl
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from abmll.errors import AbmllError, EngineFailure, StoreFailure
+from abmll.errors import AbmllError, EngineFailure, InvalidPosterior, StoreFailure, TaskConflict
 from abmll.layers import check_base, checkpoint_fingerprint
 from abmll.posterior import Posterior
-from abmll.store import StoredPosterior, load_posterior
+from abmll.store import Record, StoredPosterior, load_posterior
 from server.admission import Admission
 from server.answers import Answerer
 from server.engine import Engine
+from server.feedback import Feedback
 from server.jobs import JobRegistry
 from server.metrics import Snapshot
+from server.recalibration import refit
+from server.schemas import RecalibrationReply
 from server.settings import Settings
-from server.store import TaskStore
+from server.store import TaskStore, check_name
 from server.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
@@ -28,6 +31,8 @@ logger = logging.getLogger(__name__)
 # How often the engine is looked at, and the longest wait between attempts to start it again; in seconds.
 _LOOK_SECONDS = 0.5
 _LONGEST_DELAY = 60.0
+# How often answers are written down for feedback, in seconds.
+_WRITE_SECONDS = 1.0
 
 
 def load_global(settings: Settings) -> StoredPosterior:
@@ -142,6 +147,7 @@ class Service:
             self.store.check(self.prior.posterior)
         self.registry = JobRegistry(settings.store / "jobs.sqlite3")
         self._lock = _lock(settings.store)
+        self.feedback = Feedback(settings.store / "feedback.sqlite3", settings.feedback_kept)
         self.admission = Admission(settings.concurrency, settings.queue)
         self.engine: Engine | None = None
         self.engine_restarts = 0
@@ -150,6 +156,8 @@ class Service:
         self.tokenizer: Any = None
         self._answerer: Answerer | None = None
         self._running: asyncio.Task[None] | None = None
+        self._writing: asyncio.Task[None] | None = None
+        self._reference: dict[tuple[str, int], tuple[float, float] | None] = {}
 
     @property
     def answerer(self) -> Answerer:
@@ -169,6 +177,7 @@ class Service:
 
     async def start(self) -> None:
         """Begins the start."""
+        self._writing = asyncio.create_task(self._write_answers(), name="answers")
         self._running = asyncio.create_task(self._run(), name="service")
 
     async def _run(self) -> None:
@@ -177,7 +186,9 @@ class Service:
             await asyncio.to_thread(self.store.check, self.prior.posterior)
             self.tokenizer = await asyncio.to_thread(load_tokenizer, self.settings)
             damaged = await asyncio.to_thread(self.store.damaged)
-            self._answerer = Answerer(self.settings, engine, self.tokenizer, self.store, self.admission)
+            self._answerer = Answerer(
+                self.settings, engine, self.tokenizer, self.store, self.admission, self.feedback.note
+            )
         except Exception as error:
             self.failure = error
             self.on_failure(error)
@@ -192,6 +203,23 @@ class Service:
         self.supervisor = Supervisor(self.settings, self.registry)
         self.supervisor.start()
         await self._keep_engine(self._answerer)
+
+    async def _write_answers(self) -> None:
+        """Writes the answers down that feedback may come to, a second's at a time."""
+        failing = False
+        try:
+            await asyncio.to_thread(self.feedback.load)
+        except StoreFailure as error:
+            logger.warning("measures of earlier answers are not known: %s", error.message)
+        while True:
+            await asyncio.sleep(_WRITE_SECONDS)
+            try:
+                await asyncio.to_thread(self.feedback.flush)
+                failing = False
+            except StoreFailure as error:
+                if not failing:
+                    logger.error("answers are not written down, the newest are kept in memory: %s", error.message)
+                failing = True
 
     async def _start_engine(self) -> Engine:
         engine = make_engine(self.settings, self.prior)
@@ -250,12 +278,69 @@ class Service:
             jobs=jobs,
             done=done,
             seconds=seconds,
+            windows=list(self.feedback.windows()),
+            references=self._references(),
             engine_restarts=self.engine_restarts,
             worker_restarts=0 if self.supervisor is None else self.supervisor.restarts,
         )
 
-    async def forget(self, digests: Sequence[str]) -> None:
-        """Has the engine give up what it keeps of posteriors whose task was deleted."""
+    def _references(self) -> dict[tuple[str, int], tuple[float, float]]:
+        """Mean confidence and epistemic uncertainty on the validation set, of each version that has answered."""
+        for task, version, _ in self.feedback.windows():
+            if (task, version) not in self._reference:
+                self._reference[task, version] = None
+                with contextlib.suppress(AbmllError, OSError):
+                    stored = self.store.choose(task, version, 0.0)
+                    entry = None if stored.calibration is None else stored.calibration.nearest(stored.record.shots)
+                    if entry is not None and entry.confidence is not None and entry.epistemic is not None:
+                        self._reference[task, version] = entry.confidence, entry.epistemic
+        return {key: value for key, value in self._reference.items() if value is not None}
+
+    def recalibrate(self, task: str, version: int | None, apply: bool) -> RecalibrationReply:
+        """Fits the temperature of a task's version to its feedback; with ``apply``, makes a new version with it.
+
+        Raises:
+            TaskConflict: The task is ``global``.
+            TaskNotFound: There is no such task or version.
+            InvalidRequest: Too few answers have been judged.
+            StoreFailure: The disk is full or not writable.
+        """
+        check_name(task)
+        serving = self.store.serving(task)
+        if version is None and serving:
+            version = max(serving, key=lambda number: serving[number])
+        stored = self.store.choose(task, version, 0.0)
+        labelled = self.feedback.labelled(task, stored.record.version)
+        calibration, reply = refit(stored, labelled, self.prior.calibration)
+        if not apply:
+            return reply
+        if self.registry.active(task):
+            raise TaskConflict(f"a job for task {task!r} is under way; wait for it", field="task")
+        what = reply.model_dump(mode="json", exclude={"applied"})
+
+        def record(number: int) -> Record:
+            training = stored.record.training | {"recalibration": what}
+            return stored.record.model_copy(update={"version": number, "parent": stored.digest, "training": training})
+
+        try:
+            made = self.store.add(task, stored.posterior, calibration, record)
+        except InvalidPosterior:
+            raise
+        except AbmllError as error:
+            raise StoreFailure(error.message) from error
+        return reply.model_copy(update={"applied": made.record.version})
+
+    async def delete(self, task: str) -> None:
+        """Removes a task: its versions, what the engine keeps of them, and what was said of its answers.
+
+        Raises:
+            TaskNotFound: There is no such task.
+            TaskConflict: The task is reserved.
+            StoreFailure: The disk is full or not writable.
+        """
+        digests = await asyncio.to_thread(self.store.delete, task)
+        self._reference = {key: value for key, value in self._reference.items() if key[0] != task}
+        await asyncio.to_thread(self.feedback.forget, task)
         for digest in digests:
             if self.engine is not None:
                 with contextlib.suppress(EngineFailure):  # a dead engine has forgotten already
@@ -263,9 +348,12 @@ class Service:
 
     async def close(self) -> None:
         """Stops everything; jobs under way are taken up again at the next start."""
-        if self._running is not None:
-            self._running.cancel()
-            await asyncio.gather(self._running, return_exceptions=True)
+        for work in (self._running, self._writing):
+            if work is not None:
+                work.cancel()
+                await asyncio.gather(work, return_exceptions=True)
+        with contextlib.suppress(StoreFailure):
+            await asyncio.to_thread(self.feedback.flush)
         if self.supervisor is not None:
             await self.supervisor.close()
         if self.engine is not None:

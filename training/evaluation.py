@@ -255,8 +255,10 @@ def calibrate(
         known = [item for item in familiar if item.shots == shots]
         prior = _fit_prior(group, known)
         temperatures = [task_temperature(prior, item.support) for item in group]
-        tempered = [predictive(i.scores, t).probabilities for i, t in zip(group, temperatures, strict=True)]
-        nonconformity = torch.cat([conformal_scores(p, i.answers) for p, i in zip(tempered, group, strict=True)])
+        tempered = [predictive(i.scores, t) for i, t in zip(group, temperatures, strict=True)]
+        nonconformity = torch.cat(
+            [conformal_scores(p.probabilities, i.answers) for p, i in zip(tempered, group, strict=True)]
+        )
         entries.append(
             ShotCalibration(
                 shots=shots,
@@ -267,6 +269,8 @@ def calibrate(
                 ece_after=_held_out_ece(group, known),
                 questions=len(nonconformity),
                 scatter=fit_scatter([item.scores for item in group], temperatures),
+                confidence=torch.cat([p.confidence for p in tempered]).mean().item(),
+                epistemic=torch.cat([p.epistemic for p in tempered]).mean().item(),
             )
         )
     return Calibration(by_shots=entries, fitted_on=sorted({item.task.name for item in predictions}), draws=config.draws)

@@ -56,6 +56,8 @@ def global_posterior(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathF
             ece_after=0.05,
             questions=100,
             scatter=Scatter(within=0.1, curvature=0.5),
+            confidence=0.6,
+            epistemic=0.05,
         )
         for shots, t, spread in ((0, 2.0, 0.0), (4, 1.5, 0.5), (16, 1.25, 0.5))
     ]

@@ -1,0 +1,302 @@
+"""Answers given and what was said of them: stored, and measured per version of a task."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from sqlite3 import Connection, Row
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from abmll.errors import AnswerNotFound, InvalidRequest
+from abmll.metrics import expected_calibration_error
+from server.database import Database
+
+logger = logging.getLogger(__name__)
+
+# Answers and judgements that the rolling measures look back on.
+WINDOW = 1000
+# Answers that wait for a disk that takes nothing; older ones are given up.
+_BUFFERED = 20_000
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS answers (
+  number INTEGER PRIMARY KEY AUTOINCREMENT, request_id TEXT UNIQUE NOT NULL, task TEXT NOT NULL,
+  version INTEGER NOT NULL, options TEXT, draws INTEGER NOT NULL, scores BLOB, standard INTEGER NOT NULL,
+  answer INTEGER, probabilities TEXT, confidence REAL NOT NULL, epistemic REAL NOT NULL, created TEXT NOT NULL,
+  correct INTEGER, label INTEGER, judged TEXT
+);
+CREATE INDEX IF NOT EXISTS by_version ON answers(task, version, number);
+"""
+_INSERT = """
+INSERT OR IGNORE INTO answers (request_id, task, version, options, draws, scores, standard, answer, probabilities,
+confidence, epistemic, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer as it was given; the question itself is not kept.
+
+    Attributes:
+        request_id: The request's id.
+        task: The task that was asked.
+        version: Its version that answered.
+        options: The options; None for free text.
+        scores: Log-probabilities of the options in nats, shape (draws, options); None for free text.
+        standard: Whether options were scored as the posterior was trained.
+        draws: Draws used.
+        answer: Index of the answer in the options; None for free text.
+        probabilities: Of the options, as they were told; None for free text.
+        confidence: As it was told.
+        epistemic: Epistemic uncertainty in nats, as it was told.
+    """
+
+    request_id: str
+    task: str
+    version: int
+    options: Sequence[str] | None
+    scores: Tensor | None
+    standard: bool
+    draws: int
+    answer: int | None
+    probabilities: Sequence[float] | None
+    confidence: float
+    epistemic: float
+
+    def row(self) -> tuple[object, ...]:
+        """The answer as a row of the table."""
+        scores = None if self.scores is None else self.scores.float().numpy().tobytes()
+        options = None if self.options is None else json.dumps(self.options)
+        probabilities = None if self.probabilities is None else json.dumps(self.probabilities)
+        created = datetime.now(UTC).isoformat(timespec="milliseconds")
+        return (self.request_id, self.task, self.version, options, self.draws, scores, self.standard, self.answer,
+                probabilities, self.confidence, self.epistemic, created)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What was said of an answer.
+
+    Attributes:
+        task: The task that was asked.
+        version: Its version that answered.
+        confidence: As it was told.
+        correct: Whether the answer was right.
+        label: The right option, where it is known.
+        brier: Squared distance of the probabilities to the right option, 0 to 2; None where it is not known.
+        nll: -log probability of the right option, in nats; None where it is not known.
+    """
+
+    task: str
+    version: int
+    confidence: float
+    correct: bool
+    label: int | None
+    brier: float | None
+    nll: float | None
+
+
+@dataclass
+class Window:
+    """The newest answers with options, and judgements of them, of one version of a task."""
+
+    confidence: deque[float] = field(default_factory=lambda: deque[float](maxlen=WINDOW))
+    epistemic: deque[float] = field(default_factory=lambda: deque[float](maxlen=WINDOW))
+    judged: OrderedDict[str, Judged] = field(default_factory=OrderedDict[str, Judged])
+
+    def judge(self, request_id: str, judged: Judged) -> None:
+        """Adds a judgement, or replaces it."""
+        self.judged.pop(request_id, None)
+        self.judged[request_id] = judged
+        while len(self.judged) > WINDOW:
+            self.judged.popitem(last=False)
+
+    def measures(self) -> dict[str, float]:
+        """Accuracy, ECE (15 bins), Brier score and NLL of the judged, as far as they are known; their number."""
+        found = list(self.judged.values())
+        told = {"count": float(len(found))}
+        if found:
+            correct = torch.tensor([item.correct for item in found])
+            confidence = torch.tensor([item.confidence for item in found])
+            told |= {"accuracy": correct.double().mean().item()}
+            told |= {"ece": expected_calibration_error(confidence, correct)}
+            for name in ("brier", "nll"):
+                values = [value for item in found if (value := getattr(item, name)) is not None]
+                if values:
+                    told[name] = sum(values) / len(values)
+        return told
+
+
+class Feedback:
+    """Answers and judgements in a file, and their rolling measures.
+
+    Answers are written a second later, many at once: what a killed server had not written yet cannot be judged. A
+    judgement that was acknowledged has reached the disk.
+
+    Args:
+        path: The file.
+        kept: Newest answers that can be judged.
+
+    Raises:
+        AbmllError: The file is damaged, or cannot be made.
+    """
+
+    def __init__(self, path: Path, kept: int) -> None:
+        self.kept = kept
+        self._database = Database(path, _SCHEMA, "answers and feedback")
+        self._lock = threading.Lock()
+        self._waiting: deque[Answered] = deque(maxlen=_BUFFERED)
+        self._windows: dict[tuple[str, int], Window] = {}
+
+    def load(self) -> None:
+        """Reads the rolling measures' windows, as they were when the server stopped."""
+        with self._database.open() as db:
+            versions = db.execute("SELECT DISTINCT task, version FROM answers").fetchall()
+            for task, version in versions:
+                window = self._window(task, version)
+                where = "WHERE task = ? AND version = ? AND options IS NOT NULL"
+                newest = f"SELECT * FROM answers {where} {{}} ORDER BY number DESC LIMIT {WINDOW}"
+                for row in reversed(db.execute(newest.format(""), (task, version)).fetchall()):
+                    window.confidence.append(row["confidence"])
+                    window.epistemic.append(row["epistemic"])
+                for row in reversed(db.execute(newest.format("AND judged IS NOT NULL"), (task, version)).fetchall()):
+                    window.judge(row["request_id"], _judged(row, bool(row["correct"]), row["label"]))
+
+    def note(self, answered: Answered) -> None:
+        """Keeps an answer, to be written soon."""
+        with self._lock:
+            self._waiting.append(answered)
+            if answered.options is not None:
+                window = self._window(answered.task, answered.version)
+                window.confidence.append(answered.confidence)
+                window.epistemic.append(answered.epistemic)
+
+    def flush(self) -> None:
+        """Writes the answers that wait.
+
+        Raises:
+            StoreFailure: The disk is full or not writable; they wait on.
+        """
+        with self._lock:
+            batch = list(self._waiting)
+        if not batch:
+            return
+        with self._database.transaction() as db:
+            db.executemany(_INSERT, [answered.row() for answered in batch])
+            db.execute("DELETE FROM answers WHERE number <= (SELECT MAX(number) FROM answers) - ?", (self.kept,))
+        with self._lock:
+            written = {answered.request_id for answered in batch}
+            self._waiting = deque((a for a in self._waiting if a.request_id not in written), maxlen=_BUFFERED)
+
+    def judge(self, request_id: str, answer: str | int | None, correct: bool | None) -> Judged:
+        """Stores what is said of an answer; saying it again replaces it.
+
+        Args:
+            request_id: The request's id.
+            answer: The right option: its text, or its index. None if ``correct`` is given.
+            correct: Whether the answer was right. None if ``answer`` is given.
+
+        Raises:
+            AnswerNotFound: No such answer is kept.
+            InvalidRequest: Neither or both are given, or the right answer is not among the options.
+            StoreFailure: The disk is full or not writable; nothing is stored.
+        """
+        if (answer is None) == (correct is None):
+            raise InvalidRequest("give either answer, the right one, or correct, true or false", field="answer")
+        self.flush()
+        with self._database.transaction() as db:
+            row = _find(db, request_id)
+            label = None if answer is None else _label(row, answer)
+            right = bool(correct) if answer is None else label == row["answer"]
+            if label is None and row["options"] is not None:
+                count = len(json.loads(row["options"]))
+                label = row["answer"] if right else (1 - row["answer"] if count == 2 else None)
+            db.execute(
+                "UPDATE answers SET correct = ?, label = ?, judged = ? WHERE number = ?",
+                (right, label, datetime.now(UTC).isoformat(timespec="milliseconds"), row["number"]),
+            )
+        judged = _judged(row, right, label)
+        if row["options"] is not None:
+            with self._lock:
+                self._window(judged.task, judged.version).judge(request_id, judged)
+        return judged
+
+    def labelled(self, task: str, version: int) -> list[tuple[Tensor, int]]:
+        """Scores, shape (draws, options), and the right option of a version's newest judged answers.
+
+        Only of those whose options were scored as the posterior was trained.
+        """
+        self.flush()
+        query = (
+            "SELECT draws, scores, label FROM answers WHERE task = ? AND version = ? AND label IS NOT NULL "
+            f"AND standard AND scores IS NOT NULL ORDER BY number DESC LIMIT {2 * WINDOW}"
+        )
+        with self._database.open() as db:
+            rows = db.execute(query, (task, version)).fetchall()
+        return [
+            (torch.from_numpy(np.frombuffer(scores, dtype=np.float32).copy().reshape(draws, -1)), label)
+            for draws, scores, label in rows
+        ]
+
+    def forget(self, task: str) -> None:
+        """Removes all that is kept of a task.
+
+        Raises:
+            StoreFailure: The disk is full or not writable.
+        """
+        with self._lock:
+            self._waiting = deque((a for a in self._waiting if a.task != task), maxlen=_BUFFERED)
+            self._windows = {key: window for key, window in self._windows.items() if key[0] != task}
+        with self._database.open() as db:
+            db.execute("DELETE FROM answers WHERE task = ?", (task,))
+
+    def windows(self) -> Iterable[tuple[str, int, dict[str, float]]]:
+        """Task, version and rolling measures of each version that has answered."""
+        with self._lock:
+            for (task, version), window in self._windows.items():
+                told = {f"feedback_{name}": value for name, value in window.measures().items()}
+                if window.confidence:
+                    told["recent_confidence"] = math.fsum(window.confidence) / len(window.confidence)
+                    told["recent_epistemic_nats"] = math.fsum(window.epistemic) / len(window.epistemic)
+                yield task, version, told
+
+    def _window(self, task: str, version: int) -> Window:
+        return self._windows.setdefault((task, version), Window())
+
+
+def _find(db: Connection, request_id: str) -> Row:
+    row = db.execute("SELECT * FROM answers WHERE request_id = ?", (request_id,)).fetchone()
+    if row is None:
+        raise AnswerNotFound(
+            f"no answer {request_id[:40]!r} is kept; request_id stands in the reply to POST /generate", "request_id"
+        )
+    return row
+
+
+def _label(row: Row, answer: str | int) -> int:
+    if row["options"] is None:
+        raise InvalidRequest("a free-text answer is judged by correct: true or false", field="answer")
+    options: list[str] = json.loads(row["options"])
+    if isinstance(answer, str) and answer in options:
+        return options.index(answer)
+    if isinstance(answer, int) and 0 <= answer < len(options):
+        return answer
+    raise InvalidRequest(f"answer is not among the {len(options)} options that were asked", field="answer")
+
+
+def _judged(row: Row, correct: bool, label: int | None) -> Judged:
+    brier = nll = None
+    if label is not None and row["probabilities"] is not None:
+        p: list[float] = json.loads(row["probabilities"])
+        brier = sum((value - (index == label)) ** 2 for index, value in enumerate(p))
+        nll = -math.log(max(p[label], 1e-12))
+    return Judged(row["task"], row["version"], row["confidence"], correct, label, brier, nll)

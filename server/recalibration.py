@@ -1,0 +1,126 @@
+"""A task's temperature, fitted anew to what was said of its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from abmll.calibration import (
+    Calibration,
+    HeldOut,
+    ShotCalibration,
+    TemperaturePrior,
+    conformal_scores,
+    conformal_threshold,
+    own_temperature,
+)
+from abmll.errors import InvalidRequest
+from abmll.metrics import brier, expected_calibration_error, negative_log_likelihood
+from abmll.predictive import predictive
+from abmll.store import StoredPosterior
+from server.schemas import Measured, RecalibrationReply
+
+# Fewer judged answers say too little of a temperature.
+FEWEST = 20
+_FOLDS = 5
+# Of log T, where the global posterior does not know how tasks differ.
+_SPREAD = 1.0
+
+Labelled = Sequence[tuple[Tensor, int]]
+
+
+def _groups(labelled: Labelled) -> list[HeldOut]:
+    """Answers with as many draws together, options padded: shapes (draws, n, options) and (n,)."""
+    groups: list[HeldOut] = []
+    for draws in sorted({len(scores) for scores, _ in labelled}):
+        own = [(scores, label) for scores, label in labelled if len(scores) == draws]
+        padded = torch.full((draws, len(own), max(s.shape[1] for s, _ in own)), float("-inf"))
+        for number, (scores, _) in enumerate(own):
+            padded[:, number, : scores.shape[1]] = scores
+        groups.append((padded, torch.tensor([label for _, label in own])))
+    return groups
+
+
+def _probabilities(labelled: Labelled, temperature: float) -> tuple[Tensor, Tensor]:
+    """Probabilities, shape (n, options) padded with zeros, and right options, shape (n,)."""
+    width = max(scores.shape[1] for scores, _ in labelled)
+    parts = [
+        torch.nn.functional.pad(p, (0, width - p.shape[1]))
+        for p in (predictive(scores, temperature).probabilities for scores, _ in _groups(labelled))
+    ]
+    return torch.cat(parts), torch.cat([answers for _, answers in _groups(labelled)])
+
+
+def _measured(probabilities: Tensor, answers: Tensor) -> Measured:
+    confidence, index = probabilities.max(dim=-1)
+    return Measured(
+        accuracy=(index == answers).double().mean().item(),
+        ece=expected_calibration_error(confidence, index == answers),
+        nll=negative_log_likelihood(probabilities, answers),
+        brier=brier(probabilities, answers),
+    )
+
+
+def refit(
+    stored: StoredPosterior, labelled: Labelled, prior: Calibration | None
+) -> tuple[Calibration, RecalibrationReply]:
+    """Fits a version's temperature and conformal thresholds to judged answers.
+
+    The temperature is the mode of its posterior, as ``abmll.calibration.task_temperature`` says. What it changes is
+    measured on answers that it was not fitted on (five folds).
+
+    Args:
+        stored: The version.
+        labelled: Scores, shape (draws, options), and right option of judged answers.
+        prior: The global posterior's calibration: how tasks' temperatures differ.
+
+    Raises:
+        InvalidRequest: Too few answers.
+    """
+    if len(labelled) < FEWEST:
+        raise InvalidRequest(
+            f"{len(labelled)} answers of version {stored.record.version} have been judged with the right option known; "
+            f"at least {FEWEST} are needed: POST /feedback",
+            field="version",
+        )
+    shots = stored.record.shots
+    entry = None if stored.calibration is None else stored.calibration.nearest(shots)
+    before = 1.0 if entry is None else entry.temperature
+    spread = 0.0 if prior is None else prior.nearest(shots).spread
+    beliefs = TemperaturePrior(median=before, spread=spread or _SPREAD)
+    after = own_temperature(beliefs, _groups(labelled))
+    held_out: list[tuple[Tensor, Tensor]] = []
+    width = max(scores.shape[1] for scores, _ in labelled)
+    for fold in range(_FOLDS):
+        rest = [item for number, item in enumerate(labelled) if number % _FOLDS != fold]
+        p, answers = _probabilities(labelled[fold::_FOLDS], own_temperature(beliefs, _groups(rest)))
+        held_out.append((torch.nn.functional.pad(p, (0, width - p.shape[1])), answers))
+    measured_before = _measured(*_probabilities(labelled, before))
+    measured_after = _measured(torch.cat([p for p, _ in held_out]), torch.cat([a for _, a in held_out]))
+    nonconformity = conformal_scores(*_probabilities(labelled, after))
+    coverages = ["0.9"] if entry is None or not entry.conformal else list(entry.conformal)
+    fitted = ShotCalibration(
+        shots=shots,
+        temperature=after,
+        support=len(labelled),
+        conformal={coverage: conformal_threshold(nonconformity, float(coverage)) for coverage in coverages},
+        ece_before=measured_before.ece,
+        ece_after=measured_after.ece,
+        questions=len(labelled),
+        scatter=None if entry is None else entry.scatter,
+    )
+    draws = max(len(scores) for scores, _ in labelled)
+    calibration = Calibration(by_shots=[fitted], fitted_on=[stored.record.task], draws=draws)
+    reply = RecalibrationReply(
+        task=stored.record.task,
+        version=stored.record.version,
+        answers=len(labelled),
+        temperature_before=before,
+        temperature_after=after,
+        before=measured_before,
+        after=measured_after,
+        applied=None,
+    )
+    return calibration, reply

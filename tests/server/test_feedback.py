@@ -1,0 +1,174 @@
+"""What is said of answers: stored, measured, and turned into a new temperature that can be rolled back."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+
+from abmll.calibration import TemperaturePrior, own_temperature
+from abmll.errors import AnswerNotFound
+from abmll.metrics import brier, expected_calibration_error, negative_log_likelihood
+from server.feedback import Answered, Feedback
+from tests.server.conftest import Server, wait_for
+from tests.server.test_http import QUESTION, adapt
+
+OPTIONS = ["positive", "negative", "neutral"]
+
+
+def measures(server: Server, task: str, version: int = 1) -> dict[str, float]:
+    families = text_string_to_metric_families(server.http.get("/metrics").text)
+    wanted = {"task": task, "version": str(version)}
+    return {s.name.removeprefix("abmll_"): s.value for f in families for s in f.samples if s.labels == wanted}
+
+
+def ask(server: Server, task: str, number: int) -> dict[str, Any]:
+    question = {"prompt": f"film {number} was what it was", "options": OPTIONS, "task": task, "draws": 4}
+    reply = server.http.post("/generate", json=question)
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def say(server: Server, request_id: str, **what: Any) -> Any:
+    return server.http.post("/feedback", json={"request_id": request_id, **what})
+
+
+@pytest.mark.slow
+def test_feedback_is_measured_survives_kill_and_refits_the_temperature(
+    start_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    server = start_server(tmp_path / "store")
+    assert server.wait_job(adapt(server, "judged", steps=1)["job"])["status"] == "done"
+    truth = random.Random(3)
+    replies, labels = [], []
+    for number in range(60):
+        reply = ask(server, "judged", number)
+        label = truth.randrange(3)
+        # The right option as its text, its index, or, where the answer was right, as a yes.
+        forms: list[dict[str, Any]] = [{"answer": OPTIONS[label]}, {"answer": label}]
+        form = {"correct": True} if label == reply["answer_index"] else forms[number % 2]
+        said = say(server, reply["request_id"], **form)
+        assert said.status_code == 200, said.text
+        assert said.json()["correct"] == (label == reply["answer_index"])
+        replies.append(reply)
+        labels.append(label)
+
+    probabilities = torch.tensor([reply["probabilities"] for reply in replies], dtype=torch.float64)
+    answers = torch.tensor(labels)
+    confidence, index = probabilities.max(dim=-1)
+    expected = {
+        "feedback_count": 60,
+        "feedback_accuracy": (index == answers).double().mean().item(),
+        "feedback_ece": expected_calibration_error(confidence, index == answers),
+        "feedback_brier": brier(probabilities, answers),
+        "feedback_nll": negative_log_likelihood(probabilities, answers),
+        "recent_confidence": confidence.mean().item(),
+        "confidence_drift": confidence.mean().item() - 0.6,
+    }
+    found = measures(server, "judged")
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=1e-6), name
+    assert found["epistemic_drift_nats"] == pytest.approx(found["recent_epistemic_nats"] - 0.05)
+
+    server.process.kill()
+    server.process.wait()
+    server = start_server(tmp_path / "store")
+    wait_for(lambda: "feedback_count" in measures(server, "judged"))
+    assert measures(server, "judged") == pytest.approx(found)
+
+    # The labels were thrown: an honest temperature is high, and the confidence falls to what chance gives.
+    shown = server.http.post("/tasks/judged/recalibrate", json={}).json()
+    assert shown["applied"] is None
+    assert shown["answers"] == 60
+    assert shown["before"]["nll"] == pytest.approx(expected["feedback_nll"], abs=1e-4)
+    assert shown["before"]["ece"] == pytest.approx(expected["feedback_ece"], abs=1e-4)
+    assert shown["temperature_after"] != shown["temperature_before"]
+    assert server.http.get("/tasks/judged").json()["version"] == 1
+
+    applied = server.http.post("/tasks/judged/recalibrate", json={"apply": True}).json()
+    assert applied["applied"] == 2
+    task = server.http.get("/tasks/judged").json()
+    assert task["version"] == 2
+    assert task["calibration"]["by_shots"][0]["temperature"] == pytest.approx(shown["temperature_after"])
+    after = ask(server, "judged", 0)
+    assert after["posterior"]["id"] == replies[0]["posterior"]["id"]
+    assert after["raw_confidence"] == pytest.approx(replies[0]["raw_confidence"], abs=1e-6)
+    assert after["confidence"] != pytest.approx(replies[0]["confidence"], abs=1e-4)
+
+    rolled = server.http.put("/tasks/judged/serving", json={"versions": {"1": 1}})
+    assert rolled.status_code == 200
+    assert ask(server, "judged", 0)["probabilities"] == replies[0]["probabilities"]
+
+    assert server.http.delete("/tasks/judged").status_code == 204
+    assert measures(server, "judged") == {}
+    assert say(server, replies[0]["request_id"], correct=True).status_code == 404
+
+
+def test_feedback_that_makes_no_sense_is_refused(server: Server) -> None:
+    reply = server.http.post("/generate", json=QUESTION).json()
+    text = server.http.post("/generate", json={"prompt": "tell me", "max_tokens": 2, "draws": 2}).json()
+    right = reply["request_id"]
+    for request_id, what, status in (
+        (right, {}, 422),
+        (right, {"answer": "positive", "correct": True}, 422),
+        (right, {"answer": "no such option"}, 422),
+        (right, {"answer": 3}, 422),
+        (right, {"answer": -1}, 422),
+        (right, {"correct": "yes"}, 422),
+        ("nobody", {"correct": True}, 404),
+        (text["request_id"], {"answer": "x"}, 422),
+    ):
+        assert say(server, request_id, **what).status_code == status, what
+    assert say(server, text["request_id"], correct=False).status_code == 200
+    few = server.http.post("/tasks/global/recalibrate", json={})
+    assert few.status_code == 409
+    assert server.http.post("/tasks/nowhere/recalibrate", json={}).status_code == 404
+
+
+def test_judging_again_replaces_and_old_answers_go(tmp_path: Path) -> None:
+    feedback = Feedback(tmp_path / "f.sqlite3", kept=3)
+    for number in range(5):
+        feedback.note(answered(str(number), torch.tensor([[0.0, -1.0], [0.0, -2.0]])))
+    feedback.flush()
+    with pytest.raises(AnswerNotFound):
+        feedback.judge("1", None, True)
+    feedback.judge("4", None, False)
+    assert dict_of(feedback)["feedback_accuracy"] == 0.0
+    judged = feedback.judge("4", "a", None)
+    assert (judged.correct, judged.label) == (True, 0)
+    assert judged.nll == pytest.approx(-math.log(0.7))
+    assert dict_of(feedback) == {
+        "feedback_count": 1.0,
+        "feedback_accuracy": 1.0,
+        "feedback_ece": pytest.approx(0.3),
+        "feedback_brier": pytest.approx(0.18),
+        "feedback_nll": pytest.approx(-math.log(0.7)),
+        "recent_confidence": pytest.approx(0.7),
+        "recent_epistemic_nats": pytest.approx(0.01),
+    }
+    ((scores, label),) = feedback.labelled("t", 1)
+    assert (scores.tolist(), label) == ([[0.0, -1.0], [0.0, -2.0]], 0)
+
+
+def answered(request_id: str, scores: torch.Tensor) -> Answered:
+    return Answered(request_id, "t", 1, ["a", "b"], scores, True, len(scores), 0, [0.7, 0.3], 0.7, 0.01)
+
+
+def dict_of(feedback: Feedback) -> dict[str, float]:
+    ((_, _, told),) = feedback.windows()
+    return told
+
+
+def test_a_temperature_from_groups_is_that_of_all_answers_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores, answers = 3 * torch.randn(2, 40, 3, generator=generator), torch.randint(3, (40,), generator=generator)
+    prior = TemperaturePrior(median=1.0, spread=1.0)
+    whole = own_temperature(prior, [(scores, answers)])
+    assert whole == own_temperature(prior, [(scores[:, :10], answers[:10]), (scores[:, 10:], answers[10:])])
+    assert whole > 2
