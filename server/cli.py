@@ -55,6 +55,9 @@ def serve_command(
     job_queue: Annotated[int, typer.Option(min=1, help="Adaptation jobs that may wait; 429 past that.")] = 256,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds until a question is given up; 504.")] = 60.0,
     max_body: Annotated[int, typer.Option(min=1024, help="Largest body of a request, in bytes.")] = 16 << 20,
+    cache: Annotated[
+        int, typer.Option(min=1 << 20, help="Bytes of posteriors to keep in memory, and as many of draws.")
+    ] = 1 << 30,
     feedback_kept: Annotated[int, typer.Option(min=1, help="Newest answers that feedback can be given on.")] = 200_000,
     keys: Annotated[
         Path | None,
@@ -97,6 +100,7 @@ def serve_command(
                 "job_queue": job_queue,
                 "timeout": timeout,
                 "max_body": max_body,
+                "cache": cache,
                 "feedback_kept": feedback_kept,
                 "keys": keys,
                 "log_level": log_level,

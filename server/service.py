@@ -81,6 +81,7 @@ def make_engine(settings: Settings, prior: StoredPosterior) -> Engine:
             context=settings.context,
             targets=prior.posterior.config.targets,
             max_rank=prior.posterior.config.draw_rank,
+            cache_bytes=settings.cache,
         )
     import torch
 
@@ -93,6 +94,7 @@ def make_engine(settings: Settings, prior: StoredPosterior) -> Engine:
         device=settings.device,
         context=settings.context,
         threads=settings.threads,
+        cache_bytes=settings.cache,
     )
 
 
@@ -142,7 +144,7 @@ class Service:
     def __init__(self, settings: Settings, on_failure: Callable[[Exception], None] = lambda _: None) -> None:
         self.settings, self.on_failure = settings, on_failure
         self.prior = load_global(settings)
-        self.store = TaskStore(settings.store, self.prior, base_check(settings))
+        self.store = TaskStore(settings.store, self.prior, base_check(settings), settings.cache)
         if Path(settings.base_model).is_dir():  # else when the engine has fetched it
             self.store.check(self.prior.posterior)
         self.registry = JobRegistry(settings.store / "jobs.sqlite3")

@@ -309,17 +309,18 @@ class Soak:
     async def run(self, minutes: float) -> Sequence[str]:
         """Runs; returns the acknowledged jobs that are lost, each with the reason."""
         await self.subject.start()
-        # The last third is without faults, so that one life is long enough to tell growth.
+        # The last third is without faults, so that one life is long enough to tell growth, and without new tasks, whose
+        # posteriors are rightly kept.
         quiet = asyncio.get_running_loop().time() + 60 * minutes * 2 / 3
 
-        async def fault() -> None:
+        async def before_quiet(act: Callable[[], Coroutine[Any, Any, None]]) -> None:
             if asyncio.get_running_loop().time() < quiet:
-                await self.fault()
+                await act()
 
         work = asyncio.gather(
             self.clients(),
-            self._until_end(ADAPT_SECONDS, self.teach),
-            self._until_end(FAULT_SECONDS, fault),
+            self._until_end(ADAPT_SECONDS, lambda: before_quiet(self.teach)),
+            self._until_end(FAULT_SECONDS, lambda: before_quiet(self.fault)),
             self._until_end(2.0, self.weigh),
         )
         ender = asyncio.get_running_loop().call_later(60 * minutes, self.ending.set)

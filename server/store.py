@@ -10,7 +10,6 @@ import re
 import shutil
 import tempfile
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +21,12 @@ from abmll.calibration import Calibration
 from abmll.errors import AbmllError, InvalidPosterior, InvalidRequest, StoreFailure, TaskConflict, TaskNotFound
 from abmll.posterior import Posterior
 from abmll.store import Record, StoredPosterior, load_posterior, replace_file, save_posterior
+from server.cache import ByteCache, tensor_bytes
 
 logger = logging.getLogger(__name__)
 
 GLOBAL = "global"
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
-LOADED_KEPT = 128
 _SERVING = "serving.json"
 UNKNOWN_SERVING = "which version answers cannot be read from serving.json; say it anew with PUT /tasks/{name}/serving"
 _VERSION = re.compile(r"^v(\d{4,})$")
@@ -90,15 +89,23 @@ class TaskStore:
         global_posterior: Served as task ``global``.
         check: Called on each posterior when it is loaded; raises ``PosteriorMismatch`` for one that was
             made for another base model.
+        cache_bytes: Bytes of loaded posteriors to keep.
     """
 
     def __init__(
-        self, root: Path, global_posterior: StoredPosterior, check: Callable[[Posterior], None] = lambda _: None
+        self,
+        root: Path,
+        global_posterior: StoredPosterior,
+        check: Callable[[Posterior], None] = lambda _: None,
+        cache_bytes: int = 1 << 30,
     ) -> None:
         self.tasks = root / "tasks"
         self.global_posterior = global_posterior
         self.check = check
-        self._loaded: OrderedDict[tuple[Path, int, int], Version] = OrderedDict()
+        self._loaded: ByteCache[tuple[Path, int, int], Version] = ByteCache(
+            cache_bytes,
+            lambda v: 0 if v.stored is None else tensor_bytes(v.stored.posterior.tensors().values()),
+        )
         self._lock = threading.Lock()
         try:
             self.tasks.mkdir(parents=True, exist_ok=True)
@@ -260,11 +267,9 @@ class TaskStore:
         except OSError as error:
             raise StoreFailure(f"task {name!r} cannot be deleted: {error}; mend the store's disk") from error
         with self._lock:
-            gone = {key: v for key, v in self._loaded.items() if key[0].parent == folder}
-            for key in gone:
-                del self._loaded[key]
+            gone = [self._loaded.pop(key) for key in self._loaded.present() if key[0].parent == folder]
         shutil.rmtree(grave, ignore_errors=True)
-        return [version.stored.digest for version in gone.values() if version.stored is not None]
+        return [version.stored.digest for version in gone if version is not None and version.stored is not None]
 
     def damaged(self) -> dict[str, str]:
         """Loads every task's newest version; names those that cannot be used, with the reason."""
@@ -305,9 +310,9 @@ class TaskStore:
         except OSError:
             key = (folder, 0, 0)
         with self._lock:
-            if key in self._loaded:
-                self._loaded.move_to_end(key)
-                return self._loaded[key]
+            found = self._loaded.find(key)
+        if found is not None:
+            return found
         try:
             stored = load_posterior(folder)
             self.check(stored.posterior)
@@ -316,7 +321,5 @@ class TaskStore:
             logger.warning("task %s, version %d cannot be used: %s", name, number, error.message)
             version = Version(number, None, error.message)
         with self._lock:
-            self._loaded[key] = version
-            while len(self._loaded) > LOADED_KEPT:
-                self._loaded.popitem(last=False)
+            self._loaded.put(key, version)
         return version

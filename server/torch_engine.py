@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from abmll.errors import AbmllError, EngineFailure
 from abmll.layers import Attached, attach
 from abmll.posterior import Posterior
 from abmll.scoring import Batch, Normalize, Question, option_scores, pack, token_log_probs
+from server.cache import ByteCache, tensor_bytes
 from server.clock import Clock, current_clock
 from server.engine import EngineState, Served
 from training.allocator import keep_freed_memory
@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 # Padded tokens in one pass over all draws, by device. Measured on a CPU with 2 cores: between 2k and 4k
 # activations stay in cache; a GPU wants large passes.
 PASS_TOKENS = {"cpu": 2048, "cuda": 65536}
-SIGNS_KEPT = 512
-PLACED_KEPT = 64
 
 
 @dataclass(frozen=True)
@@ -57,30 +55,6 @@ class _Item:
     arrived: float = field(default_factory=time.perf_counter)
 
 
-_K = TypeVar("_K")
-_V = TypeVar("_V")
-
-
-class _Counted(Generic[_K, _V]):
-    """A least-recently-used cache that counts."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.loads, self.hits, self.evictions = capacity, 0, 0, 0
-        self.entries: OrderedDict[_K, _V] = OrderedDict()
-
-    def get(self, key: _K, make: Callable[[], _V]) -> _V:
-        if key in self.entries:
-            self.hits += 1
-            self.entries.move_to_end(key)
-            return self.entries[key]
-        self.loads += 1
-        value = self.entries[key] = make()
-        while len(self.entries) > self.capacity:
-            self.entries.popitem(last=False)
-            self.evictions += 1
-        return value
-
-
 class TorchEngine:
     """``Engine`` on a transformers model.
 
@@ -96,6 +70,7 @@ class TorchEngine:
         context: The most tokens to take; the model's own limit by default.
         threads: CPU threads; torch's choice by default.
         pass_tokens: Padded tokens in one pass, over all draws.
+        cache_bytes: Bytes of posteriors, and of draws' signs, to keep.
     """
 
     name = "torch"
@@ -110,6 +85,7 @@ class TorchEngine:
         context: int | None = None,
         threads: int | None = None,
         pass_tokens: int | None = None,
+        cache_bytes: int = 1 << 30,
     ) -> None:
         self.model, self.revision, self.dtype = model, revision, dtype
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -118,8 +94,12 @@ class TorchEngine:
         self.pass_tokens = pass_tokens or PASS_TOKENS.get(self.device.split(":")[0], 65536)
         self._base: BaseModel | None = None
         self._attached: Attached | None = None
-        self._signs: _Counted[tuple[Any, ...], dict[str, Signs]] = _Counted(SIGNS_KEPT)
-        self._placed: _Counted[str, Posterior] = _Counted(PLACED_KEPT)
+        self._signs: ByteCache[tuple[Any, ...], dict[str, Signs]] = ByteCache(
+            cache_bytes, lambda signs: tensor_bytes(t for sign in signs.values() for t in (sign.u, sign.v))
+        )
+        self._placed: ByteCache[str, Posterior] = ByteCache(
+            cache_bytes, lambda posterior: tensor_bytes(posterior.tensors().values())
+        )
         self._waiting: list[_Item] = []
         self._running: list[_Item] = []
         self._wake = asyncio.Event()
@@ -181,13 +161,13 @@ class TorchEngine:
 
     async def release(self, key: str) -> None:
         """Forgets a posterior; its draws' signs are those of all posteriors and stay."""
-        self._placed.entries.pop(key, None)
+        self._placed.pop(key)
 
     def state(self) -> EngineState:
         """Reports the engine's state; resident "adapters" are draws whose signs are kept."""
         signs = self._signs
         healthy = self._loop is not None and not self._loop.done()
-        return EngineState(healthy, len(signs.entries), signs.loads, signs.hits, signs.evictions, len(self._waiting))
+        return EngineState(healthy, len(signs), signs.loads, signs.hits, signs.evictions, len(self._waiting))
 
     async def _ask(self, kind: _Kind, served: Served, question: Question) -> Any:
         if self._loop is None or self._loop.done():
