@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from clients.errors import InvalidReply, JobCancelled, JobFailed, api_error
 from clients.examples import LabelledExample
-from clients.replies import Answer, Job, TaskInfo
+from clients.replies import Answer, Feedback, Job, Recalibration, TaskInfo
 
 T = TypeVar("T")
 Normalize = Literal["sum", "mean"]
@@ -28,7 +28,7 @@ class Call(Generic[T]):
         body: JSON to send.
     """
 
-    method: Literal["GET", "POST", "DELETE"]
+    method: Literal["GET", "POST", "PUT", "DELETE"]
     path: str
     read: Callable[[Any], T]
     body: dict[str, Any] | None = None
@@ -38,6 +38,7 @@ def generate(
     prompt: str,
     *,
     task: str,
+    version: int | None,
     options: Sequence[str] | None,
     draws: int | Literal["auto"],
     tolerance: float,
@@ -49,6 +50,7 @@ def generate(
     body = {
         "prompt": prompt,
         "task": task,
+        "version": version,
         "options": None if options is None else list(options),
         "draws": draws,
         "tolerance": tolerance,
@@ -90,6 +92,25 @@ def task(name: str) -> Call[TaskInfo]:
 def delete_task(name: str) -> Call[None]:
     """Removes a task with all its versions."""
     return Call("DELETE", f"/tasks/{quote(name, safe='')}", lambda _: None)
+
+
+def serve(name: str, versions: Mapping[int, float] | int | None) -> Call[TaskInfo]:
+    """Says which versions of a task answer."""
+    shares = {versions: 1.0} if isinstance(versions, int) else versions
+    body = None if shares is None else {str(number): share for number, share in shares.items()}
+    return Call("PUT", f"/tasks/{quote(name, safe='')}/serving", _reader(TaskInfo), {"versions": body})
+
+
+def recalibrate(name: str, *, version: int | None, apply: bool) -> Call[Recalibration]:
+    """Fits a task's temperature to its feedback."""
+    path = f"/tasks/{quote(name, safe='')}/recalibrate"
+    return Call("POST", path, _reader(Recalibration), {"version": version, "apply": apply})
+
+
+def feedback(request_id: str, *, answer: str | int | None, correct: bool | None) -> Call[Feedback]:
+    """Tells the right answer, or whether the answer was right."""
+    body = {"request_id": request_id, "answer": answer, "correct": correct}
+    return Call("POST", "/feedback", _reader(Feedback), body)
 
 
 def check(path: Literal["/healthz", "/readyz"]) -> Call[None]:

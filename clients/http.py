@@ -15,7 +15,7 @@ from clients import calls
 from clients.calls import Call, Normalize
 from clients.errors import ApiError, ClientError, JobTimeout, ReplyTimeout, ServerUnreachable
 from clients.examples import LabelledExample
-from clients.replies import Answer, Job, TaskInfo
+from clients.replies import Answer, Feedback, Job, Recalibration, TaskInfo
 
 T = TypeVar("T")
 
@@ -101,6 +101,7 @@ class Client:
         prompt: str,
         *,
         task: str = "global",
+        version: int | None = None,
         options: Sequence[str] | None = None,
         draws: int | Literal["auto"] = "auto",
         tolerance: float = 0.02,
@@ -116,6 +117,7 @@ class Client:
             calls.generate(
                 prompt,
                 task=task,
+                version=version,
                 options=options,
                 draws=draws,
                 tolerance=tolerance,
@@ -183,6 +185,21 @@ class Client:
         """Removes a task with all its versions."""
         self._send(calls.delete_task(name))
 
+    def serve(self, name: str, versions: Mapping[int, float] | int | None) -> TaskInfo:
+        """Says which version of a task answers, or which share the questions; None: always the newest."""
+        return self._send(calls.serve(name, versions))
+
+    def feedback(
+        self, answered: Answer | str, *, answer: str | int | None = None, correct: bool | None = None
+    ) -> Feedback:
+        """Tells the right answer (text or index) to a question that was answered, or whether the answer was right."""
+        request_id = answered if isinstance(answered, str) else answered.request_id
+        return self._send(calls.feedback(request_id, answer=answer, correct=correct))
+
+    def recalibrate(self, name: str, *, version: int | None = None, apply: bool = False) -> Recalibration:
+        """Fits a task's temperature to its feedback; with ``apply``, makes a new version with it."""
+        return self._send(calls.recalibrate(name, version=version, apply=apply))
+
     def healthy(self) -> bool:
         """Says whether the server lives; False where none can be reached."""
         return self._check("/healthz")
@@ -241,6 +258,7 @@ class AsyncClient:
         prompt: str,
         *,
         task: str = "global",
+        version: int | None = None,
         options: Sequence[str] | None = None,
         draws: int | Literal["auto"] = "auto",
         tolerance: float = 0.02,
@@ -256,6 +274,7 @@ class AsyncClient:
             calls.generate(
                 prompt,
                 task=task,
+                version=version,
                 options=options,
                 draws=draws,
                 tolerance=tolerance,
@@ -312,6 +331,21 @@ class AsyncClient:
     async def delete_task(self, name: str) -> None:
         """Removes a task with all its versions."""
         await self._send(calls.delete_task(name))
+
+    async def serve(self, name: str, versions: Mapping[int, float] | int | None) -> TaskInfo:
+        """Says which version of a task answers, or which share the questions; None: always the newest."""
+        return await self._send(calls.serve(name, versions))
+
+    async def feedback(
+        self, answered: Answer | str, *, answer: str | int | None = None, correct: bool | None = None
+    ) -> Feedback:
+        """Tells the right answer (text or index) to a question that was answered, or whether the answer was right."""
+        request_id = answered if isinstance(answered, str) else answered.request_id
+        return await self._send(calls.feedback(request_id, answer=answer, correct=correct))
+
+    async def recalibrate(self, name: str, *, version: int | None = None, apply: bool = False) -> Recalibration:
+        """Fits a task's temperature to its feedback; with ``apply``, makes a new version with it."""
+        return await self._send(calls.recalibrate(name, version=version, apply=apply))
 
     async def healthy(self) -> bool:
         """Says whether the server lives; False where none can be reached."""

@@ -111,3 +111,39 @@ class TaskInfo(Reply):
     base_model: str | None = None
     calibration: dict[str, object] | None = None
     versions: list[TaskVersion] | None = None
+    serving: dict[str, float] | None = None
+
+
+class Feedback(Reply):
+    """Feedback that the server has stored."""
+
+    request_id: str
+    task: str
+    version: int
+    correct: bool
+
+
+class Measured(Reply):
+    """Measures of judged answers; ``nll`` in nats."""
+
+    accuracy: float
+    ece: float
+    nll: float
+    brier: float
+
+
+class Recalibration(Reply):
+    """A temperature fitted to feedback; ``after`` is measured on answers that it was not fitted on.
+
+    Attributes:
+        applied: The new version of the task; None where nothing was changed.
+    """
+
+    task: str
+    version: int
+    answers: int
+    temperature_before: float
+    temperature_after: float
+    before: Measured
+    after: Measured
+    applied: int | None

@@ -56,7 +56,7 @@ class Scripted:
 def scripted() -> Iterator[Scripted]:
     listening = socket.create_server(("127.0.0.1", 0))
     script = Scripted(f"http://127.0.0.1:{listening.getsockname()[1]}")
-    app = Starlette(routes=[Route("/{path:path}", script.handle, methods=["GET", "POST", "DELETE"])])
+    app = Starlette(routes=[Route("/{path:path}", script.handle, methods=["GET", "POST", "PUT", "DELETE"])])
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()

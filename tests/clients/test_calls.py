@@ -14,11 +14,19 @@ from tests.clients.conftest import ANSWER
 
 def test_a_question_is_sent_with_every_field_of_the_contract():
     call = calls.generate(
-        "p", task="t", options=("a", "b"), draws="auto", tolerance=0.1, seed=3, max_tokens=5, normalize="mean"
+        "p",
+        version=2,
+        task="t",
+        options=("a", "b"),
+        draws="auto",
+        tolerance=0.1,
+        seed=3,
+        max_tokens=5,
+        normalize="mean",
     )
     assert (call.method, call.path) == ("POST", "/generate")
     assert call.body == {
-        "prompt": "p", "task": "t", "options": ["a", "b"], "draws": "auto", "tolerance": 0.1, "seed": 3,
+        "prompt": "p", "task": "t", "version": 2, "options": ["a", "b"], "draws": "auto", "tolerance": 0.1, "seed": 3,
         "max_tokens": 5, "normalize": "mean",
     }  # fmt: skip
 
@@ -39,7 +47,9 @@ def test_a_task_name_stays_one_segment_of_the_path(name: str):
 
 def test_fields_that_a_newer_server_adds_are_kept():
     answer = calls.read(
-        calls.generate("p", task="t", options=None, draws=1, tolerance=0.1, seed=0, max_tokens=1, normalize="sum"),
+        calls.generate(
+            "p", task="t", version=None, options=None, draws=1, tolerance=0.1, seed=0, max_tokens=1, normalize="sum"
+        ),
         200,
         json.dumps(ANSWER | {"novelty": 7}),
     )

@@ -15,6 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from abmll.calibration import TemperaturePrior, own_temperature
 from abmll.errors import AnswerNotFound
 from abmll.metrics import brier, expected_calibration_error, negative_log_likelihood
+from clients.errors import RequestRejected
+from clients.http import Client
 from server.feedback import Answered, Feedback
 from tests.server.conftest import Server, wait_for
 from tests.server.test_http import QUESTION, adapt
@@ -172,3 +174,23 @@ def test_a_temperature_from_groups_is_that_of_all_answers_together() -> None:
     whole = own_temperature(prior, [(scores, answers)])
     assert whole == own_temperature(prior, [(scores[:, :10], answers[:10]), (scores[:, 10:], answers[10:])])
     assert whole > 2
+
+
+def test_the_client_judges_and_rolls_back(start_server: Callable[..., Server], tmp_path: Path) -> None:
+    server = start_server(tmp_path / "store")
+    assert server.wait_job(adapt(server, "clients", steps=1)["job"])["status"] == "done"
+    with Client(server.url) as client:
+        for number in range(20):
+            answer = client.generate(f"film {number}", options=OPTIONS, task="clients", draws=2)
+            said = client.feedback(answer, answer=number % 3)
+            assert (said.task, said.version, said.correct) == ("clients", 1, answer.answer == OPTIONS[number % 3])
+        assert client.recalibrate("clients").applied is None
+        assert client.recalibrate("clients", apply=True).applied == 2
+        assert client.generate("film", options=OPTIONS, task="clients").posterior.version == 2
+        assert client.serve("clients", 1).serving == {"1": 1.0}
+        assert client.generate("film", options=OPTIONS, task="clients").posterior.version == 1
+        assert client.generate("film", options=OPTIONS, task="clients", version=2).posterior.version == 2
+        assert client.serve("clients", {1: 1, 2: 3}).serving == {"1": 0.25, "2": 0.75}
+        assert client.serve("clients", None).serving is None
+        with pytest.raises(RequestRejected, match="20 are needed"):
+            client.recalibrate("clients")
