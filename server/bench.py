@@ -48,11 +48,20 @@ def free_port() -> int:
 
 
 @contextmanager
-def running_server(engine: str, extra: Sequence[str]) -> Generator[tuple[str, float], None, None]:
-    """Starts ``abmll serve`` on a free port; yields its address and the seconds until it was ready."""
+def running_server(
+    engine: str, extra: Sequence[str], fill: Callable[[Path], None] = lambda _: None
+) -> Generator[tuple[str, float], None, None]:
+    """Starts ``abmll serve`` on a free port; yields its address and the seconds until it was ready.
+
+    Args:
+        engine: vllm or torch.
+        extra: Further options.
+        fill: Called with the store's folder before the start.
+    """
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
+        fill(Path(folder) / "store")
         command = [sys.executable, "-m", "server.cli", "serve", "--engine", engine, "--port", str(port)]
         command += ["--store", str(Path(folder) / "store"), *extra]
         begin = time.perf_counter()
@@ -192,6 +201,62 @@ def throughput(url: str, loop: PeftLoop, options: list[str], count: int, rounds:
     return statistics.median(served), statistics.median(looped)
 
 
+def _store_of(tasks: int) -> Callable[[Path], None]:
+    """Writes tasks whose weights differ; what they say does not matter here."""
+
+    def fill(store: Path) -> None:
+        import torch
+
+        from abmll.store import Record, load_posterior
+        from server.store import TaskStore
+        from training.embedded import POSTERIOR
+
+        prior = load_posterior(POSTERIOR)
+        kept = TaskStore(store, prior)
+        for number in range(tasks):
+            noise = torch.Generator().manual_seed(number)
+            posterior = prior.posterior.map(lambda t, g=noise: t + 1e-3 * torch.randn(t.shape, generator=g))
+            record = Record(task=f"task-{number}", version=1, shots=16)
+            kept.add(f"task-{number}", posterior, prior.calibration, lambda _, record=record: record)
+
+    return fill
+
+
+async def _zipf(url: str, tasks: int, count: int, seed: int) -> list[float]:
+    """Seconds of each of ``count`` questions of as many clients as elsewhere; the r-th task is asked 1/r as often."""
+    rng, options = random.Random(seed), WORKLOADS["labels"]
+    names = [f"task-{number}" for number in range(tasks)]
+    asked = rng.choices(names, [1 / rank for rank in range(1, tasks + 1)], k=count)
+    queue = list(zip(prompts(count, seed), asked, strict=True))
+    seconds: list[float] = []
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+
+        async def work() -> None:
+            while queue:
+                prompt, task = queue.pop()
+                begin = time.perf_counter()
+                reply = await client.post("/generate", json=_body(prompt, options) | {"task": task})
+                reply.raise_for_status()
+                seconds.append(time.perf_counter() - begin)
+
+        await asyncio.gather(*(work() for _ in range(CLIENTS)))
+    return seconds
+
+
+def many_tasks(engine: str, counts: Sequence[int], questions: int) -> list[dict[str, float]]:
+    """Answers per second and p95 in ms with each number of tasks, Zipf traffic; after as many warm-up questions."""
+    rows: list[dict[str, float]] = []
+    with running_server(engine, [], _store_of(max(counts))) as (url, _):
+        for tasks in counts:
+            asyncio.run(_zipf(url, tasks, questions, seed=1))
+            begin = time.perf_counter()
+            seconds = asyncio.run(_zipf(url, tasks, questions, seed=2))
+            rate = questions / (time.perf_counter() - begin)
+            p95 = 1000 * statistics.quantiles(seconds, n=20)[-1]
+            rows.append({"tasks": tasks, "rate": rate, "p50": 1000 * statistics.median(seconds), "p95": p95})
+    return rows
+
+
 def adaptation_seconds(url: str) -> float:
     """Seconds from POST /adapt with 16 examples until the task can be asked."""
     options = WORKLOADS["labels"]
@@ -214,25 +279,17 @@ def _timed(function: Callable[[], float]) -> list[float]:
     return [function(), function()]
 
 
-def main() -> None:
-    """Prints the tables."""
+def _speed(engines: Sequence[str], count: int, rounds: int) -> None:
     from training.embedded import POSTERIOR, resolve
-    from training.provenance import provenance
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--engines", nargs="+", default=["torch", "vllm"])
-    parser.add_argument("--count", type=int, default=96, help="questions in a round")
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
     loop = PeftLoop(POSTERIOR, resolve(None))
-    print(provenance())
     results: dict[str, dict[str, Any]] = {}
-    for engine in arguments.engines:
+    for engine in engines:
         with running_server(engine, []) as (url, ready):
             row: dict[str, Any] = {"ready_s": ready}
             for name, options in WORKLOADS.items():
                 row[f"latency_{name}"] = latency(url, options, 60)
-                row[f"rate_{name}"] = throughput(url, loop, options, arguments.count, arguments.rounds)
+                row[f"rate_{name}"] = throughput(url, loop, options, count, rounds)
             row["adapt_s"] = _timed(lambda url=url: adaptation_seconds(url))
         results[engine] = row
     print(f"\n/generate over HTTP, embedded model, {DRAWS} draws, 4 options; ms for one client")
@@ -249,6 +306,28 @@ def main() -> None:
     for engine, row in results.items():
         print(f"- {engine}: " + ", ".join(f"{value:.1f}" for value in row["adapt_s"]))
     print(json.dumps(results), file=sys.stderr)
+
+
+def main() -> None:
+    """Prints the tables."""
+    from training.provenance import provenance
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--engines", nargs="+", default=["torch", "vllm"])
+    parser.add_argument("--count", type=int, default=96, help="questions in a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tasks", type=int, nargs="+", default=[1, 10, 100], help="numbers of tasks asked at once")
+    parser.add_argument("--only-tasks", action="store_true", help="leave all else out")
+    arguments = parser.parse_args()
+    print(provenance())
+    if not arguments.only_tasks:
+        _speed(arguments.engines, arguments.count, arguments.rounds)
+    print(f"\nMany tasks under Zipf traffic, {CLIENTS} clients, {DRAWS} draws, 4 options of one token")
+    print("| engine | tasks | answers/s | p50 ms | p95 ms |")
+    print("|---|---|---|---|---|")
+    for engine in arguments.engines:
+        for row in many_tasks(engine, arguments.tasks, 4 * arguments.count):
+            print(f"| {engine} | {row['tasks']} | {row['rate']:.1f} | {row['p50']:.0f} | {row['p95']:.0f} |")
 
 
 if __name__ == "__main__":
