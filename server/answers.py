@@ -16,10 +16,12 @@ from abmll.adaptive import Scatter, settled, stages
 from abmll.calibration import ShotCalibration, prediction_set
 from abmll.errors import DeadlineExceeded, InvalidExamples, InvalidRequest, PromptTooLong
 from abmll.examples import Example, Template, check_options, resolve_answer
+from abmll.posterior import Normalize
 from abmll.predictive import predictive
 from abmll.scoring import Question, tokenize
 from abmll.store import StoredPosterior
 from server.admission import Admission
+from server.cache import ByteCache, tensor_bytes
 from server.clock import EngineTime, start_clock
 from server.engine import Engine, Served
 from server.feedback import Answered
@@ -39,6 +41,19 @@ from server.store import TaskStore
 COVERAGE = "0.9"
 # Longer texts are tokenized beside the event loop: a tokenizer reads about a million characters a second.
 _LONG = 20_000
+
+
+_Scoring = tuple[str, Question, range, int, Normalize]
+# Bytes of a token id in a key.
+_TOKEN = 36
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Scores, shape (draws, options) in nats, and the number of tokens of the question."""
+
+    scores: torch.Tensor
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -115,6 +130,10 @@ class Answerer:
     ) -> None:
         self.settings, self.engine, self.tokenizer, self.store = settings, engine, tokenizer, store
         self.admission, self.note = admission, note
+        # Equal draws of an equal posterior score equally: a question asked again costs nothing.
+        self.scored: ByteCache[_Scoring, _Scored] = ByteCache(
+            settings.cache, lambda scored: tensor_bytes([scored.scores]) + _TOKEN * scored.tokens
+        )
 
     async def answer(self, request: GenerateRequest, request_id: str) -> GenerateReply:
         """Answers one question.
@@ -209,7 +228,7 @@ class Answerer:
         if request.draws == "auto" and entry is not None and entry.scatter is not None:
             scores = await self._adaptive(served, question, request, draws, entry, entry.scatter)
         else:
-            scores = await self.engine.score(served, question, range(draws), request.seed, normalize)
+            scores = await self._score(served, question, range(draws), request.seed, normalize)
         temperature = 1.0 if entry is None else entry.temperature
         raw, result = predictive(scores), predictive(scores, temperature, mirrored=True)
         index, probabilities = int(result.answer), result.probabilities
@@ -229,6 +248,17 @@ class Answerer:
         )
         return answer, scores
 
+    async def _score(
+        self, served: Served, question: Question, draws: range, seed: int, normalize: Normalize
+    ) -> torch.Tensor:
+        key = served.key, question, draws, seed, normalize
+        found = self.scored.find(key)
+        if found is None:
+            scores = await self.engine.score(served, question, draws, seed, normalize)
+            found = _Scored(scores, len(question.prompt) + sum(map(len, question.options)))
+            self.scored.put(key, found)
+        return found.scores
+
     async def _adaptive(
         self,
         served: Served,
@@ -242,7 +272,7 @@ class Answerer:
         parts: list[torch.Tensor] = []
         for stage in stages(most):
             normalize = served.posterior.config.normalize
-            parts.append(await self.engine.score(served, question, stage, request.seed, normalize))
+            parts.append(await self._score(served, question, stage, request.seed, normalize))
             if settled(torch.cat(parts), entry.temperature, most, request.tolerance, scatter):
                 break
         return torch.cat(parts)

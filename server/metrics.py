@@ -34,6 +34,7 @@ class Snapshot:
         jobs: Jobs by status; None where the registry cannot be read.
         done: Jobs done.
         seconds: Their run times' sum.
+        questions_again: Questions (or their parts) whose scores were there already.
         windows: Task, version and rolling measures of each version that has answered.
         references: Mean confidence and epistemic uncertainty (nats) on the validation set, by task and version.
         engine_restarts: Times that the engine has died.
@@ -48,6 +49,7 @@ class Snapshot:
     jobs: dict[str, int] | None
     done: int
     seconds: float
+    questions_again: int
     windows: Sequence[tuple[str, int, dict[str, float]]]
     references: Mapping[tuple[str, int], tuple[float, float]]
     engine_restarts: int
@@ -127,6 +129,9 @@ class _Scraped(Collector):
             "abmll_worker_restarts", "Times the adaptation process has died.", value=seen.worker_restarts
         )
         yield from self._store(seen)
+        yield CounterMetricFamily(
+            "abmll_questions_again", "Stages of draws whose scores were there already.", value=seen.questions_again
+        )
         yield from _feedback(seen)
 
     def _store(self, seen: Snapshot) -> Iterable[Metric]:

@@ -280,6 +280,7 @@ class Service:
             jobs=jobs,
             done=done,
             seconds=seconds,
+            questions_again=0 if self._answerer is None else self._answerer.scored.hits,
             windows=list(self.feedback.windows()),
             references=self._references(),
             engine_restarts=self.engine_restarts,

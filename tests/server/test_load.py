@@ -48,7 +48,7 @@ def test_past_its_queue_the_server_says_when_to_ask_again(small: Server) -> None
 
 def test_a_question_that_takes_too_long_is_given_up(small: Server) -> None:
     begun = time.monotonic()
-    late = small.http.post("/generate", json=SLOW | {"timeout": 0.001})
+    late = small.http.post("/generate", json=SLOW | {"timeout": 0.001, "seed": 1000})
     assert (late.status_code, late.json()["error"]["type"], late.json()["error"]["field"]) == (
         504, "DeadlineExceeded", "timeout",
     )  # fmt: skip
@@ -56,6 +56,17 @@ def test_a_question_that_takes_too_long_is_given_up(small: Server) -> None:
     wait_for(lambda: metric(small, "abmll_inside") == 0)
     for wrong in (0, -1, "soon"):
         assert small.http.post("/generate", json=QUESTION | {"timeout": wrong}).status_code == 422
+
+
+def test_a_question_asked_again_is_cheap_and_gets_the_same_answer(small: Server) -> None:
+    asked = SLOW | {"seed": 2000}
+    before = metric(small, "abmll_questions_again_total")
+    first, again = (small.http.post("/generate", json=asked).json() for _ in range(2))
+    assert metric(small, "abmll_questions_again_total") == before + 1
+    assert again["probabilities"] == first["probabilities"]
+    assert again["timing"]["engine_ms"] < first["timing"]["engine_ms"] / 4
+    other = small.http.post("/generate", json=asked | {"seed": 2001}).json()
+    assert other["probabilities"] != first["probabilities"]
 
 
 def test_a_client_that_goes_away_frees_its_work(small: Server) -> None:
