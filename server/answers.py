@@ -44,6 +44,8 @@ _LONG = 20_000
 
 
 _Scoring = tuple[str, Question, range, int, Normalize]
+# Scores are small: this part of the cache's bytes holds thousands of questions.
+_SCORES_SHARE = 32
 # Bytes of a token id in a key.
 _TOKEN = 36
 
@@ -132,7 +134,7 @@ class Answerer:
         self.admission, self.note = admission, note
         # Equal draws of an equal posterior score equally: a question asked again costs nothing.
         self.scored: ByteCache[_Scoring, _Scored] = ByteCache(
-            settings.cache, lambda scored: tensor_bytes([scored.scores]) + _TOKEN * scored.tokens
+            settings.cache // _SCORES_SHARE, lambda scored: tensor_bytes([scored.scores]) + _TOKEN * scored.tokens
         )
 
     async def answer(self, request: GenerateRequest, request_id: str) -> GenerateReply:

@@ -110,6 +110,22 @@ def latency(url: str, options: list[str], count: int) -> dict[str, float]:
     return {"p50": statistics.median(totals), "p95": cuts[-1], "outside": statistics.median(outside)}
 
 
+def repeats(url: str, rounds: int = 12) -> dict[str, float]:
+    """Milliseconds (medians) of a long new question, one with the same beginning, and the first one again."""
+    rng = random.Random(11)
+    found: dict[str, list[float]] = {"new": [], "same beginning": [], "again": []}
+    with httpx.Client(base_url=url, timeout=60) as client:
+        for number in range(rounds):
+            beginning = " ".join(rng.choices(_WORDS, k=280))
+            first, other = (f"{beginning} {' '.join(rng.choices(_WORDS, k=20))}" for _ in range(2))
+            for kind, prompt in zip(found, (first, other, first), strict=True):
+                begin = time.perf_counter()
+                client.post("/generate", json=_body(prompt, WORKLOADS["labels"])).raise_for_status()
+                if number:
+                    found[kind].append(1000 * (time.perf_counter() - begin))
+    return {kind: statistics.median(values) for kind, values in found.items()}
+
+
 async def _ask_all(url: str, questions: Sequence[str], options: list[str]) -> float:
     queue = list(questions)
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
@@ -290,6 +306,7 @@ def _speed(engines: Sequence[str], count: int, rounds: int) -> None:
             for name, options in WORKLOADS.items():
                 row[f"latency_{name}"] = latency(url, options, 60)
                 row[f"rate_{name}"] = throughput(url, loop, options, count, rounds)
+            row["repeats"] = repeats(url)
             row["adapt_s"] = _timed(lambda url=url: adaptation_seconds(url))
         results[engine] = row
     print(f"\n/generate over HTTP, embedded model, {DRAWS} draws, 4 options; ms for one client")
@@ -302,6 +319,9 @@ def _speed(engines: Sequence[str], count: int, rounds: int) -> None:
                 f"| {engine} | {row['ready_s']:.1f} | {name} | {lat['p50']:.0f} | {lat['p95']:.0f} | "
                 f"{lat['outside']:.1f} | {served:.1f} | {looped:.1f} | {served / looped:.2f} |"
             )
+    print("\nA question of 300 words, one client, ms: new, with the same 280 words first, the same again")
+    for engine, row in results.items():
+        print(f"- {engine}: " + ", ".join(f"{value:.0f}" for value in row["repeats"].values()))
     print("\n/adapt with 16 examples, request to first answer, seconds (first, second)")
     for engine, row in results.items():
         print(f"- {engine}: " + ", ".join(f"{value:.1f}" for value in row["adapt_s"]))
