@@ -23,7 +23,7 @@ from server.metrics import Snapshot
 from server.recalibration import refit
 from server.schemas import RecalibrationReply
 from server.settings import Settings
-from server.store import TaskStore, check_name
+from server.store import GLOBAL, TaskStore
 from server.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
@@ -308,7 +308,8 @@ class Service:
             InvalidRequest: Too few answers have been judged.
             StoreFailure: The disk is full or not writable.
         """
-        check_name(task)
+        if task == GLOBAL:
+            raise TaskConflict("the global posterior stays as it is; `abmll calibrate` calibrates it anew", "name")
         serving = self.store.serving(task)
         if version is None and serving:
             version = max(serving, key=lambda number: serving[number])

@@ -198,12 +198,14 @@ class TaskStore:
             shares: Share of the questions by version, made to sum to 1; None: the newest.
 
         Raises:
-            InvalidRequest: Not a task name, no version, or a share that is not positive.
+            InvalidRequest: No version, or a share that is not positive.
             TaskNotFound: There is no such task or version.
             InvalidPosterior: A version is damaged.
+            TaskConflict: The task is ``global``.
             StoreFailure: The disk is full or not writable; all is as before.
         """
-        check_name(name)
+        if name == GLOBAL:
+            raise TaskConflict("the global posterior has one version, the one that the server began with", "name")
         known = {version.number: version for version in self.versions(name)}
         path = self.tasks / name / _SERVING
         if shares is not None:
