@@ -257,7 +257,8 @@ class Answerer:
         found = self.scored.find(key)
         if found is None:
             scores = await self.engine.score(served, question, draws, seed, normalize)
-            found = _Scored(scores, len(question.prompt) + sum(map(len, question.options)))
+            # The engine's may be a view of a whole batch's, which would be kept with it.
+            found = _Scored(scores.clone(), len(question.prompt) + sum(map(len, question.options)))
             self.scored.put(key, found)
         return found.scores
 

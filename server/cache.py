@@ -16,8 +16,9 @@ _ENTRY = 1024
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes that tensors hold."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """Bytes that tensors keep from being freed: of a view, those of all that it is a view of."""
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(storages.values())
 
 
 class ByteCache(Generic[_K, _V]):

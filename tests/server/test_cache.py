@@ -4,9 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from abmll.store import Record, StoredPosterior
-from server.cache import ByteCache
+from server.cache import ByteCache, tensor_bytes
 from server.store import TaskStore
 from tests.server.conftest import random_posterior
 
@@ -40,6 +41,12 @@ def test_bytes_are_right_however_many_threads_use_it() -> None:
         list(pool.map(use, range(4)))
     assert cache.bytes == 2048 * len(cache)
     assert cache.bytes <= 20 * 1024
+
+
+def test_a_view_counts_what_it_keeps_from_being_freed() -> None:
+    whole = torch.zeros(1000, dtype=torch.float32)
+    assert tensor_bytes([whole[:2], whole[5:7]]) == 4000
+    assert tensor_bytes([whole[:2].clone(), whole]) == 4008
 
 
 def test_a_store_keeps_only_so_many_bytes_and_serves_all(
