@@ -97,8 +97,9 @@ class Admission:
             raise self._overloaded()
         newest = self._queues[busiest][-1]
         self._take(busiest, newest)
-        self.refused += 1
-        newest.set_exception(self._overloaded())
+        if not newest.done():  # else its client has just gone away
+            self.refused += 1
+            newest.set_exception(self._overloaded())
 
     def _overloaded(self) -> Overloaded:
         seconds = max(1, math.ceil(self._held * (self._waiting + self.inside) / self.places))

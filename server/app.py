@@ -119,7 +119,7 @@ def _add_questions(app: FastAPI, service: Service, access: Access, metrics: Metr
         context = current_request()
         assert context is not None
         if service.settings.log_prompts:
-            logger.info("task %s is asked %r", question.task, question.prompt)
+            logger.info("task %r is asked %r", question.task, question.prompt)
         reply = await while_connected(request, service.answerer.answer(question, context.id))
         metrics.observe(reply)
         return reply

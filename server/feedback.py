@@ -217,9 +217,9 @@ class Feedback:
             row = _find(db, request_id)
             label = None if answer is None else _label(row, answer)
             right = bool(correct) if answer is None else label == row["answer"]
-            if label is None and row["options"] is not None:
-                count = len(json.loads(row["options"]))
-                label = row["answer"] if right else (1 - row["answer"] if count == 2 else None)
+            # Of more than two, a no does not say which is right: to know only the yeses would be a biased sample.
+            if label is None and row["options"] is not None and len(json.loads(row["options"])) == 2:
+                label = row["answer"] if right else 1 - row["answer"]
             db.execute(
                 "UPDATE answers SET correct = ?, label = ?, judged = ? WHERE number = ?",
                 (right, label, datetime.now(UTC).isoformat(timespec="milliseconds"), row["number"]),

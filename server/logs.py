@@ -71,7 +71,8 @@ class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
         context = getattr(record, "request_id", None)
-        return line if context is None else f"{line} [{context}]"
+        key = getattr(record, "key", None)
+        return line if context is None else f"{line} [{context}{'' if key is None else f' {key}'}]"
 
 
 def configure(settings: Settings) -> None:

@@ -217,8 +217,10 @@ class ServingRequest(Request):
 class FeedbackRequest(Request):
     """What is said of an answer: the right one, or whether it was right."""
 
-    request_id: str = Field(description="As in the reply to `POST /generate`.", examples=["a1b2c3d4e5f60718"])
-    answer: str | int | None = Field(None, description="The right option: its text, or its index.")
+    request_id: str = Field(
+        max_length=64, description="As in the reply to `POST /generate`.", examples=["a1b2c3d4e5f60718"]
+    )
+    answer: Text | int | None = Field(None, description="The right option: its text, or its index.")
     correct: bool | None = Field(None, description="Whether the answer was right; the only way for free text.")
 
 

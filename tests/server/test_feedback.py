@@ -52,9 +52,9 @@ def test_feedback_is_measured_survives_kill_and_refits_the_temperature(
     for number in range(60):
         reply = ask(server, "judged", number)
         label = truth.randrange(3)
-        # The right option as its text, its index, or, where the answer was right, as a yes.
+        # The right option as its text or its index.
         forms: list[dict[str, Any]] = [{"answer": OPTIONS[label]}, {"answer": label}]
-        form = {"correct": True} if label == reply["answer_index"] else forms[number % 2]
+        form = forms[number % 2]
         said = say(server, reply["request_id"], **form)
         assert said.status_code == 200, said.text
         assert said.json()["correct"] == (label == reply["answer_index"])
@@ -174,6 +174,18 @@ def test_a_temperature_from_groups_is_that_of_all_answers_together() -> None:
     whole = own_temperature(prior, [(scores, answers)])
     assert whole == own_temperature(prior, [(scores[:, :10], answers[:10]), (scores[:, 10:], answers[10:])])
     assert whole > 2
+
+
+def test_a_yes_of_three_options_is_no_label(tmp_path: Path) -> None:
+    """A no does not say which of the others is right: labels of the yeses alone would all be right answers."""
+    feedback = Feedback(tmp_path / "f.sqlite3", kept=9)
+    wide = torch.tensor([[0.0, -1.0, -2.0]])
+    for name in ("yes", "no"):
+        feedback.note(Answered(name, "t", 1, ["a", "b", "c"], wide, True, 1, 0, [0.7, 0.2, 0.1], 0.7, 0.01))
+        feedback.judge(name, None, name == "yes")
+    assert feedback.labelled("t", 1) == []
+    assert dict_of(feedback)["feedback_accuracy"] == 0.5
+    assert "feedback_nll" not in dict_of(feedback)
 
 
 def test_the_client_judges_and_rolls_back(start_server: Callable[..., Server], tmp_path: Path) -> None:
