@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import fcntl
 import itertools
 import logging
 import math
@@ -246,8 +247,14 @@ class TaskStore:
             AbmllError: The disk is full or not writable.
         """
         check_name(name)
-        number = max(self._numbers(name), default=0) + 1
-        return save_posterior(self._folder(name, number), posterior, make_record(number), calibration)
+        try:
+            lock = (self.tasks.parent / ".adding").open("a")
+        except OSError as error:
+            raise AbmllError(f"cannot write to {self.tasks}: {error}; free space or mend the store's disk") from error
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # server and worker both make versions
+            number = max(self._numbers(name), default=0) + 1
+            return save_posterior(self._folder(name, number), posterior, make_record(number), calibration)
 
     def delete(self, name: str) -> list[str]:
         """Removes a task with all versions: out of sight first, then from the disk.

@@ -61,3 +61,14 @@ def test_a_store_keeps_only_so_many_bytes_and_serves_all(
     for _ in range(2):
         assert [store.current(f"t{i}").digest for i in range(5)] == digests
     assert len(store._loaded) == 3  # pyright: ignore[reportPrivateUsage]
+
+
+def test_versions_added_at_once_get_numbers_of_their_own(
+    tmp_path: Path, tiny_model_folder: Path, global_posterior: tuple[Path, StoredPosterior]
+) -> None:
+    store = TaskStore(tmp_path, global_posterior[1])
+    posteriors = [random_posterior(tiny_model_folder, i) for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda p: store.add("t", p, None, lambda n: Record(task="t", version=n)), posteriors))
+    assert sorted(stored.record.version for stored in made) == [1, 2, 3, 4]
+    assert {version.stored.digest for version in store.versions("t") if version.stored} == {s.digest for s in made}
