@@ -280,7 +280,7 @@ def _check_sums(folder: Path) -> None:
     if not path.exists():
         return
     try:
-        for line in path.read_bytes().decode("ascii").splitlines():
+        for line in path.read_bytes().decode("ascii").removesuffix("\n").split("\n"):
             expected, _, name = line.partition("  ")
             if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
                 raise InvalidPosterior(f"{folder / name} is damaged: it does not match {SUMS}; restore it")
