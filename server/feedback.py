@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,10 +17,8 @@ import torch
 from torch import Tensor
 
 from abmll.errors import AnswerNotFound, InvalidRequest
-from abmll.metrics import expected_calibration_error
+from abmll.metrics import brier, expected_calibration_error, negative_log_likelihood
 from server.database import Database
-
-logger = logging.getLogger(__name__)
 
 # Answers and judgements that the rolling measures look back on.
 WINDOW = 1000
@@ -119,6 +116,14 @@ class Window:
         self.judged[request_id] = judged
         while len(self.judged) > WINDOW:
             self.judged.popitem(last=False)
+
+    def told(self) -> dict[str, float]:
+        """Measures of the judged, and mean confidence and epistemic uncertainty, by the names of their metrics."""
+        told = {f"feedback_{name}": value for name, value in self.measures().items()}
+        if self.confidence:
+            told["recent_confidence"] = math.fsum(self.confidence) / len(self.confidence)
+            told["recent_epistemic_nats"] = math.fsum(self.epistemic) / len(self.epistemic)
+        return told
 
     def measures(self) -> dict[str, float]:
         """Accuracy, ECE (15 bins), Brier score and NLL of the judged, as far as they are known; their number."""
@@ -259,15 +264,14 @@ class Feedback:
         with self._database.open() as db:
             db.execute("DELETE FROM answers WHERE task = ?", (task,))
 
-    def windows(self) -> Iterable[tuple[str, int, dict[str, float]]]:
+    def windows(self) -> list[tuple[str, int, dict[str, float]]]:
         """Task, version and rolling measures of each version that has answered."""
-        with self._lock:
-            for (task, version), window in self._windows.items():
-                told = {f"feedback_{name}": value for name, value in window.measures().items()}
-                if window.confidence:
-                    told["recent_confidence"] = math.fsum(window.confidence) / len(window.confidence)
-                    told["recent_epistemic_nats"] = math.fsum(window.epistemic) / len(window.epistemic)
-                yield task, version, told
+        with self._lock:  # copied, so that no answer waits for the sums
+            windows = {
+                key: Window(window.confidence.copy(), window.epistemic.copy(), window.judged.copy())
+                for key, window in self._windows.items()
+            }
+        return [(task, version, window.told()) for (task, version), window in windows.items()]
 
     def _window(self, task: str, version: int) -> Window:
         return self._windows.setdefault((task, version), Window())
@@ -294,9 +298,8 @@ def _label(row: Row, answer: str | int) -> int:
 
 
 def _judged(row: Row, correct: bool, label: int | None) -> Judged:
-    brier = nll = None
+    squared = nll = None
     if label is not None and row["probabilities"] is not None:
-        p: list[float] = json.loads(row["probabilities"])
-        brier = sum((value - (index == label)) ** 2 for index, value in enumerate(p))
-        nll = -math.log(max(p[label], 1e-12))
-    return Judged(row["task"], row["version"], row["confidence"], correct, label, brier, nll)
+        told, right = torch.tensor([json.loads(row["probabilities"])], dtype=torch.float64), torch.tensor([label])
+        squared, nll = brier(told, right), negative_log_likelihood(told, right)
+    return Judged(row["task"], row["version"], row["confidence"], correct, label, squared, nll)

@@ -17,7 +17,7 @@ from abmll.calibration import (
     own_temperature,
 )
 from abmll.errors import InvalidRequest
-from abmll.metrics import brier, expected_calibration_error, negative_log_likelihood
+from abmll.metrics import accuracy, brier, expected_calibration_error, negative_log_likelihood
 from abmll.predictive import predictive
 from abmll.store import StoredPosterior
 from server.schemas import Measured, RecalibrationReply
@@ -45,18 +45,21 @@ def _groups(labelled: Labelled) -> list[HeldOut]:
 
 def _probabilities(labelled: Labelled, temperature: float) -> tuple[Tensor, Tensor]:
     """Probabilities, shape (n, options) padded with zeros, and right options, shape (n,)."""
-    width = max(scores.shape[1] for scores, _ in labelled)
-    parts = [
-        torch.nn.functional.pad(p, (0, width - p.shape[1]))
-        for p in (predictive(scores, temperature).probabilities for scores, _ in _groups(labelled))
-    ]
-    return torch.cat(parts), torch.cat([answers for _, answers in _groups(labelled)])
+    groups = _groups(labelled)
+    parts = [predictive(scores, temperature).probabilities for scores, _ in groups]
+    return _stacked(parts), torch.cat([answers for _, answers in groups])
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Probabilities, shape (n, options) each, as one tensor, padded with zeros."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
 
 
 def _measured(probabilities: Tensor, answers: Tensor) -> Measured:
     confidence, index = probabilities.max(dim=-1)
     return Measured(
-        accuracy=(index == answers).double().mean().item(),
+        accuracy=accuracy(probabilities, answers),
         ece=expected_calibration_error(confidence, index == answers),
         nll=negative_log_likelihood(probabilities, answers),
         brier=brier(probabilities, answers),
@@ -92,13 +95,11 @@ def refit(
     beliefs = TemperaturePrior(median=before, spread=spread or _SPREAD)
     after = own_temperature(beliefs, _groups(labelled))
     held_out: list[tuple[Tensor, Tensor]] = []
-    width = max(scores.shape[1] for scores, _ in labelled)
     for fold in range(_FOLDS):
         rest = [item for number, item in enumerate(labelled) if number % _FOLDS != fold]
-        p, answers = _probabilities(labelled[fold::_FOLDS], own_temperature(beliefs, _groups(rest)))
-        held_out.append((torch.nn.functional.pad(p, (0, width - p.shape[1])), answers))
+        held_out.append(_probabilities(labelled[fold::_FOLDS], own_temperature(beliefs, _groups(rest))))
     measured_before = _measured(*_probabilities(labelled, before))
-    measured_after = _measured(torch.cat([p for p, _ in held_out]), torch.cat([a for _, a in held_out]))
+    measured_after = _measured(_stacked([p for p, _ in held_out]), torch.cat([a for _, a in held_out]))
     nonconformity = conformal_scores(*_probabilities(labelled, after))
     coverages = ["0.9"] if entry is None or not entry.conformal else list(entry.conformal)
     fitted = ShotCalibration(

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import fcntl
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -271,6 +271,7 @@ class Service:
             tasks = len(self.store.names())
         except OSError:
             tasks = None
+        windows = self.feedback.windows()
         return Snapshot(
             engine=None if self.engine is None else self.engine.state(),
             waiting=self.admission.waiting,
@@ -281,15 +282,15 @@ class Service:
             done=done,
             seconds=seconds,
             questions_again=0 if self._answerer is None else self._answerer.scored.hits,
-            windows=list(self.feedback.windows()),
-            references=self._references(),
+            windows=windows,
+            references=self._references([(task, version) for task, version, _ in windows]),
             engine_restarts=self.engine_restarts,
             worker_restarts=0 if self.supervisor is None else self.supervisor.restarts,
         )
 
-    def _references(self) -> dict[tuple[str, int], tuple[float, float]]:
+    def _references(self, versions: Sequence[tuple[str, int]]) -> dict[tuple[str, int], tuple[float, float]]:
         """Mean confidence and epistemic uncertainty on the validation set, of each version that has answered."""
-        for task, version, _ in self.feedback.windows():
+        for task, version in versions:
             if (task, version) not in self._reference:
                 self._reference[task, version] = None
                 with contextlib.suppress(AbmllError, OSError):

@@ -157,10 +157,10 @@ class TaskStore:
             InvalidPosterior: What should answer is damaged, or made for another base model.
         """
         if version is not None:
-            found = next((known for known in self.versions(name) if known.number == version), None)
-            if found is None:
+            known = [self.global_posterior.record.version] if name == GLOBAL else self._known(name)
+            if version not in known:
                 raise TaskNotFound(f"task {name!r} has no version {version}; GET /tasks/{name} lists them", "version")
-            return _usable(name, found)
+            return self.global_posterior if name == GLOBAL else _usable(name, self._load(name, version))
         shares = self.serving(name)
         if shares is None:
             return self.current(name)
