@@ -9,7 +9,8 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,7 @@ class VllmEngine:
             )
             for step in steps
         ]
-        async with self._adapters.holding(served, seed, list(draws)) as adapters:
+        async with self._holding(served, seed, list(draws)) as adapters:
             outputs = await self._gather(
                 [
                     (prompt + step.before, sampling, adapter)
@@ -252,11 +253,26 @@ class VllmEngine:
         params = SamplingParams(
             max_tokens=max_tokens, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
-        async with self._adapters.holding(served, 0, [None]) as adapters:
+        async with self._holding(served, 0, [None]) as adapters:
             outputs = await self._gather([(tuple(prompt), params, adapters[0])])
         completion = outputs[0].outputs[0]
         tokens = list(completion.token_ids)
         return tokens[:-1] if completion.finish_reason == "stop" else tokens
+
+    @asynccontextmanager
+    async def _holding(
+        self, served: Served, seed: int, draws: Sequence[int | None]
+    ) -> AsyncGenerator[list[Adapter], None]:
+        """Holds the adapters of draws; whatever fails inside while the engine dies is the engine's death."""
+        try:
+            async with self._adapters.holding(served, seed, draws) as adapters:
+                yield adapters
+        except EngineFailure:
+            raise
+        except Exception as error:
+            if self._dead:
+                raise EngineFailure(_DEAD) from error
+            raise
 
     async def _gather(self, requests: Sequence[tuple[tuple[int, ...], Any, Adapter]]) -> list[Any]:
         self._waiting += 1
@@ -274,7 +290,7 @@ class VllmEngine:
 
     async def _one(self, prompt: tuple[int, ...], params: Any, adapter: Adapter) -> Any:
         from vllm.lora.request import LoRARequest
-        from vllm.v1.engine.exceptions import EngineDeadError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         llm = self._llm
         if llm is None:
@@ -288,15 +304,22 @@ class VllmEngine:
                 last = output
         except EngineDeadError as error:
             raise EngineFailure(_DEAD) from error
+        except EngineGenerateError as error:
+            logger.error("vLLM failed on a request", exc_info=error)
+            raise EngineFailure("vLLM failed on this request; ask again") from error
         if last is None or not last.outputs:
             raise EngineFailure("vLLM ended a request without an answer")
         return last
 
     @property
     def _adapters(self) -> AdapterCache:
-        if self._cache is None or self._closed or self._llm.errored:
+        if self._cache is None or self._dead:
             raise EngineFailure(_DEAD)
         return self._cache
+
+    @property
+    def _dead(self) -> bool:
+        return self._closed or self._llm is None or self._llm.errored
 
     async def release(self, key: str) -> None:
         """Gives up a posterior's adapters, see ``Engine.release``."""
@@ -305,10 +328,9 @@ class VllmEngine:
     def state(self) -> EngineState:
         """Reports the engine's state."""
         cache = self._cache
-        healthy = cache is not None and not self._closed and not self._llm.errored
         if cache is None:
-            return EngineState(healthy, 0, 0, 0, 0, self._waiting)
-        return EngineState(healthy, len(cache), cache.loads, cache.hits, cache.evictions, self._waiting)
+            return EngineState(False, 0, 0, 0, 0, self._waiting)
+        return EngineState(not self._dead, len(cache), cache.loads, cache.hits, cache.evictions, self._waiting)
 
 
 def _set_environment() -> None:
