@@ -5,16 +5,17 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import logging
 import os
 import random
 import resource
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pydantic import BaseModel, Field
@@ -29,7 +30,7 @@ from abmll.store import replace_file
 from training.base_model import load_base
 from training.benchmark.exact import ExactBayes
 from training.benchmark.measures import of_task, ood_auroc
-from training.benchmark.method import Budget, Learner, Load, Method, Noting, Settings
+from training.benchmark.method import Budget, Learner, Method, Noting, Settings
 from training.benchmark.ood import foreign, nonsense
 from training.benchmark.world import World
 from training.episodes import EpisodeConfig, draw_support
@@ -37,6 +38,8 @@ from training.progress import Progress, silent
 from training.provenance import provenance
 from training.settings import choose_device
 from training.tasks import Task
+
+logger = logging.getLogger(__name__)
 
 
 class BenchConfig(BaseModel, frozen=True):
@@ -180,10 +183,11 @@ def run(
 ) -> list[dict[str, Any]]:
     """Runs every method and seed that ``out`` does not hold yet, each in a process of its own.
 
-    Settings are chosen by NLL on the first seed's validation tasks after tempering, and serve all seeds; temperatures
-    (for results with ``calibrated``) and conformal thresholds are fitted on each seed's validation tasks for each
-    number of shots. Test tasks are looked at once. Questions out of distribution are asked at one number of shots,
-    in the same pass, and count in its seconds.
+    Settings are chosen by NLL on the first seed's validation tasks after tempering, and serve all seeds; each is tried
+    in a process of its own too. Temperatures (for results with ``calibrated``) and conformal thresholds are fitted on
+    each seed's validation tasks for each number of shots. Test tasks are looked at once. Questions out of distribution
+    are asked at one number of shots, in the same pass, and count in its seconds. Where one method fails, the others go
+    on, and the first error is raised at the end.
 
     Args:
         methods: What to compare.
@@ -204,30 +208,55 @@ def run(
     identities = {seed: _identity(config, weights, tasks, parts[first]) for seed, tasks in parts.items()}
     rows = [row for row in read_rows(out) if identities.get(row["seed"]) == row["identity"]]
     done = {(row["method"], row["seed"]) for row in rows}
+    chosen = {row["method"]: row["settings"] for row in rows if row["seed"] == first}
+    trials = {
+        method.name: [] if method.name in chosen or len(method.trials) == 1 else method.trials for method in methods
+    }
+    missing = sum((method.name, seed) not in done for method in methods for seed in parts)
     source = provenance()
-    with progress("bench", total=len(parts) * len(methods)) as bar:
-        bar.update(len(done), {})
-        for seeds in ([first], sorted(parts.keys() - {first})):
-            chosen = {row["method"]: row["settings"] for row in rows if row["seed"] == first}
-            todo = [
-                _Job(method, seed, parts[seed], model, config, world, device, jobs, chosen.get(method.name))
-                for seed in seeds
-                for method in methods
-                if (method.name, seed) not in done
-            ]
-            for job, measured in _in_processes(todo, jobs):
-                new = [row | {"identity": identities[job.seed], "measured": source} for row in measured]
+    with (
+        progress("bench", total=missing + sum(map(len, trials.values()))) as bar,
+        _Processes(jobs) as processes,
+    ):
+
+        def job(method: Method, seed: int, settings: Settings) -> _Job:
+            return _Job(method, seed, parts[seed], model, config, world, device, jobs, settings)
+
+        def measure(method: Method, settings: Settings) -> None:
+            for seed in parts:
+                if (method.name, seed) not in done:
+                    processes.submit(_measure, job(method, seed, settings))
+
+        for method in methods:
+            for settings in trials[method.name]:
+                processes.submit(_loss, job(method, first, settings))
+            if not trials[method.name]:
+                measure(method, chosen.get(method.name, method.trials[0]))
+        losses: dict[str, list[tuple[float, Settings]]] = {method.name: [] for method in methods}
+        failures: list[Exception] = []
+        for number, (ended, result) in enumerate(processes.results(), start=1):
+            name, tried = ended.method.name, trials[ended.method.name]
+            if isinstance(result, Exception):
+                logger.error("%s failed with seed %d and %s", name, ended.seed, dict(ended.settings), exc_info=result)
+                failures.append(result)
+            elif isinstance(result, float):
+                losses[name].append((result, ended.settings))
+                if len(losses[name]) == len(tried):
+                    measure(ended.method, min(losses[name], key=lambda pair: (pair[0], tried.index(pair[1])))[1])
+            else:
+                new = [row | {"identity": identities[ended.seed], "measured": source} for row in result]
                 append_rows(out, new)
                 rows += new
-                done.add((job.method.name, job.seed))
-                bar.update(len(done), {"seed": job.seed})
+            bar.update(number, {"seed": ended.seed})
+    if failures:
+        raise failures[0]
     order = {method.name: number for number, method in enumerate(methods)}
     return sorted(rows, key=lambda row: (row["seed"], order.get(row["method"], len(order))))
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One method with one seed; ``settings`` are None where they are still to be chosen."""
+    """One method with one seed and settings."""
 
     method: Method
     seed: int
@@ -237,42 +266,59 @@ class _Job:
     world: World | None
     device: str | None
     jobs: int
-    settings: Settings | None
+    settings: Settings
+
+    def learn(self) -> tuple[Learner, float, str]:
+        """Learns in this process; gives the learner, the seconds that it took, and the device."""
+        disable_progress_bar()  # of loading weights
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.jobs))
+        device, config = choose_device(self.device), self.config
+        budget = Budget(
+            meta_steps=config.meta_steps,
+            tasks_per_step=config.tasks_per_step,
+            episodes=EpisodeConfig(shots=(*config.shots, config.tune_shots), max_chars=None, permute=0.0, subset=0.0),
+            steps=config.steps,
+            draws=config.draws,
+            rank=config.rank,
+        )
+        begin = time.perf_counter()
+        learner = self.method.learn(
+            lambda: load_base(self.model, device=device), self.parts.train, self.settings, budget, self.seed
+        )
+        return learner, time.perf_counter() - begin, device
+
+    def validate(self, learner: Learner, shots: int) -> list[_Predicted]:
+        """Predicts the validation tasks."""
+        return [_predict(learner, task, shots, self.config, self.seed) for task in self.parts.validation]
 
 
-def _in_processes(todo: Sequence[_Job], jobs: int) -> Iterator[tuple[_Job, list[dict[str, Any]]]]:
-    """Yields each job with its rows, as they come.
+class _Processes:
+    """Does jobs, each in a process of its own, so that its peak memory is that of the job."""
 
-    A process does one job, so that its peak memory is that of the job.
-    """
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
-        waiting = {pool.submit(_do, job): job for job in todo}
-        try:
-            for future in as_completed(waiting):
-                yield waiting[future], future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    def __init__(self, jobs: int) -> None:
+        context = get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        self._pool = ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1)
+        self._waiting: dict[Future[Any], _Job] = {}
 
+    def __enter__(self) -> Self:
+        return self
 
-def _do(job: _Job) -> list[dict[str, Any]]:
-    disable_progress_bar()  # of loading weights: a base model is loaded anew for every trial
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.jobs))
-    device = choose_device(job.device)
-    budget = Budget(
-        meta_steps=job.config.meta_steps,
-        tasks_per_step=job.config.tasks_per_step,
-        episodes=EpisodeConfig(
-            shots=(*job.config.shots, job.config.tune_shots), max_chars=None, permute=0.0, subset=0.0
-        ),
-        steps=job.config.steps,
-        draws=job.config.draws,
-        rank=job.config.rank,
-    )
-    rows = _measure(job, lambda: load_base(job.model, device=device), budget)
-    return [row | {"memory_mib": _peak_memory(device)} for row in rows]
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, work: Callable[[_Job], Any], job: _Job) -> None:
+        """Queues a job."""
+        self._waiting[self._pool.submit(work, job)] = job
+
+    def results(self) -> Iterator[tuple[_Job, Any]]:
+        """Yields each job with its result or what it raised, as they come, those queued meanwhile included."""
+        while self._waiting:
+            for future in wait(self._waiting, return_when=FIRST_COMPLETED).done:
+                error = future.exception()
+                if error is not None and not isinstance(error, Exception):
+                    raise error
+                yield self._waiting.pop(future), error or future.result()
 
 
 def _peak_memory(device: str) -> int:
@@ -298,41 +344,19 @@ def _weights(model: str) -> str:
     return digest.hexdigest() if files else model
 
 
-@dataclass(frozen=True)
-class _Tuned:
-    """A method with the settings that suit the validation tasks best."""
-
-    learner: Learner
-    settings: Settings
-    seconds: float
-    predicted: list[_Predicted]
+def _loss(job: _Job) -> float:
+    """What settings are chosen by: NLL on the validation tasks, tempered."""
+    learner, _, _ = job.learn()
+    return _tempered_loss(job.validate(learner, job.config.tune_shots))
 
 
-def _tune(job: _Job, load: Load, budget: Budget) -> _Tuned:
-    best: tuple[float, _Tuned] | None = None
-    for settings in job.method.trials if job.settings is None else [job.settings]:
-        begin = time.perf_counter()
-        learner = job.method.learn(load, job.parts.train, settings, budget, job.seed)
-        seconds = time.perf_counter() - begin
-        predicted = [
-            _predict(learner, task, job.config.tune_shots, job.config, job.seed) for task in job.parts.validation
-        ]
-        loss = _tempered_loss(predicted)
-        if best is None or loss < best[0]:
-            best = loss, _Tuned(learner, settings, seconds, predicted)
-    assert best is not None
-    return best[1]
-
-
-def _measure(job: _Job, load: Load, budget: Budget) -> list[dict[str, Any]]:
-    tuned = _tune(job, load, budget)
-    learner, config, seed, parts, world = tuned.learner, job.config, job.seed, job.parts, job.world
+def _measure(job: _Job) -> list[dict[str, Any]]:
+    learner, learn_seconds, device = job.learn()
+    config, seed, parts, world = job.config, job.seed, job.parts, job.world
     bound = isinstance(learner, ExactBayes)
     rows: list[dict[str, Any]] = []
     for shots in config.shots:
-        predicted = tuned.predicted
-        if shots != config.tune_shots:
-            predicted = [_predict(learner, task, shots, config, seed) for task in parts.validation]
+        predicted = job.validate(learner, shots)
         # The exact predictive is calibrated by definition: a temperature could only spoil it.
         temperatures = {False: 1.0, True: 1.0 if bound else _temperature(predicted)}
         thresholds = {calibrated: _threshold(predicted, chosen) for calibrated, chosen in temperatures.items()}
@@ -355,11 +379,11 @@ def _measure(job: _Job, load: Load, budget: Budget) -> list[dict[str, Any]]:
                         "task": task.name,
                         "shots": shots,
                         "calibrated": calibrated,
-                        "settings": dict(tuned.settings),
+                        "settings": dict(job.settings),
                         "temperature": chosen,
                         "parameters": learner.parameters,
                         "passes": learner.passes,
-                        "learn_s": tuned.seconds,
+                        "learn_s": learn_seconds,
                         "predict_s": item.seconds,
                         **_answers(result.confidence, result.answer == item.answers),
                         "by_draws": _by_draws(item, chosen) if calibrated and len(item.scores) > 1 else {},
@@ -367,7 +391,8 @@ def _measure(job: _Job, load: Load, budget: Budget) -> list[dict[str, Any]]:
                         **measures,
                     }
                 )
-    return rows
+    memory = _peak_memory(device)
+    return [row | {"memory_mib": memory} for row in rows]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -67,9 +67,16 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tiny_model_folder: Path, tm
     rows = bench([again], tiny_model_folder, out)
     assert again.learned == [(1, 1)]  # the first seed chose the first of two settings that are as good
     expected = bench([Counted(tmp_path / "whole")], tiny_model_folder, whole)
-    assert Counted(tmp_path / "whole").learned == [(0, 1), (0, 2), (1, 1)]
+    assert Counted(tmp_path / "whole").learned == [(0, 1), (0, 2), (0, 1), (1, 1)]
     assert timeless(rows) == timeless(expected) == timeless(read_rows(out))
     assert len(rows) == 2 * 2 * 4 * 2  # seeds, shots, tasks, calibrated or not
+
+
+def test_a_method_that_fails_does_not_stop_the_others(tiny_model_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.jsonl.gz"
+    with pytest.raises(AbmllError, match="told to fail"):
+        bench([Counted(tmp_path / "failing", fail_at=0), ExactBayes(WORLD)], tiny_model_folder, out)
+    assert {(row["method"], row["seed"]) for row in read_rows(out)} == {("exact bayes", 0), ("exact bayes", 1)}
 
 
 def test_two_processes_give_what_one_gives(tiny_model_folder: Path, tmp_path: Path) -> None:
