@@ -12,7 +12,7 @@ from abmll.objective import Labelled
 from training.benchmark.lora import LoraNet, State
 from training.benchmark.method import META_RATE, Budget, Learner, Load, Settings
 from training.benchmark.point import RATES, adapted, fitted
-from training.episodes import sample_episode
+from training.episodes import minibatch, sample_episode
 from training.tasks import Task
 
 # From a net at the start's weights, support and query to the gradient of the start.
@@ -91,13 +91,14 @@ class Maml:
 
         def outer(net: LoraNet, start: State, support: list[Labelled], query: list[Labelled], step: int) -> State:
             leaves = {name: tensor.requires_grad_() for name, tensor in start.items()}
-            inner = descend(net, leaves, support, budget.steps, rate, create_graph=True)
+            inner = descend(net, leaves, support, budget.steps, rate, step, create_graph=True)
             gradients = torch.autograd.grad(loss_of(net, inner, query), list(leaves.values()))
             return dict(zip(leaves, gradients, strict=True))
 
         def fit(net: LoraNet, support: list[Labelled], seed: int) -> None:
             leaves = {name: tensor.requires_grad_() for name, tensor in net.state().items()}
-            net.load({n: t.detach() for n, t in descend(net, leaves, support, budget.steps, rate, False).items()})
+            found = descend(net, leaves, support, budget.steps, rate, seed, create_graph=False)
+            net.load({name: tensor.detach() for name, tensor in found.items()})
 
         net = LoraNet(load(), budget, seed)
         start = _meta_train(net, tasks, budget, seed, outer)
@@ -110,11 +111,19 @@ def loss_of(net: LoraNet, weights: State, data: Sequence[Labelled]) -> Tensor:
 
 
 def descend(
-    net: LoraNet, weights: State, support: Sequence[Labelled], steps: int, rate: float, create_graph: bool
+    net: LoraNet,
+    weights: State,
+    support: Sequence[Labelled],
+    steps: int,
+    rate: float,
+    seed: int,
+    *,
+    create_graph: bool,
 ) -> State:
     """Takes plain gradient steps on the support set; with ``create_graph`` they can be differentiated."""
+    rng = random.Random(seed)
     for _ in range(steps if support else 0):
-        loss = loss_of(net, weights, support[: net.budget.batch])
+        loss = loss_of(net, weights, minibatch(support, net.budget.batch, rng))
         gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=create_graph)
         weights = {name: w - rate * g for (name, w), g in zip(weights.items(), gradients, strict=True)}
     return weights

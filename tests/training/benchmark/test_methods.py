@@ -94,15 +94,17 @@ def test_the_gradient_of_maml_is_that_of_finite_differences(net: LoraNet) -> Non
 
     def outer(step: float) -> torch.Tensor:
         leaves = {n: (t + step * direction[n]).requires_grad_() for n, t in start.items()}
-        return loss_of(net, descend(net, leaves, support, 2, 0.1, create_graph=True), query)
+        return loss_of(net, descend(net, leaves, support, 2, 0.1, 0, create_graph=True), query)
 
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
-    loss = loss_of(net, descend(net, leaves, support, 2, 0.1, create_graph=True), query)
+    loss = loss_of(net, descend(net, leaves, support, 2, 0.1, 0, create_graph=True), query)
     gradients = torch.autograd.grad(loss, list(leaves.values()))
     along = sum((g * direction[n]).sum().item() for n, g in zip(leaves, gradients, strict=True))
     numeric = (outer(1e-5) - outer(-1e-5)).item() / 2e-5
     assert along == pytest.approx(numeric, rel=5e-3)  # the model's norms compute in float32
-    adapted = descend(net, {n: t.requires_grad_() for n, t in net.state().items()}, support, 2, 0.1, False)
+    adapted = descend(
+        net, {n: t.requires_grad_() for n, t in net.state().items()}, support, 2, 0.1, 0, create_graph=False
+    )
     adapted = {name: tensor.detach().requires_grad_() for name, tensor in adapted.items()}
     first = torch.autograd.grad(loss_of(net, adapted, query), list(adapted.values()))
     first_order = sum((g * direction[n]).sum().item() for n, g in zip(adapted, first, strict=True))
