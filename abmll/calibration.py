@@ -18,6 +18,8 @@ HeldOut = tuple[Tensor, Tensor]
 
 _RANGE = (0.05, 20.0)
 _GRID_POINTS = 121
+# Scores that are tempered at once, over all temperatures of a block: what bounds memory.
+_BLOCK_ENTRIES = 1 << 22
 # Standard deviations of log T among tasks that a prior is chosen from. 0: all tasks share one temperature.
 _SPREADS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0)
 
@@ -26,18 +28,23 @@ def _grid() -> Tensor:
     return torch.linspace(math.log(_RANGE[0]), math.log(_RANGE[1]), _GRID_POINTS, dtype=torch.float64)
 
 
-def _losses(scores: Tensor, answers: Tensor) -> Tensor:
-    """Mean NLL at each temperature of the grid, shape (temperatures,)."""
-    right = answers[None, :, None].expand(_GRID_POINTS, -1, 1)
-    tempered = scores.double()[:, None] / _grid().exp()[:, None, None]
-    return -predictive(tempered).probabilities.gather(-1, right).clamp_min(1e-12).log().mean(dim=(1, 2))
+def temperature_evidence(held_out: HeldOut) -> Tensor:
+    """-log likelihood of each held-out answer at each temperature of the grid, in nats, shape (temperatures, n)."""
+    scores, answers = held_out
+    at_once = max(1, _BLOCK_ENTRIES // max(1, scores.numel()))
+    parts: list[Tensor] = []
+    for temperatures in _grid().exp().split(at_once):
+        right = answers[None, :, None].expand(len(temperatures), -1, 1)
+        tempered = scores.double()[:, None] / temperatures[:, None, None]
+        parts.append(-predictive(tempered).probabilities.gather(-1, right).squeeze(-1).clamp_min(1e-12).log())
+    return torch.cat(parts)
 
 
 def _evidence(held_out: HeldOut | None) -> Tensor:
     """-log likelihood of held-out answers at each temperature of the grid; zeros where there are none."""
-    if held_out is None or len(held_out[1]) == 0:
+    if held_out is None:
         return torch.zeros(_GRID_POINTS, dtype=torch.float64)
-    return len(held_out[1]) * _losses(*held_out)
+    return temperature_evidence(held_out).sum(dim=1)
 
 
 def _shares(weights: Sequence[float] | None, count: int) -> Tensor:
@@ -79,15 +86,14 @@ def task_temperature(prior: TemperaturePrior, held_out: HeldOut | None) -> float
     Returns:
         The temperature; the prior's median where there are no answers or the spread is 0.
     """
-    return own_temperature(prior, [] if held_out is None else [held_out])
+    return prior.median if held_out is None else own_temperature(prior, temperature_evidence(held_out))
 
 
-def own_temperature(prior: TemperaturePrior, groups: Sequence[HeldOut]) -> float:
-    """A task's own temperature, see ``task_temperature``, from answers in groups of as many draws each."""
-    if prior.spread == 0 or sum(len(answers) for _, answers in groups) == 0:
+def own_temperature(prior: TemperaturePrior, evidence: Tensor) -> float:
+    """A task's own temperature, see ``task_temperature``; ``evidence`` as ``temperature_evidence`` gives it."""
+    if prior.spread == 0 or evidence.shape[1] == 0:
         return prior.median
-    evidence = torch.stack([_evidence(group) for group in groups]).sum(dim=0)
-    return _grid()[(evidence + prior.penalty()).argmin()].exp().item()
+    return _grid()[(evidence.sum(dim=1) + prior.penalty()).argmin()].exp().item()
 
 
 def fit_temperature_prior(
@@ -112,7 +118,7 @@ def fit_temperature_prior(
     if not query or any(len(answers) == 0 for _, answers in query):
         raise ValueError("fitting temperatures needs at least one task, and queries of each")
     evidence = torch.stack([_evidence(held_out) for held_out in support])
-    cost = torch.stack([_losses(*item) for item in query])
+    cost = torch.stack([temperature_evidence(item).mean(dim=1) for item in query])
     share = _shares(weights, len(query))
     best: tuple[float, TemperaturePrior] | None = None
     for spread in _SPREADS if evidence.any() else (0.0,):

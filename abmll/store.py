@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from abmll.calibration import Calibration, ShotCalibration
-from abmll.errors import AbmllError, InvalidPosterior
+from abmll.errors import InvalidPosterior, StoreFailure
 from abmll.posterior import LayerPosterior, Posterior, PosteriorConfig
 
 FORMAT = 1
@@ -135,7 +135,7 @@ def save_posterior(
 
     Raises:
         InvalidPosterior: A parameter is not finite.
-        AbmllError: The disk is full or not writable; nothing is left behind.
+        StoreFailure: The disk is full or not writable; nothing is left behind.
     """
     tensors = {key: t.detach().to("cpu", torch.float32).contiguous() for key, t in posterior.tensors().items()}
     _check_finite(tensors, "this posterior")
@@ -160,13 +160,13 @@ def replace_folder(folder: Path, contents: dict[str, bytes]) -> None:
     """Writes files into a folder beside ``folder`` and renames it there.
 
     Raises:
-        AbmllError: Writing failed; nothing is left behind.
+        StoreFailure: Writing failed; nothing is left behind.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
-        raise AbmllError(f"cannot write to {folder.parent}: {error}; free space or choose another folder") from error
+        raise StoreFailure(f"cannot write to {folder.parent}: {error}; free space or choose another folder") from error
     try:
         partial.chmod(0o755)
         for name, data in contents.items():
@@ -183,7 +183,7 @@ def replace_folder(folder: Path, contents: dict[str, bytes]) -> None:
         _sync(folder.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise AbmllError(f"cannot write {folder}: {error}; free space or choose another folder") from error
+        raise StoreFailure(f"cannot write {folder}: {error}; free space or choose another folder") from error
 
 
 def replace_file(path: Path, data: bytes) -> None:

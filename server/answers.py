@@ -157,7 +157,7 @@ class Answerer:
             ) from error
 
     async def _answer(self, request: GenerateRequest, request_id: str) -> GenerateReply:
-        begun, clock = time.perf_counter(), start_clock()
+        begun, clock = time.monotonic(), start_clock()
         draws = self._check(request)
         stored = await asyncio.to_thread(self.store.choose, request.task, request.version, _lot(request))
         question = await self._tokenize(stored, request)
@@ -181,9 +181,10 @@ class Answerer:
                 probabilities=answer.probabilities,
                 confidence=answer.confidence,
                 epistemic=answer.uncertainty.epistemic,
+                begun=begun,
             )
         )
-        total = time.perf_counter() - begun
+        total = time.monotonic() - begun
         return GenerateReply(
             request_id=request_id,
             task=request.task,

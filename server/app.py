@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -13,7 +14,7 @@ from fastapi.responses import JSONResponse, RedirectResponse
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from abmll.errors import EngineFailure, TaskConflict
+from abmll.errors import EngineFailure, TaskConflict, TaskNotFound
 from server.access import ANY, Access
 from server.answers import read_examples
 from server.body_limit import BodyLimit
@@ -214,8 +215,11 @@ def _add_tasks(app: FastAPI, service: Service, access: Access) -> None:
     @app.get("/tasks", tags=["tasks"], responses=_errors(*access.statuses), dependencies=access.needs("query"))
     def list_tasks() -> Sequence[TaskSummary]:  # pyright: ignore[reportUnusedFunction] -- a route
         """Lists all tasks, `global` first."""
-        store = service.store
-        return [summarize(name, store.versions(name), store.serving(name)) for name in store.names()]
+        store, found = service.store, list[TaskSummary]()
+        for name in store.names():
+            with contextlib.suppress(TaskNotFound):  # deleted meanwhile
+                found.append(summarize(name, store.versions(name), store.serving(name)))
+        return found
 
     @app.get(
         "/tasks/{name}", tags=["tasks"], responses=_errors(404, *access.statuses), dependencies=access.needs("query")

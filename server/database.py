@@ -36,11 +36,15 @@ class Database:
                 db.execute("PRAGMA journal_mode=WAL")
                 db.executescript(schema)
         except StoreFailure as error:
+            if not isinstance(error.__cause__, sqlite3.OperationalError):
+                raise AbmllError(
+                    f"the {what} in {path} cannot be used: {error.__cause__}; restore or remove the file"
+                ) from error
             if existed:
                 logger.warning("%s cannot be written until this is mended: %s", what, error.message)
                 return
             raise AbmllError(f"the {what} in {path} cannot be written: {error.message}", field="store") from error
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
             raise AbmllError(f"the {what} in {path} cannot be used: {error}; restore or remove the file") from error
 
     @contextmanager
@@ -48,7 +52,7 @@ class Database:
         """Opens the file; each statement is a transaction of its own.
 
         Raises:
-            StoreFailure: The disk is full, read-only or failing.
+            StoreFailure: The disk is full, read-only or failing, or the file is damaged.
         """
         try:
             db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
@@ -61,6 +65,10 @@ class Database:
         except sqlite3.OperationalError as error:
             reason = f"the store's disk does not take or give the {self.what} ({error}); free space or mend it"
             raise StoreFailure(reason) from error
+        except (sqlite3.IntegrityError, sqlite3.ProgrammingError):
+            raise  # no fault of the file's
+        except sqlite3.DatabaseError as error:
+            raise StoreFailure(f"the file of the {self.what} is damaged ({error}); restore or remove it") from error
 
     @contextmanager
     def transaction(self) -> Generator[sqlite3.Connection]:

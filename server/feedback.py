@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,9 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from abmll.errors import AnswerNotFound, InvalidRequest
+from abmll.errors import AnswerNotFound, InvalidRequest, StoreFailure
 from abmll.metrics import brier, expected_calibration_error, negative_log_likelihood
 from server.database import Database
+
+logger = logging.getLogger(__name__)
 
 # Answers and judgements that the rolling measures look back on.
 WINDOW = 1000
@@ -55,6 +59,7 @@ class Answered:
         probabilities: Of the options, as they were told; None for free text.
         confidence: As it was told.
         epistemic: Epistemic uncertainty in nats, as it was told.
+        begun: When the question came, in seconds of ``time.monotonic``.
     """
 
     request_id: str
@@ -68,6 +73,7 @@ class Answered:
     probabilities: Sequence[float] | None
     confidence: float
     epistemic: float
+    begun: float
 
     def row(self) -> tuple[object, ...]:
         """The answer as a row of the table."""
@@ -159,15 +165,20 @@ class Feedback:
         self.kept = kept
         self._database = Database(path, _SCHEMA, "answers and feedback")
         self._lock = threading.Lock()
+        # Held while the file is written: what is forgotten must not be written by a thread that began before.
+        self._writing = threading.Lock()
         self._waiting: deque[Answered] = deque(maxlen=_BUFFERED)
         self._windows: dict[tuple[str, int], Window] = {}
+        self._forgotten: dict[str, float] = {}
+        self._to_delete: set[str] = set()
 
     def load(self) -> None:
         """Reads the rolling measures' windows, as they were when the server stopped."""
-        with self._database.open() as db:
+        windows: dict[tuple[str, int], Window] = {}
+        with self._writing, self._database.open() as db:
             versions = db.execute("SELECT DISTINCT task, version FROM answers").fetchall()
             for task, version in versions:
-                window = self._window(task, version)
+                window = windows[task, version] = Window()
                 where = "WHERE task = ? AND version = ? AND options IS NOT NULL"
                 newest = f"SELECT * FROM answers {where} {{}} ORDER BY number DESC LIMIT {WINDOW}"
                 for row in reversed(db.execute(newest.format(""), (task, version)).fetchall()):
@@ -175,10 +186,20 @@ class Feedback:
                     window.epistemic.append(row["epistemic"])
                 for row in reversed(db.execute(newest.format("AND judged IS NOT NULL"), (task, version)).fetchall()):
                     window.judge(row["request_id"], _judged(row, bool(row["correct"]), row["label"]))
+        with self._lock:
+            for key, newer in self._windows.items():  # answers that came meanwhile
+                window = windows.setdefault(key, Window())
+                window.confidence.extend(newer.confidence)
+                window.epistemic.extend(newer.epistemic)
+                for request_id, judged in newer.judged.items():
+                    window.judge(request_id, judged)
+            self._windows = windows
 
     def note(self, answered: Answered) -> None:
-        """Keeps an answer, to be written soon."""
+        """Keeps an answer, to be written soon; not one of a task that was deleted after the question came."""
         with self._lock:
+            if answered.begun < self._forgotten.get(answered.task, -math.inf):
+                return
             self._waiting.append(answered)
             if answered.options is not None:
                 window = self._window(answered.task, answered.version)
@@ -191,16 +212,19 @@ class Feedback:
         Raises:
             StoreFailure: The disk is full or not writable; they wait on.
         """
-        with self._lock:
-            batch = list(self._waiting)
-        if not batch:
-            return
-        with self._database.transaction() as db:
-            db.executemany(_INSERT, [answered.row() for answered in batch])
-            db.execute("DELETE FROM answers WHERE number <= (SELECT MAX(number) FROM answers) - ?", (self.kept,))
-        with self._lock:
-            written = {answered.request_id for answered in batch}
-            self._waiting = deque((a for a in self._waiting if a.request_id not in written), maxlen=_BUFFERED)
+        with self._writing:
+            with self._lock:
+                batch, gone = list(self._waiting), set(self._to_delete)
+            if not batch and not gone:
+                return
+            with self._database.transaction() as db:
+                db.executemany("DELETE FROM answers WHERE task = ?", [(task,) for task in gone])
+                db.executemany(_INSERT, [answered.row() for answered in batch])
+                db.execute("DELETE FROM answers WHERE number <= (SELECT MAX(number) FROM answers) - ?", (self.kept,))
+            with self._lock:
+                written = {answered.request_id for answered in batch}
+                self._waiting = deque((a for a in self._waiting if a.request_id not in written), maxlen=_BUFFERED)
+                self._to_delete -= gone
 
     def judge(self, request_id: str, answer: str | int | None, correct: bool | None) -> Judged:
         """Stores what is said of an answer; saying it again replaces it.
@@ -218,6 +242,7 @@ class Feedback:
         if (answer is None) == (correct is None):
             raise InvalidRequest("give either answer, the right one, or correct, true or false", field="answer")
         self.flush()
+        begun = time.monotonic()
         with self._database.transaction() as db:
             row = _find(db, request_id)
             label = None if answer is None else _label(row, answer)
@@ -232,7 +257,8 @@ class Feedback:
         judged = _judged(row, right, label)
         if row["options"] is not None:
             with self._lock:
-                self._window(judged.task, judged.version).judge(request_id, judged)
+                if begun >= self._forgotten.get(judged.task, -math.inf):
+                    self._window(judged.task, judged.version).judge(request_id, judged)
         return judged
 
     def labelled(self, task: str, version: int) -> list[tuple[Tensor, int]]:
@@ -253,16 +279,19 @@ class Feedback:
         ]
 
     def forget(self, task: str) -> None:
-        """Removes all that is kept of a task.
+        """Removes all that is kept of a task, from the disk as soon as it takes it.
 
-        Raises:
-            StoreFailure: The disk is full or not writable.
+        Answers to questions that came before are not kept: another task may soon have the name.
         """
-        with self._lock:
+        with self._writing, self._lock:
             self._waiting = deque((a for a in self._waiting if a.task != task), maxlen=_BUFFERED)
             self._windows = {key: window for key, window in self._windows.items() if key[0] != task}
-        with self._database.open() as db:
-            db.execute("DELETE FROM answers WHERE task = ?", (task,))
+            self._forgotten[task] = time.monotonic()
+            self._to_delete.add(task)
+        try:
+            self.flush()
+        except StoreFailure as error:
+            logger.warning("answers of the deleted task %r are not removed from the disk yet: %s", task, error.message)
 
     def windows(self) -> list[tuple[str, int, dict[str, float]]]:
         """Task, version and rolling measures of each version that has answered."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import typer
-from limits import RateLimitItem, parse
+from limits import RateLimitItem, parse_many
 from pydantic import BaseModel
 
 from abmll.errors import AbmllError, StoreFailure
@@ -53,11 +53,11 @@ def parse_rate(rate: str) -> RateLimitItem:
         AbmllError: Not a rate.
     """
     try:
-        item = parse(rate)
+        (item,) = parse_many(rate)
         if item.amount < 1:
             raise ValueError(rate)
     except ValueError as error:
-        raise AbmllError(f"{rate!r} is no rate; give one such as 10/second or 600/minute", field="rate") from error
+        raise AbmllError(f"{rate!r} is not one rate; give one such as 10/second or 600/minute", field="rate") from error
     return item
 
 

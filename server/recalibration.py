@@ -15,6 +15,7 @@ from abmll.calibration import (
     conformal_scores,
     conformal_threshold,
     own_temperature,
+    temperature_evidence,
 )
 from abmll.errors import InvalidRequest
 from abmll.metrics import accuracy, brier, expected_calibration_error, negative_log_likelihood
@@ -93,11 +94,13 @@ def refit(
     before = 1.0 if entry is None else entry.temperature
     spread = 0.0 if prior is None else prior.nearest(shots).spread
     beliefs = TemperaturePrior(median=before, spread=spread or _SPREAD)
-    after = own_temperature(beliefs, _groups(labelled))
+    labelled = sorted(labelled, key=lambda item: len(item[0]))  # in the order of the groups
+    evidence = torch.cat([temperature_evidence(group) for group in _groups(labelled)], dim=1)
+    after = own_temperature(beliefs, evidence)
     held_out: list[tuple[Tensor, Tensor]] = []
     for fold in range(_FOLDS):
-        rest = [item for number, item in enumerate(labelled) if number % _FOLDS != fold]
-        held_out.append(_probabilities(labelled[fold::_FOLDS], own_temperature(beliefs, _groups(rest))))
+        rest = [number for number in range(len(labelled)) if number % _FOLDS != fold]
+        held_out.append(_probabilities(labelled[fold::_FOLDS], own_temperature(beliefs, evidence[:, rest])))
     measured_before = _measured(*_probabilities(labelled, before))
     measured_after = _measured(_stacked([p for p, _ in held_out]), torch.cat([a for _, a in held_out]))
     nonconformity = conformal_scores(*_probabilities(labelled, after))

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from abmll.errors import AbmllError, EngineFailure, InvalidPosterior, StoreFailure, TaskConflict
+from abmll.errors import AbmllError, EngineFailure, StoreFailure, TaskConflict
 from abmll.layers import check_base, checkpoint_fingerprint
 from abmll.posterior import Posterior
 from abmll.store import Record, StoredPosterior, load_posterior
@@ -159,6 +160,7 @@ class Service:
         self._answerer: Answerer | None = None
         self._running: asyncio.Task[None] | None = None
         self._writing: asyncio.Task[None] | None = None
+        self._recalibrating = threading.Lock()
         self._reference: dict[tuple[str, int], tuple[float, float] | None] = {}
 
     @property
@@ -222,6 +224,8 @@ class Service:
                 if not failing:
                     logger.error("answers are not written down, the newest are kept in memory: %s", error.message)
                 failing = True
+            except Exception:
+                logger.exception("answers could not be written down; trying again")
 
     async def _start_engine(self) -> Engine:
         engine = make_engine(self.settings, self.prior)
@@ -304,13 +308,21 @@ class Service:
         """Fits the temperature of a task's version to its feedback; with ``apply``, makes a new version with it.
 
         Raises:
-            TaskConflict: The task is ``global``.
+            TaskConflict: The task is ``global``, a job for it is under way, or another recalibration.
             TaskNotFound: There is no such task or version.
             InvalidRequest: Too few answers have been judged.
             StoreFailure: The disk is full or not writable.
         """
         if task == GLOBAL:
             raise TaskConflict("the global posterior stays as it is; `abmll calibrate` calibrates it anew", "name")
+        if not self._recalibrating.acquire(blocking=False):
+            raise TaskConflict("another recalibration is under way; ask again in a moment", "name")
+        try:
+            return self._recalibrate(task, version, apply)
+        finally:
+            self._recalibrating.release()
+
+    def _recalibrate(self, task: str, version: int | None, apply: bool) -> RecalibrationReply:
         serving = self.store.serving(task)
         if version is None and serving:
             version = max(serving, key=lambda number: serving[number])
@@ -324,15 +336,17 @@ class Service:
         what = reply.model_dump(mode="json", exclude={"applied"})
 
         def record(number: int) -> Record:
-            training = stored.record.training | {"recalibration": what}
-            return stored.record.model_copy(update={"version": number, "parent": stored.digest, "training": training})
+            return Record(
+                task=task,
+                version=number,
+                parent=stored.digest,
+                seed=stored.record.seed,
+                shots=stored.record.shots,
+                training=stored.record.training | {"recalibration": what},
+                results=stored.record.results,
+            )
 
-        try:
-            made = self.store.add(task, stored.posterior, calibration, record)
-        except InvalidPosterior:
-            raise
-        except AbmllError as error:
-            raise StoreFailure(error.message) from error
+        made = self.store.add(task, stored.posterior, calibration, record, source=stored.record.version)
         return reply.model_copy(update={"applied": made.record.version})
 
     async def delete(self, task: str) -> None:
@@ -345,11 +359,11 @@ class Service:
         """
         digests = await asyncio.to_thread(self.store.delete, task)
         self._reference = {key: value for key, value in self._reference.items() if key[0] != task}
-        await asyncio.to_thread(self.feedback.forget, task)
         for digest in digests:
             if self.engine is not None:
                 with contextlib.suppress(EngineFailure):  # a dead engine has forgotten already
                     await self.engine.release(digest)
+        await asyncio.to_thread(self.feedback.forget, task)
 
     async def close(self) -> None:
         """Stops everything; jobs under way are taken up again at the next start."""

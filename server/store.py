@@ -11,7 +11,9 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,6 +32,8 @@ GLOBAL = "global"
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 _SERVING = "serving.json"
 UNKNOWN_SERVING = "which version answers cannot be read from serving.json; say it anew with PUT /tasks/{name}/serving"
+# A version found damaged is looked at again after so long: it may have been restored.
+_DAMAGED_SECONDS = 10.0
 _VERSION = re.compile(r"^v(\d{4,})$")
 
 
@@ -69,6 +73,10 @@ class Version:
         return "damaged" if self.stored is None else "ready"
 
 
+# A version's folder, and what tells it from another that stood there before.
+_Key = tuple[Path, int, int]
+
+
 class _Serving(BaseModel, frozen=True):
     shares: dict[int, float] = Field(min_length=1)
 
@@ -103,10 +111,11 @@ class TaskStore:
         self.tasks = root / "tasks"
         self.global_posterior = global_posterior
         self.check = check
-        self._loaded: ByteCache[tuple[Path, int, int], Version] = ByteCache(
+        self._loaded: ByteCache[_Key, Version] = ByteCache(
             cache_bytes,
             lambda v: 0 if v.stored is None else tensor_bytes(v.stored.posterior.tensors().values()),
         )
+        self._damaged: dict[_Key, tuple[float, Version]] = {}
         self._lock = threading.Lock()
         try:
             self.tasks.mkdir(parents=True, exist_ok=True)
@@ -124,10 +133,11 @@ class TaskStore:
             TaskNotFound: There is no such task.
             InvalidPosterior: All its versions are damaged, or made for another base model.
         """
-        if name == GLOBAL:
-            return self.global_posterior
+        return self.global_posterior if name == GLOBAL else self._newest(name, self._known(name))
+
+    def _newest(self, name: str, known: Sequence[int]) -> StoredPosterior:
         error = ""
-        for number in reversed(self._known(name)):
+        for number in reversed(known):
             version = self._load(name, number)
             if version.stored is not None:
                 return version.stored
@@ -156,14 +166,16 @@ class TaskStore:
             TaskNotFound: There is no such task or version.
             InvalidPosterior: What should answer is damaged, or made for another base model.
         """
+        if name == GLOBAL and version in (None, self.global_posterior.record.version):
+            return self.global_posterior
+        known = [] if name == GLOBAL else self._known(name)
         if version is not None:
-            known = [self.global_posterior.record.version] if name == GLOBAL else self._known(name)
             if version not in known:
                 raise TaskNotFound(f"task {name!r} has no version {version}; GET /tasks/{name} lists them", "version")
-            return self.global_posterior if name == GLOBAL else _usable(name, self._load(name, version))
-        shares = self.serving(name)
+            return _usable(name, self._load(name, version))
+        shares = self._shares(name)
         if shares is None:
-            return self.current(name)
+            return self._newest(name, known)
         if not shares:
             raise InvalidPosterior(f"task {name!r} cannot be used: {UNKNOWN_SERVING}", field="task")
         limits = list(itertools.accumulate(shares.values()))
@@ -182,6 +194,9 @@ class TaskStore:
         if name == GLOBAL:
             return None
         self._known(name)
+        return self._shares(name)
+
+    def _shares(self, name: str) -> dict[int, float] | None:
         path = self.tasks / name / _SERVING
         try:
             return _Serving.model_validate_json(path.read_bytes()).shares
@@ -232,6 +247,7 @@ class TaskStore:
         posterior: Posterior,
         calibration: Calibration | None,
         make_record: Callable[[int], Record],
+        source: int | None = None,
     ) -> StoredPosterior:
         """Writes a task's next version.
 
@@ -240,20 +256,20 @@ class TaskStore:
             posterior: Its parameters.
             calibration: How its confidence is made.
             make_record: Given the version's number, says where it comes from.
+            source: The version that it is made from, which must still be there; None for no such.
 
         Raises:
             InvalidRequest: Not a task name.
             TaskConflict: The name is reserved.
-            AbmllError: The disk is full or not writable.
+            TaskNotFound: The version that it is made from is gone.
+            StoreFailure: The disk is full or not writable.
         """
         check_name(name)
-        try:
-            lock = (self.tasks.parent / ".adding").open("a")
-        except OSError as error:
-            raise AbmllError(f"cannot write to {self.tasks}: {error}; free space or mend the store's disk") from error
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # server and worker both make versions
-            number = max(self._numbers(name), default=0) + 1
+        with self._changing():
+            numbers = self._numbers(name)
+            if source is not None and source not in numbers:
+                raise TaskNotFound(f"version {source} of task {name!r} was deleted meanwhile", field="name")
+            number = max(numbers, default=0) + 1
             return save_posterior(self._folder(name, number), posterior, make_record(number), calibration)
 
     def delete(self, name: str) -> list[str]:
@@ -270,15 +286,28 @@ class TaskStore:
         check_name(name)
         self._known(name)
         folder = self.tasks / name
-        try:
-            grave = Path(tempfile.mkdtemp(prefix=".deleted.", dir=self.tasks))
-            folder.rename(grave / name)
-        except OSError as error:
-            raise StoreFailure(f"task {name!r} cannot be deleted: {error}; mend the store's disk") from error
+        with self._changing():
+            try:
+                grave = Path(tempfile.mkdtemp(prefix=".deleted.", dir=self.tasks))
+                folder.rename(grave / name)
+            except OSError as error:
+                raise StoreFailure(f"task {name!r} cannot be deleted: {error}; mend the store's disk") from error
         with self._lock:
             gone = [self._loaded.pop(key) for key in self._loaded.present() if key[0].parent == folder]
+            self._damaged = {key: found for key, found in self._damaged.items() if key[0].parent != folder}
         shutil.rmtree(grave, ignore_errors=True)
         return [version.stored.digest for version in gone if version is not None and version.stored is not None]
+
+    @contextmanager
+    def _changing(self) -> Generator[None]:
+        """Holds the store's lock: server and worker both make versions, and a task may be deleted meanwhile."""
+        try:
+            lock = (self.tasks.parent / ".adding").open("a")
+        except OSError as error:
+            raise StoreFailure(f"cannot write to {self.tasks}: {error}; free space or mend the store's disk") from error
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def damaged(self) -> dict[str, str]:
         """Loads every task's newest version; names those that cannot be used, with the reason."""
@@ -320,15 +349,23 @@ class TaskStore:
             key = (folder, 0, 0)
         with self._lock:
             found = self._loaded.find(key)
+            since, damaged = self._damaged.get(key, (-math.inf, None))
         if found is not None:
             return found
+        if damaged is not None and time.monotonic() < since + _DAMAGED_SECONDS:
+            return damaged
         try:
             stored = load_posterior(folder)
             self.check(stored.posterior)
-            version = Version(number, stored, None)
         except InvalidPosterior as error:
-            logger.warning("task %s, version %d cannot be used: %s", name, number, error.message)
+            if damaged is None or damaged.error != error.message:
+                logger.warning("task %s, version %d cannot be used: %s", name, number, error.message)
             version = Version(number, None, error.message)
+            with self._lock:
+                self._damaged[key] = time.monotonic(), version
+            return version
+        version = Version(number, stored, None)
         with self._lock:
             self._loaded.put(key, version)
+            self._damaged.pop(key, None)
         return version

@@ -61,14 +61,22 @@ class Supervisor:
                 await asyncio.sleep(_STORE_SECONDS)
                 continue
             begun = asyncio.get_running_loop().time()
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "server.worker", stdin=asyncio.subprocess.PIPE
-            )
-            assert self.process.stdin is not None
-            self.process.stdin.write(self.settings.model_dump_json().encode() + b"\n")
-            code = await self.process.wait()
+            try:
+                code = await self._work()
+            except OSError as error:  # no memory or process to be had at present
+                logger.error("the adaptation process cannot be started: %s; it is tried again", error)
+            else:
+                logger.error("the adaptation process ended with code %d; it is started again", code)
             self.restarts += 1
-            logger.error("the adaptation process ended with code %d; it is started again", code)
             lived = asyncio.get_running_loop().time() - begun
             delay = 1.0 if lived > 60 else min(60.0, delay * 2)
             await asyncio.sleep(delay)
+
+    async def _work(self) -> int:
+        """Starts the worker and waits for its end; gives its exit status."""
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "server.worker", stdin=asyncio.subprocess.PIPE
+        )
+        assert self.process.stdin is not None
+        self.process.stdin.write(self.settings.model_dump_json().encode() + b"\n")
+        return await self.process.wait()

@@ -166,7 +166,7 @@ def test_keys_are_made_listed_and_revoked_on_the_command_line(tmp_path: Path) ->
         assert isinstance(abmll(*words).exception, AbmllError)
     assert abmll("revoke", "team").exit_code == 0
     assert Keys(file).all() == []
-    for rate in ("0/minute", "-1/minute", "", "5"):
+    for rate in ("0/minute", "-1/minute", "", "5", "600/minute;10/second"):
         with pytest.raises(AbmllError, match="such as"):
             parse_rate(rate)
 

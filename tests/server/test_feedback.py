@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from abmll.calibration import TemperaturePrior, own_temperature
-from abmll.errors import AnswerNotFound
+from abmll.calibration import TemperaturePrior, own_temperature, temperature_evidence
+from abmll.errors import AnswerNotFound, StoreFailure
 from abmll.metrics import brier, expected_calibration_error, negative_log_likelihood
 from clients.errors import RequestRejected
 from clients.http import Client
@@ -158,8 +159,8 @@ def test_judging_again_replaces_and_old_answers_go(tmp_path: Path) -> None:
     assert (scores.tolist(), label) == ([[0.0, -1.0], [0.0, -2.0]], 0)
 
 
-def answered(request_id: str, scores: torch.Tensor) -> Answered:
-    return Answered(request_id, "t", 1, ["a", "b"], scores, True, len(scores), 0, [0.7, 0.3], 0.7, 0.01)
+def answered(request_id: str, scores: torch.Tensor, begun: float = math.inf) -> Answered:
+    return Answered(request_id, "t", 1, ["a", "b"], scores, True, len(scores), 0, [0.7, 0.3], 0.7, 0.01, begun)
 
 
 def dict_of(feedback: Feedback) -> dict[str, float]:
@@ -167,13 +168,56 @@ def dict_of(feedback: Feedback) -> dict[str, float]:
     return told
 
 
-def test_a_temperature_from_groups_is_that_of_all_answers_together() -> None:
+def test_answers_in_flight_while_their_task_is_deleted_are_not_its_successors(tmp_path: Path) -> None:
+    path = tmp_path / "f.sqlite3"
+    feedback, scores = Feedback(path, kept=9), torch.zeros(1, 2)
+    feedback.note(answered("written", scores))
+    feedback.flush()
+    in_flight = answered("in flight", scores, begun=time.monotonic())
+    feedback.forget("t")
+    feedback.note(in_flight)
+    feedback.note(answered("new", scores, begun=time.monotonic()))
+    feedback.flush()
+    again = Feedback(path, kept=9)
+    again.load()
+    for kept in (feedback, again):
+        assert dict_of(kept) == {"feedback_count": 0.0, "recent_confidence": 0.7, "recent_epistemic_nats": 0.01}
+        assert kept.judge("new", 0, None).correct
+        for name in ("written", "in flight"):
+            with pytest.raises(AnswerNotFound):
+                kept.judge(name, 0, None)
+
+
+def test_a_damaged_file_is_told_and_what_waits_is_written_once_it_is_restored(tmp_path: Path) -> None:
+    path = tmp_path / "f.sqlite3"
+    feedback, scores = Feedback(path, kept=9), torch.zeros(1, 2)
+    feedback.note(answered("old", scores))
+    feedback.flush()
+    good = path.read_bytes()
+    path.write_bytes(good[:4096] + b"\xff" * (len(good) - 4096))
+    feedback.forget("t")  # logged: the task itself is gone already
+    feedback.note(answered("new", scores))
+    with pytest.raises(StoreFailure, match="damaged"):
+        feedback.flush()
+    with pytest.raises(StoreFailure, match="damaged"):
+        feedback.judge("new", 0, None)
+    path.write_bytes(good)
+    assert feedback.judge("new", 0, None).correct
+    with pytest.raises(AnswerNotFound):
+        feedback.judge("old", 0, None)
+
+
+def test_evidence_of_many_answers_is_that_of_each() -> None:
+    """Many are taken in blocks of temperatures, so that memory is bounded."""
     generator = torch.Generator().manual_seed(0)
-    scores, answers = 3 * torch.randn(2, 40, 3, generator=generator), torch.randint(3, (40,), generator=generator)
-    prior = TemperaturePrior(median=1.0, spread=1.0)
-    whole = own_temperature(prior, [(scores, answers)])
-    assert whole == own_temperature(prior, [(scores[:, :10], answers[:10]), (scores[:, 10:], answers[10:])])
-    assert whole > 2
+    scores, answers = 3 * torch.randn(8, 9000, 3, generator=generator), torch.randint(3, (9000,), generator=generator)
+    evidence = temperature_evidence((scores, answers))
+    assert evidence.shape[1] == 9000
+    for n in (0, 1, 8999):
+        one = temperature_evidence((scores[:, n : n + 1], answers[n : n + 1]))
+        torch.testing.assert_close(evidence[:, n : n + 1], one)
+    # Scores say nothing of these answers: they are not to be trusted at all.
+    assert own_temperature(TemperaturePrior(median=1.0, spread=1.0), evidence) == pytest.approx(20)
 
 
 def test_a_yes_of_three_options_is_no_label(tmp_path: Path) -> None:
@@ -181,7 +225,7 @@ def test_a_yes_of_three_options_is_no_label(tmp_path: Path) -> None:
     feedback = Feedback(tmp_path / "f.sqlite3", kept=9)
     wide = torch.tensor([[0.0, -1.0, -2.0]])
     for name in ("yes", "no"):
-        feedback.note(Answered(name, "t", 1, ["a", "b", "c"], wide, True, 1, 0, [0.7, 0.2, 0.1], 0.7, 0.01))
+        feedback.note(Answered(name, "t", 1, ["a", "b", "c"], wide, True, 1, 0, [0.7, 0.2, 0.1], 0.7, 0.01, 0.0))
         feedback.judge(name, None, name == "yes")
     assert feedback.labelled("t", 1) == []
     assert dict_of(feedback)["feedback_accuracy"] == 0.5

@@ -54,9 +54,34 @@ def test_a_damaged_newest_version_leaves_the_one_before_it(
     (tmp_path / "tasks" / "t" / "v0001" / "posterior.safetensors").unlink()
     with pytest.raises(InvalidPosterior):
         TaskStore(tmp_path, global_posterior[1]).current("t")
+    with pytest.raises(TaskNotFound, match="deleted meanwhile"):
+        store.add("t", first.posterior, None, record, source=3)
     assert store.delete("t")
     assert store.names() == ["global"]
     assert not list((tmp_path / "tasks").iterdir())
+
+
+def test_a_version_that_was_restored_is_served_again(
+    tiny_model_folder: Path,
+    global_posterior: tuple[Path, StoredPosterior],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = TaskStore(tmp_path, global_posterior[1])
+    made = store.add("t", random_posterior(tiny_model_folder, 1), None, record)
+    weights = tmp_path / "tasks" / "t" / "v0001" / "posterior.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1])
+    for _ in range(3):  # it is not read anew for each question
+        with pytest.raises(InvalidPosterior, match="damaged"):
+            store.current("t")
+    weights.write_bytes(good)
+    with pytest.raises(InvalidPosterior, match="damaged"):
+        store.current("t")
+    monkeypatch.setattr("server.store._DAMAGED_SECONDS", 0.0)
+    assert store.current("t").digest == made.digest
+    assert len([r for r in caplog.records if "cannot be used" in r.getMessage()]) == 1
 
 
 def test_a_posterior_for_another_base_model_is_refused(
