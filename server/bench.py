@@ -5,11 +5,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
+from server.local_server import LocalServer
 
 DRAWS, CLIENTS = 8, 16
 _TEXT = (
@@ -40,11 +39,9 @@ def prompts(count: int, seed: int) -> list[str]:
     return [" ".join(rng.choices(_WORDS, k=60)) for _ in range(count)]
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def zipf(names: Sequence[str], count: int, rng: random.Random) -> list[str]:
+    """Draws ``count`` names by Zipf's law: the r-th is drawn 1/r as often as the first."""
+    return rng.choices(names, [1 / rank for rank in range(1, len(names) + 1)], k=count)
 
 
 @contextmanager
@@ -58,36 +55,14 @@ def running_server(
         extra: Further options.
         fill: Called with the store's folder before the start.
     """
-    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        fill(Path(folder) / "store")
-        command = [sys.executable, "-m", "server.cli", "serve", "--engine", engine, "--port", str(port)]
-        command += ["--store", str(Path(folder) / "store"), *extra]
-        begin = time.perf_counter()
-        with log.open("wb") as stream:
-            process = subprocess.Popen(
-                command, stdout=stream, stderr=stream, env=os.environ | {"PYTHONUNBUFFERED": "1"}
-            )
+        store = Path(folder) / "store"
+        fill(store)
+        server = LocalServer(engine, store, Path(folder) / "log", extra)
         try:
-            url = f"http://127.0.0.1:{port}"
-            while True:
-                if process.poll() is not None or time.perf_counter() - begin > 300:
-                    raise RuntimeError(f"the server did not become ready:\n{log.read_text()[-3000:]}")
-                try:
-                    if httpx.get(f"{url}/readyz", timeout=2).status_code == 200:
-                        break
-                except httpx.HTTPError:
-                    pass
-                time.sleep(0.05)
-            yield url, time.perf_counter() - begin
+            yield server.url, server.start()
         finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            server.stop()
 
 
 def _body(prompt: str, options: list[str]) -> dict[str, Any]:
@@ -242,8 +217,7 @@ async def _zipf(url: str, tasks: int, count: int, seed: int) -> list[float]:
     """Seconds of each of ``count`` questions of as many clients as elsewhere; the r-th task is asked 1/r as often."""
     rng, options = random.Random(seed), WORKLOADS["labels"]
     names = [f"task-{number}" for number in range(tasks)]
-    asked = rng.choices(names, [1 / rank for rank in range(1, tasks + 1)], k=count)
-    queue = list(zip(prompts(count, seed), asked, strict=True))
+    queue = list(zip(prompts(count, seed), zipf(names, count, rng), strict=True))
     seconds: list[float] = []
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
 

@@ -28,14 +28,14 @@ from typing import Any
 import httpx
 from scipy.stats import theilslopes
 
-from server.bench import WORKLOADS, free_port, prompts
+from server.bench import WORKLOADS, prompts, zipf
+from server.local_server import LocalServer
 from training.provenance import provenance
 
 CLIENTS = 8
 # Seconds between faults, between new tasks, and that a full disk lasts.
 FAULT_SECONDS, ADAPT_SECONDS, FULL_SECONDS = 45.0, 15.0, 10.0
 _STORE_MIB = 256
-_PAGE_MIB = os.sysconf("SC_PAGE_SIZE") / 2**20
 _OPTIONS = WORKLOADS["labels"]
 
 
@@ -76,68 +76,6 @@ class Tally:
             self.wrong.append(f"{what}: {reply.status_code} {reply.text[:300]}")
 
 
-class Subject:
-    """The server under test: started, killed, started again on the same store and port."""
-
-    def __init__(self, engine: str, folder: Path, log: Path) -> None:
-        self.engine, self.folder, self.log = engine, folder, log
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def pid(self) -> int:
-        """The server's process."""
-        assert self._process is not None
-        return self._process.pid
-
-    async def start(self) -> None:
-        """Starts the server and waits until it is ready.
-
-        Raises:
-            RuntimeError: It is not in five minutes.
-        """
-        command = [sys.executable, "-m", "server.cli", "serve", "--engine", self.engine, "--port", str(self.port)]
-        with self.log.open("ab") as stream:
-            self._process = subprocess.Popen(
-                [*command, "--store", str(self.folder / "store")], stdout=stream, stderr=stream
-            )
-        async with httpx.AsyncClient(base_url=self.url) as client:
-            for _ in range(600):
-                with contextlib.suppress(httpx.HTTPError):
-                    if (await client.get("/readyz")).status_code == 200:
-                        return
-                if self._process.poll() is not None:
-                    break
-                await asyncio.sleep(0.5)
-        raise RuntimeError(f"the server did not become ready:\n{self.log.read_text()[-3000:]}")
-
-    def stop(self, how: signal.Signals) -> int:
-        """Ends the server; returns its exit status."""
-        assert self._process is not None
-        self._process.send_signal(how)
-        return self._process.wait(60)
-
-    def child(self, name: bytes) -> int | None:
-        """The first process below the server whose command line holds a name."""
-        found, frontier = list[int](), [self.pid]
-        while frontier:
-            with contextlib.suppress(OSError):
-                parent = frontier.pop()
-                for thread in Path(f"/proc/{parent}/task").glob("*/children"):
-                    frontier += map(int, thread.read_text().split())
-                if name in Path(f"/proc/{parent}/cmdline").read_bytes():
-                    found.append(parent)
-        return next((pid for pid in found if pid != self.pid), None)
-
-    def memory(self) -> float | None:
-        """Resident memory of the server's own process, in MiB; None while there is none."""
-        try:
-            return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * _PAGE_MIB
-        except OSError:
-            return None
-
-
 @contextmanager
 def disk() -> Generator[tuple[Path, bool]]:
     """A folder, on a file system of its own where one can be mounted; and whether it is."""
@@ -166,12 +104,15 @@ class Soak:
 
     Args:
         subject: The server.
+        engine: Its engine.
+        folder: Where its store's disk is mounted.
         seed: Of what is asked, and of which fault comes when.
         can_fill: Whether the store has a disk of its own.
     """
 
-    def __init__(self, subject: Subject, seed: int, can_fill: bool) -> None:
-        self.subject, self.random, self.can_fill = subject, random.Random(seed), can_fill
+    def __init__(self, subject: LocalServer, engine: str, folder: Path, seed: int, can_fill: bool) -> None:
+        self.subject, self.engine, self.folder = subject, engine, folder
+        self.random, self.can_fill = random.Random(seed), can_fill
         self.tally = Tally()
         self.questions = prompts(200, seed)
         self.ending = asyncio.Event()
@@ -222,9 +163,7 @@ class Soak:
             await self._send(client, "look", (200,), "GET", path)
 
     def _task(self) -> str:
-        """Zipf's law: the r-th task is asked 1/r as often as the first."""
-        weights = [1 / rank for rank in range(1, len(self.tasks) + 1)]
-        return self.random.choices(self.tasks, weights)[0]
+        return zipf(self.tasks, 1, self.random)[0]
 
     def _compare(self, reply: dict[str, Any]) -> None:
         before = self.tally.answers.setdefault(reply["posterior"]["id"], reply["probabilities"])
@@ -276,12 +215,12 @@ class Soak:
         """Injects one fault."""
         subject = self.subject
         kinds = ["server killed", "adaptation process killed", "orderly restart"]
-        kinds += ["engine process killed"] * (subject.engine == "vllm") + ["full disk"] * self.can_fill
+        kinds += ["engine process killed"] * (self.engine == "vllm") + ["full disk"] * self.can_fill
         kind = min(kinds, key=lambda name: (self.tally.faults[name], self.random.random()))
         self.tally.faults[kind] += 1
         print(f"  {kind}", file=sys.stderr, flush=True)
         if kind == "full disk":
-            filler = await asyncio.to_thread(_fill, subject.folder)
+            filler = await asyncio.to_thread(_fill, self.folder)
             await asyncio.sleep(FULL_SECONDS)
             filler.unlink(missing_ok=True)
         elif kind in ("server killed", "orderly restart"):
@@ -290,15 +229,14 @@ class Soak:
             if how == signal.SIGTERM and status != 0:
                 self.tally.wrong.append(f"an orderly stop ended with status {status}")
             self.tally.memory.append([])
-            await subject.start()
+            await asyncio.to_thread(subject.start)
         else:
-            name = b"server.worker" if kind.startswith("adaptation") else b"EngineCore"
-            process = subject.child(name)
+            process = subject.child("server.worker" if kind.startswith("adaptation") else "EngineCore")
             if process is None:
                 self.tally.faults[kind] -= 1
                 self.tally.faults[f"{kind}: there was none"] += 1
             else:
-                os.kill(process, signal.SIGKILL)
+                process.kill()
 
     async def weigh(self) -> None:
         """Writes the server's memory down."""
@@ -308,7 +246,7 @@ class Soak:
 
     async def run(self, minutes: float) -> Sequence[str]:
         """Runs; returns the acknowledged jobs that are lost, each with the reason."""
-        await self.subject.start()
+        await asyncio.to_thread(self.subject.start)
         # The last third is without faults, so that one life is long enough to tell growth, and without new tasks, whose
         # posteriors are rightly kept.
         quiet = asyncio.get_running_loop().time() + 60 * minutes * 2 / 3
@@ -341,7 +279,7 @@ class Soak:
                         break
                     await asyncio.sleep(0.5)
         await asyncio.to_thread(self.subject.stop, signal.SIGKILL)
-        await self.subject.start()
+        await asyncio.to_thread(self.subject.start)
         async with self._client() as client:
             for job, task in self.tally.acknowledged.items():
                 reply = await client.get(f"/adapt/{job}")
@@ -352,17 +290,13 @@ class Soak:
                     lost.append(f"{job}: {reply.status_code} {reply.text[:200]}")
                 else:
                     self.tally.outcomes["job", "done"] += 1
-                    versions = (await client.get(f"/tasks/{task}")).json().get("versions", [])
-                    number = state["posterior"]["version"]
-                    if not any(v["version"] == number and v["status"] == "ready" for v in versions):
-                        lost.append(f"{job}: version {number} of {task} is not ready: {versions}")
-            for task in sorted(set(self.tally.acknowledged.values()) & set(self.tasks)):
-                body = {"prompt": self.questions[0], "options": _OPTIONS, "task": task, "draws": 4}
-                reply = await client.post("/generate", json=body)
-                if reply.status_code != 200:
-                    lost.append(f"{task} does not answer: {reply.text[:200]}")
-                else:
-                    self._compare(reply.json())
+                    made = state["posterior"]
+                    body = {"prompt": self.questions[0], "options": _OPTIONS, "draws": 4}
+                    reply = await client.post("/generate", json=body | {"task": task, "version": made["version"]})
+                    if reply.status_code != 200 or reply.json()["posterior"]["id"] != made["id"]:
+                        lost.append(f"{job}: version {made['version']} of {task} does not answer: {reply.text[:200]}")
+                    else:
+                        self._compare(reply.json())
         return lost
 
 
@@ -402,13 +336,13 @@ def main() -> None:
         if not mounted:
             print("no file system can be mounted (needs root): the disk is not filled", file=sys.stderr)
         log: Path = arguments.log or folder.parent / "log"
-        subject = Subject(arguments.engine, folder, log)
-        soak = Soak(subject, arguments.seed, mounted)
+        subject = LocalServer(arguments.engine, folder / "store", log)
+        soak = Soak(subject, arguments.engine, folder, arguments.seed, mounted)
         try:
             lost = asyncio.run(soak.run(arguments.minutes))
         finally:
             with contextlib.suppress(Exception):
-                subject.stop(signal.SIGTERM)
+                subject.stop()
     print(report(soak.tally, lost, arguments.minutes, arguments.engine))
     sys.exit(1 if lost or soak.tally.wrong else 0)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import random
 import signal
 import subprocess
@@ -16,6 +15,7 @@ import httpx
 import pytest
 
 from abmll.store import load_posterior
+from server.local_server import processes_below
 from tests.server.conftest import Server, wait_for
 from tests.server.test_http import EXAMPLES, QUESTION, adapt
 from tests.server.test_lifetime import wait_running
@@ -176,19 +176,6 @@ def test_a_flipped_bit_falls_back_to_the_version_before(start_server: Callable[.
     assert [version["status"] for version in shown] == ["ready", "damaged"]
 
 
-def command(process: int) -> bytes:
-    try:
-        return Path(f"/proc/{process}/cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
-def processes_below(parent: int) -> set[int]:
-    started_by_its_threads = Path(f"/proc/{parent}/task").glob("*/children")
-    found = {int(child) for file in started_by_its_threads for child in file.read_text().split()}
-    return found.union(*map(processes_below, found))
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM exists for Linux only")
@@ -199,11 +186,11 @@ def test_a_killed_vllm_is_started_anew_and_nothing_is_lost(start_server: Callabl
     before = probabilities(server, "kept")
     assert metric(server, "abmll_engine_restarts_total") == 0
 
-    (core,) = (process for process in processes_below(server.process.pid) if b"EngineCore" in command(process))
+    (core,) = processes_below(server.process.pid, "EngineCore")
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(server.http.post, "/generate", json=SLOW | {"seed": seed}) for seed in range(4)]
         wait_for(lambda: metric(server, "abmll_inside") == 4)
-        os.kill(core, signal.SIGKILL)
+        core.kill()
         in_flight = [future.result() for future in asked]
     assert {refusal(reply) for reply in in_flight} == {(503, "EngineFailure")}
     wait_for(lambda: server.http.get("/readyz").status_code == 503)
@@ -213,7 +200,7 @@ def test_a_killed_vllm_is_started_anew_and_nothing_is_lost(start_server: Callabl
     server.wait_ready(180)
     assert probabilities(server, "kept") == pytest.approx(before, abs=1e-3)
     assert metric(server, "abmll_engine_restarts_total") == 1
-    assert not Path(f"/proc/{core}").exists()
+    assert not core.is_running()
     assert server.wait_job(adapt(server, "later", steps=1)["job"])["status"] == "done"
 
 
@@ -221,9 +208,9 @@ def test_a_killed_vllm_is_started_anew_and_nothing_is_lost(start_server: Callabl
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM exists for Linux only")
 def test_a_stop_in_the_middle_of_vllms_start_is_quick_and_leaves_nothing(start_server: Callable[..., Server]) -> None:
     server = start_server(engine="vllm", wait=False)
-    wait_for(lambda: any(b"EngineCore" in command(process) for process in processes_below(server.process.pid)), 90)
+    wait_for(lambda: bool(processes_below(server.process.pid, "EngineCore")), 90)
     started = processes_below(server.process.pid)
     begun = time.monotonic()
     assert server.stop() == 0
     assert time.monotonic() - begun < 15
-    wait_for(lambda: not any(Path(f"/proc/{process}").exists() for process in started))
+    wait_for(lambda: not any(process.is_running() for process in started))

@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
 from abmll.store import StoredPosterior
+from server.local_server import processes_below
 from server.run import run
 from server.settings import Settings
 from tests.server.conftest import Server
 from tests.server.test_http import QUESTION, adapt
 
 
-def worker_of(server: Server) -> int | None:
-    """The process id of a server's adaptation process."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                command = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if parent == server.process.pid and b"server.worker" in command:
-                return int(entry.name)
-    return None
-
-
-def wait_running(server: Server, job: str) -> int:
-    """Waits until a job makes progress; returns the process id of the worker."""
+def wait_running(server: Server, job: str) -> psutil.Process:
+    """Waits until a job makes progress; returns the adaptation process."""
     deadline = time.monotonic() + 90
     reply = None
     while time.monotonic() < deadline:
         reply = server.http.get(f"/adapt/{job}").json()
-        worker = worker_of(server)
-        if reply["status"] == "running" and reply["progress"] > 0 and worker is not None:
+        if reply["status"] == "running" and reply["progress"] > 0:
+            (worker,) = processes_below(server.process.pid, "server.worker")
             return worker
         time.sleep(0.02)
     raise AssertionError(reply)
@@ -98,16 +84,16 @@ def test_tasks_and_jobs_survive_restarts_and_damage_stays_where_it_is(
     server.process.kill()
     server.process.wait()
     deadline = time.monotonic() + 10
-    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+    while worker.is_running() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not Path(f"/proc/{worker}").exists(), "the adaptation process outlived its server"
+    assert not worker.is_running(), "the adaptation process outlived its server"
 
 
 @pytest.mark.slow
 def test_a_dead_worker_is_replaced_and_a_deadly_job_fails(server: Server) -> None:
     job = adapt(server, "deadly", steps=1000)["job"]
     for attempt in range(2):
-        os.kill(wait_running(server, job), signal.SIGKILL)
+        wait_running(server, job).kill()
         deadline = time.monotonic() + 10
         expected = ("queued", "failed")[attempt]
         while server.http.get(f"/adapt/{job}").json()["status"] != expected:

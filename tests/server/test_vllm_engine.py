@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import importlib.util
 import os
-import signal
 import threading
 import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from abmll.layers import Attached, attach
 from abmll.posterior import Posterior
 from abmll.scoring import Question, tokenize
 from server.engine import Served
+from server.local_server import processes_below
 from server.vllm_engine import VllmEngine
 from tests.server.conftest import TARGETS, random_posterior
 from training.base_model import BaseModel, load_base
@@ -168,29 +169,18 @@ def test_free_text_is_the_torch_models_and_its_tokens_scores_too(
 
 
 def test_a_dead_engine_fails_its_requests_at_once_and_says_so(loop: Loop, tiny_model_folder: Path) -> None:
-    before = _descendants()
+    before = processes_below(os.getpid())
     engine = start(loop, tiny_model_folder)
     posterior = random_posterior(tiny_model_folder, 1)
     question = Question((1, 2, 3), ((4,), (5,)))
     loop.run(engine.score(served(posterior), question, range(2), 0))
-    for process in _descendants() - before:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+    for process in processes_below(os.getpid()):
+        if process not in before:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
     begin = time.monotonic()
     with pytest.raises(EngineFailure):
         loop.run(engine.score(served(posterior), question, range(2, 4), 0))
     assert time.monotonic() - begin < 30
     assert not engine.state().healthy
     loop.run(engine.close())
-
-
-def _descendants() -> set[int]:
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    found, frontier = set[int](), {os.getpid()}
-    while frontier:
-        frontier = {child for child, parent in parents.items() if parent in frontier} - found
-        found |= frontier
-    return found
