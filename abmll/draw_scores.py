@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from abmll.draws import Signs, draw_signs, stack_signs
 from abmll.layers import Attached
 from abmll.posterior import Normalize, Posterior
-from abmll.scoring import Question, option_scores, pack
+from abmll.scoring import Batch, Question, option_scores, pack
 
 
 def rows_of_draws(signs: dict[str, Signs], rows: int, device: torch.device) -> dict[str, Signs]:
@@ -19,6 +19,34 @@ def rows_of_draws(signs: dict[str, Signs], rows: int, device: torch.device) -> d
         name: Signs(s.u.to(device).repeat_interleave(rows, 0), s.v.to(device).repeat_interleave(rows, 0))
         for name, s in signs.items()
     }
+
+
+def under_draws(
+    attached: Attached,
+    posterior: Posterior,
+    signs: dict[str, Signs],
+    batch: Batch,
+    function: Callable[[nn.Module, Batch, int], Tensor],
+) -> Tensor:
+    """Applies a function of the model to a batch under several draws; the trunk, where there is one, runs once.
+
+    Args:
+        attached: The model.
+        posterior: On the model's device.
+        signs: Stacked signs of the draws.
+        batch: The packed questions, on the model's device.
+        function: Of the model, a batch, and how often the model runs that over.
+
+    Returns:
+        Values, draw-major.
+    """
+    draws, rows = len(next(iter(signs.values())).u), len(batch.ids)
+    repeated = rows_of_draws(signs, rows, batch.ids.device)
+    if attached.shares_trunk:
+        with attached.using(posterior, repeated, draws) as model:
+            return function(model, batch, draws)
+    with attached.using(posterior, repeated) as model:
+        return function(model, batch.repeat(draws), 1)
 
 
 @torch.inference_mode()
@@ -58,10 +86,16 @@ def score_draws(
         while stop < len(order) and (stop + 1 - start) * times * questions[order[stop]].longest <= max_tokens:
             stop += 1
         chosen = order[start:stop]
-        batch = pack([questions[i] for i in chosen]).to(device).repeat(times)
-        signs = None if stacked is None else rows_of_draws(stacked, len(chosen), device)
-        with attached.using(posterior, signs) as model:
-            scores = option_scores(model, batch, normalize or posterior.config.normalize).cpu()
+        batch = pack([questions[i] for i in chosen]).to(device)
+
+        def score(model: nn.Module, batch: Batch, draws: int) -> Tensor:
+            return option_scores(model, batch, normalize or posterior.config.normalize, draws).cpu()
+
+        if stacked is None:
+            with attached.using(posterior) as model:
+                scores = score(model, batch, 1)
+        else:
+            scores = under_draws(attached, posterior, stacked, batch, score)
         result[:, chosen, : scores.shape[-1]] = scores.view(times, len(chosen), -1)
         start = stop
     return result

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from abmll.posterior import LayerPosterior, Posterior
+from abmll.posterior import LayerPosterior, Posterior, block_number
 
 
 @dataclass(frozen=True)
@@ -155,11 +155,17 @@ def save_adapter(
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted({name.rsplit(".", 1)[-1] for name in posterior.layers}),
+        "layers_to_transform": None if posterior.config.layers == "all" else _blocks(posterior.layers),
         "inference_mode": True,
         "fan_in_fan_out": False,
     }
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def _blocks(modules: Iterable[str]) -> list[int]:
+    """Numbers of the blocks that modules belong to."""
+    return sorted({number for name in modules if (number := block_number(name)) is not None})
 
 
 def zero_factors(posterior: Posterior) -> dict[str, tuple[Tensor, Tensor]]:

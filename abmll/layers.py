@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Iterable, Mapping
+import math
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 
 from abmll.draws import Signs, drawn_core, scale_factors
 from abmll.errors import InvalidPosterior, PosteriorMismatch
-from abmll.posterior import LayerPosterior, Posterior, PosteriorConfig, init_layer
+from abmll.posterior import LayerPosterior, Posterior, PosteriorConfig, block_number, init_layer
 
 _FINGERPRINT_ENTRIES = 1024
 
@@ -76,21 +79,30 @@ class Attached:
     Attributes:
         model: The model; its own weights are frozen.
         layers: Module name to the layer put in its place.
+        trunk: Number of blocks below the first that has such a layer: all draws agree in them.
+        blocks: The blocks above the trunk.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, VariationalLinear]) -> None:
         self.model = model
         self.layers = layers
+        numbers = [block_number(name) for name in layers]
+        self.trunk, self.blocks = 0, list[nn.Module]()
+        if None not in numbers:
+            self.trunk = min(number for number in numbers if number is not None)
+            stack = model.get_submodule(next(iter(layers)).split(f".{numbers[0]}.")[0])
+            self.blocks = [block for name, block in stack.named_children() if int(name) >= self.trunk]
 
     @contextmanager
     def using(
-        self, posterior: Posterior | None, signs: Mapping[str, Signs] | None = None
+        self, posterior: Posterior | None, signs: Mapping[str, Signs] | None = None, draws: int = 1
     ) -> Generator[nn.Module, None, None]:
         """Runs the model under a posterior while the context lasts; under the base weights for None.
 
         Args:
             posterior: Parameters, on the model's device.
             signs: Module name to signs with one row a batch row; None for the mean.
+            draws: Above the trunk the batch is run so many times over, draw-major; ``signs`` are of that batch.
 
         Raises:
             PosteriorMismatch: The posterior's layers are not this model's.
@@ -99,14 +111,37 @@ class Attached:
             raise PosteriorMismatch(
                 f"the posterior is over {len(posterior.layers)} layers, the model has {len(self.layers)} attached"
             )
+        repeat = _Repeat(draws, self.blocks)
+        hooks = [block.register_forward_pre_hook(repeat, with_kwargs=True) for block in self.blocks if draws > 1]
         try:
             for name, layer in self.layers.items():
                 layer.posterior = None if posterior is None else posterior.layers[name]
                 layer.signs = None if signs is None else signs[name]
             yield self.model
         finally:
+            for hook in hooks:
+                hook.remove()
             for layer in self.layers.values():
                 layer.posterior = layer.signs = None
+
+    @cached_property
+    def shares_trunk(self) -> bool:
+        """Whether the trunk can be run once for all draws; tried once, for models differ in what they hand on."""
+        if self.trunk == 0:
+            return False
+        device = next(self.model.parameters()).device
+        ids = torch.tensor([[1, 2, 3], [3, 2, 1]], device=device)
+        positions = torch.arange(3, device=device).expand(2, 3)
+        decoder = self.model.get_decoder()  # pyright: ignore[reportCallIssue] -- a transformers model's method
+        run = partial(decoder, input_ids=ids, position_ids=positions, use_cache=False)
+        try:
+            with torch.no_grad(), self.using(None):
+                alone = run().last_hidden_state
+            with torch.no_grad(), self.using(None, draws=2):
+                together = run().last_hidden_state
+        except (RuntimeError, TypeError, ValueError):
+            return False
+        return together.shape[0] == 4 and torch.allclose(together, alone.repeat(2, 1, 1), rtol=1e-3, atol=1e-3)
 
     def detach(self) -> nn.Module:
         """Puts the original layers back and returns the model."""
@@ -116,11 +151,40 @@ class Attached:
         return self.model
 
 
-def target_layers(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Linear]:
+class _Repeat:
+    """What is given to a block above the trunk, so many times over: the hidden states once, all else for each block."""
+
+    def __init__(self, times: int, blocks: Sequence[nn.Module]) -> None:
+        self.times, self.blocks = times, blocks
+        self.rows = 0
+
+    def __call__(self, block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if block is self.blocks[0]:
+            self.rows = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).shape[0]
+        return self._all(args), self._all(kwargs)
+
+    def _all(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            # Hidden states that a block below has repeated have other rows; tensors of one dimension have none.
+            whole = value.ndim > 1 and value.shape[0] == self.rows
+            return value.repeat(self.times, *[1] * (value.ndim - 1)) if whole else value
+        if isinstance(value, tuple):
+            return tuple(map(self._all, cast("tuple[Any, ...]", value)))
+        if isinstance(value, dict):
+            return {key: self._all(item) for key, item in cast("dict[str, Any]", value).items()}
+        return value
+
+
+def target_layers(model: nn.Module, targets: Iterable[str], layers: str = "all") -> dict[str, nn.Linear]:
     """Returns the model's linear layers whose last name is a target, in the model's order.
 
+    Args:
+        model: The model.
+        targets: Last names of modules.
+        layers: Which blocks count, see ``PosteriorConfig.layers``.
+
     Raises:
-        PosteriorMismatch: A target matches no layer, or one that is not linear.
+        PosteriorMismatch: A target matches no layer, or one that is not linear; or there are no blocks to choose from.
     """
     wanted = set(targets)
     found: dict[str, nn.Linear] = {}
@@ -133,23 +197,29 @@ def target_layers(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Line
     if missing or not found:
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise PosteriorMismatch(f"the model has no layer {missing}; its linear layers are {linear}", field="targets")
-    return found
+    if layers == "all":
+        return found
+    blocks = sorted({block for name in found if (block := block_number(name)) is not None})
+    if not blocks:
+        raise PosteriorMismatch(f"{next(iter(found))} is in no numbered block; use layers: all", field="layers")
+    count = 1 if layers == "last" else math.ceil(len(blocks) * int(layers.removeprefix("top-").removesuffix("%")) / 100)
+    return {name: layer for name, layer in found.items() if block_number(name) in blocks[-count:]}
 
 
-def attach(model: nn.Module, targets: Iterable[str]) -> Attached:
-    """Freezes a model and puts a ``VariationalLinear`` in the place of each targeted layer.
+def attach(model: nn.Module, targets: Iterable[str], layers: str = "all") -> Attached:
+    """Freezes a model and puts a ``VariationalLinear`` in the place of each targeted layer, see ``target_layers``.
 
     Raises:
         PosteriorMismatch: A target matches no linear layer.
     """
-    layers: dict[str, VariationalLinear] = {}
+    variational: dict[str, VariationalLinear] = {}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for name, base in target_layers(model, targets).items():
+    for name, base in target_layers(model, targets, layers).items():
         parent, _, child = name.rpartition(".")
-        layers[name] = VariationalLinear(base)
-        setattr(model.get_submodule(parent), child, layers[name])
-    return Attached(model, layers)
+        variational[name] = VariationalLinear(base)
+        setattr(model.get_submodule(parent), child, variational[name])
+    return Attached(model, variational)
 
 
 def init_posterior(attached: Attached, config: PosteriorConfig, seed: int) -> Posterior:

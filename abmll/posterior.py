@@ -42,6 +42,12 @@ class PosteriorConfig(BaseModel, frozen=True):
     base_revision: str | None = Field(default=None, description="commit or tag of the base model on the hub")
     base_fingerprint: str | None = Field(default=None, description="hash of the targeted base weights")
     targets: tuple[str, ...] = Field(default=("q_proj", "v_proj"), description="names of the targeted modules")
+    layers: str = Field(
+        default="all",
+        pattern=r"^(all|last|top-([1-9]\d?|100)%)$",
+        description="the model's blocks whose targets are Gaussian: all, last, or the top share, such as top-25%; the "
+        "blocks below are run once for all draws",
+    )
     family: Family = "kronecker"
     rank: int = Field(
         default_factory=lambda given: _RANK[given.get("family", "kronecker")],
@@ -74,6 +80,11 @@ class PosteriorConfig(BaseModel, frozen=True):
     def template(self) -> Template:
         """The text format that the posterior was trained with."""
         return Template(self.suffix, self.separator)
+
+
+def block_number(module: str) -> int | None:
+    """Number of the block that a module belongs to: the first number in its name; None where there is none."""
+    return next((int(part) for part in module.split(".") if part.isdigit()), None)
 
 
 @dataclass(frozen=True)
@@ -167,7 +178,9 @@ class Posterior:
 
     def digest(self) -> str:
         """Hash of configuration and parameters, 16 hexadecimal digits: equal posteriors, equal digests."""
-        state = hashlib.sha256(self.config.model_dump_json().encode())
+        # Posteriors of before there was a choice of layers keep their digests.
+        chosen = {"layers"} if self.config.layers == "all" else None
+        state = hashlib.sha256(self.config.model_dump_json(exclude=chosen).encode())
         for key, tensor in self.tensors().items():
             state.update(key.encode())
             state.update(tensor.detach().cpu().contiguous().numpy().tobytes())

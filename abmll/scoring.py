@@ -8,7 +8,7 @@ prompt + option one by one, at the cost of the prompt plus the options' inner to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -108,6 +108,8 @@ class Batch:
 
     def repeat(self, times: int) -> Batch:
         """Returns the batch ``times`` over, draw-major: row d * rows + i is question i of draw d."""
+        if times == 1:
+            return self
         rows, tokens = self.ids.shape
         steps = torch.arange(times, device=self.ids.device)[:, None]
 
@@ -177,31 +179,40 @@ def _logits(model: nn.Module, hidden: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def token_log_probs(model: nn.Module, batch: Batch) -> Tensor:
-    """Returns log p(token | what stands before it) of each scored token, shape (m,), float32."""
+def token_log_probs(model: nn.Module, batch: Batch, draws: int = 1) -> Tensor:
+    """Returns log p(token | what stands before it) of each scored token, shape (draws * m,), float32.
+
+    Args:
+        model: The model, perhaps attached.
+        batch: The packed questions.
+        draws: The model runs the batch so many times over from some block on, see ``Attached.using``.
+    """
     dtype = next(model.parameters()).dtype
     mask = batch.mask
     if mask is not None:
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
     decoder = model.get_decoder()  # pyright: ignore[reportCallIssue] -- a transformers model's method
     hidden = decoder(input_ids=batch.ids, position_ids=batch.positions, attention_mask=mask, use_cache=False)
+    batch = replace(batch, mask=None).repeat(draws)
     logits = _logits(model, hidden.last_hidden_state.flatten(0, 1)[batch.where])
     normalizer = logits.logsumexp(dim=-1)
     return logits[batch.of, batch.token] - normalizer[batch.of]
 
 
-def option_scores(model: nn.Module, batch: Batch, normalize: Normalize = "sum") -> Tensor:
+def option_scores(model: nn.Module, batch: Batch, normalize: Normalize = "sum", draws: int = 1) -> Tensor:
     """Scores every option of every question.
 
     Args:
         model: A causal language model of transformers, perhaps with a posterior attached.
         batch: The packed questions.
         normalize: ``sum``, the log-probability of the option's text; ``mean``, per token of it.
+        draws: As for ``token_log_probs``.
 
     Returns:
-        Scores in nats, shape (rows, options), float32; -inf where a row has fewer options.
+        Scores in nats, shape (draws * rows, options), float32; -inf where a row has fewer options.
     """
-    each = token_log_probs(model, batch)
+    each = token_log_probs(model, batch, draws)
+    batch = replace(batch, mask=None).repeat(draws)
     scores = each.new_zeros(batch.lengths.numel()).index_add(0, batch.slot, each).view_as(batch.lengths)
     if normalize == "mean":
         scores = scores / batch.lengths.clamp_min(1)

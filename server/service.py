@@ -81,6 +81,7 @@ def make_engine(settings: Settings, prior: StoredPosterior) -> Engine:
             revision=settings.revision,
             context=settings.context,
             targets=prior.posterior.config.targets,
+            layers=prior.posterior.config.layers,
             max_rank=prior.posterior.config.draw_rank,
             cache_bytes=settings.cache,
         )

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from abmll.draw_scores import rows_of_draws
+from abmll.draw_scores import under_draws
 from abmll.draws import Signs, draw_signs, stack_signs
 from abmll.errors import AbmllError, EngineFailure
 from abmll.layers import Attached, attach
@@ -236,17 +236,17 @@ class TorchEngine:
         assert self._base is not None
         posterior = self._placed.get(batch[0].served.key, lambda: self._place(batch[0].served.posterior))
         if self._attached is None:
-            self._attached = attach(self._base.model, posterior.config.targets)
+            self._attached = attach(self._base.model, posterior.config.targets, posterior.config.layers)
         kind, questions = batch[0].kind, [item.question for item in batch]
         if kind.work == "generate":
             return self._decode(posterior, [question.prompt for question in questions], kind.max_tokens)
         packed = pack(questions).to(self.device)
         if kind.work == "tokens":
-            values = self._draws(posterior, packed, kind, lambda batch: token_log_probs(self._model, batch))
+            values = self._draws(posterior, packed, kind, token_log_probs)
             return [part.clone() for part in values.split([len(q.options[0]) for q in questions], dim=1)]
         normalize: Normalize = "mean" if kind.work == "mean" else "sum"
         values = self._draws(
-            posterior, packed, kind, lambda batch: option_scores(self._model, batch, normalize).flatten()
+            posterior, packed, kind, lambda model, batch, draws: option_scores(model, batch, normalize, draws)
         ).view(len(kind.draws), len(questions), -1)
         return [values[:, row, : len(question.options)].clone() for row, question in enumerate(questions)]
 
@@ -258,7 +258,9 @@ class TorchEngine:
     def _place(self, posterior: Posterior) -> Posterior:
         return posterior.map(lambda tensor: tensor.to(self.device, torch.float32))
 
-    def _draws(self, posterior: Posterior, batch: Batch, kind: _Kind, function: Callable[[Batch], Tensor]) -> Tensor:
+    def _draws(
+        self, posterior: Posterior, batch: Batch, kind: _Kind, function: Callable[[nn.Module, Batch, int], Tensor]
+    ) -> Tensor:
         """Applies a function of the model under each draw: shape (draws, values of one draw), on the CPU.
 
         A question with more draws than a pass holds takes several.
@@ -276,8 +278,8 @@ class TorchEngine:
                     for i in indices
                 ]
             )
-            with self._attached.using(posterior, rows_of_draws(signs, rows, torch.device(self.device))):
-                parts.append(function(batch.repeat(len(indices))).view(len(indices), -1).cpu())
+            values = under_draws(self._attached, posterior, signs, batch, function)
+            parts.append(values.view(len(indices), -1).cpu())
         return torch.cat(parts)
 
     def _decode(self, posterior: Posterior, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:

@@ -58,6 +58,7 @@ class VllmEngine:
     Args:
         model: Hub name or folder.
         targets: Module names that posteriors target.
+        layers: Which blocks they target them in, see ``PosteriorConfig.layers``.
         max_rank: Largest rank of a draw.
         revision: Commit or tag on the hub.
         context: The most tokens to take; the model's own limit by default.
@@ -77,6 +78,7 @@ class VllmEngine:
         model: str,
         *,
         targets: Sequence[str],
+        layers: str = "all",
         max_rank: int,
         revision: str | None = None,
         context: int | None = None,
@@ -86,6 +88,7 @@ class VllmEngine:
         options: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.revision, self.context = model, revision, context or 0
+        self.layers = layers
         self.targets, self.rank, self.slots = tuple(targets), adapter_rank(max_rank), slots
         self.dtype, self.options = dtype, options or {}
         memory = Path("/dev/shm")
@@ -150,7 +153,7 @@ class VllmEngine:
 
     async def _warm_up(self) -> None:
         config = PosteriorConfig(base_model=self.model, family="subspace", rank=1)
-        shapes = await asyncio.to_thread(_target_shapes, self.model, self.revision, self.targets)
+        shapes = await asyncio.to_thread(_target_shapes, self.model, self.revision, self.targets, self.layers)
         zero = {
             name: LayerPosterior(
                 torch.zeros(1, d_in), torch.zeros(d_out, 1), {"log_s": torch.zeros(1, 1)}, core=torch.zeros(1, 1)
@@ -347,7 +350,7 @@ def _set_environment() -> None:
         os.environ.setdefault(key, value)
 
 
-def _target_shapes(model: str, revision: str | None, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+def _target_shapes(model: str, revision: str | None, targets: Sequence[str], layers: str) -> dict[str, tuple[int, int]]:
     """Names and shapes (d_out, d_in) of the targeted layers, from the configuration alone."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -356,4 +359,6 @@ def _target_shapes(model: str, revision: str | None, targets: Sequence[str]) -> 
     config = AutoConfig.from_pretrained(model, revision=revision)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
-    return {name: (layer.out_features, layer.in_features) for name, layer in target_layers(empty, targets).items()}
+    return {
+        name: (layer.out_features, layer.in_features) for name, layer in target_layers(empty, targets, layers).items()
+    }

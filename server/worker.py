@@ -84,7 +84,7 @@ class Adapter:
                 device=settings.adapt_device,
                 context=settings.context,
             )
-            self._loaded = base, attach(base.model, posterior.config.targets)
+            self._loaded = base, attach(base.model, posterior.config.targets, posterior.config.layers)
         base, attached = self._loaded
         assert isinstance(base, BaseModel)
         config = AdaptConfig.from_record(self.prior.record.training)

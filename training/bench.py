@@ -54,7 +54,7 @@ def _abmll_step(model: str, family: str) -> Callable[[], None]:
 
     base = load_base(model)
     config = PosteriorConfig(base_model=model, family=family)  # pyright: ignore[reportArgumentType] -- from METHODS
-    attached = attach(base.model, config.targets)
+    attached = attach(base.model, config.targets, config.layers)
     theta = init_posterior(attached, config, 0)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, base.model.config.vocab_size, (ROWS, TOKENS), generator=generator).tolist()

@@ -171,7 +171,7 @@ def train_command(
         }
         | posterior_values,
     )
-    attached = attach(base.model, posterior_config.targets)
+    attached = attach(base.model, posterior_config.targets, posterior_config.layers)
     familiar = unseen_items(Path(source), chosen.select(loaded, "train"))
     from_books = pseudo_tasks(books, pseudo, seed) if books is not None else []
     training_tasks = [*familiar, *kind_tasks(familiar, pseudo, seed), *from_books]
@@ -377,6 +377,6 @@ def _open(posterior: Any, model: str | None, dtype: str, device: str | None) -> 
     base = load_base(
         resolve(name), revision=posterior.config.base_revision, dtype=_dtype(dtype), device=choose_device(device)
     )
-    attached = attach(base.model, posterior.config.targets)
+    attached = attach(base.model, posterior.config.targets, posterior.config.layers)
     check_base(posterior, fingerprint(lambda key: attached.layers[key].base.weight, attached.layers), name)
     return base, attached, posterior.map(lambda tensor: tensor.to(base.device))

@@ -70,7 +70,15 @@ def random_layer(
 
 
 def random_posterior(attached: Attached, family: Family, targets: tuple[str, ...], seed: int) -> Posterior:
-    config = PosteriorConfig(base_model="tiny", targets=targets, family=family, rank=3, scale_rank=2, scale_init=0.05)
+    config = PosteriorConfig(
+        base_model="tiny",
+        targets=targets,
+        layers="last" if attached.trunk else "all",
+        family=family,
+        rank=3,
+        scale_rank=2,
+        scale_init=0.05,
+    )
     generator = torch.Generator().manual_seed(seed)
     dtype = next(attached.model.parameters()).dtype
     start = init_posterior(attached, config, seed)

@@ -20,12 +20,12 @@ IDS = torch.tensor([[5, 9, 33, 2, 71, 14], [8, 8, 1, 60, 90, 3]])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("index", [0, 3, None])
+@pytest.mark.parametrize(("index", "layers"), [(0, "all"), (3, "last"), (None, "all")])
 def test_peft_gives_a_draw_the_same_logits(
-    architecture: str, family: Family, index: int | None, tmp_path: Path
+    architecture: str, family: Family, index: int | None, layers: str, tmp_path: Path
 ) -> None:
     targets = ARCHITECTURES[architecture]
-    attached = attach(tiny_model(architecture), targets)
+    attached = attach(tiny_model(architecture), targets, layers)
     posterior = random_posterior(attached, family, targets, 1)
     signs = None if index is None else stack_signs([draw_signs(posterior, 7, index)] * len(IDS))
     with torch.no_grad(), attached.using(posterior, signs) as model:
@@ -38,6 +38,7 @@ def test_peft_gives_a_draw_the_same_logits(
     with torch.no_grad():
         theirs = peft(input_ids=IDS).logits
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert len([name for name, _ in peft.named_parameters() if "lora_A" in name]) == len(posterior.layers)
     assert (theirs - base).abs().max() > 1e-2  # the adapter was loaded at all
 
 

@@ -5,14 +5,26 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from abmll.draws import Signs
 from abmll.errors import PosteriorMismatch
-from abmll.layers import VariationalLinear, attach, check_base, checkpoint_fingerprint, fingerprint, init_posterior
+from abmll.layers import (
+    VariationalLinear,
+    attach,
+    check_base,
+    checkpoint_fingerprint,
+    fingerprint,
+    init_posterior,
+    target_layers,
+)
 from abmll.posterior import Family, PosteriorConfig, mean, standard_deviation
 from tests.abmll.conftest import ARCHITECTURES, random_layer, random_posterior, tiny_model
+
+_FIVE = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=5, num_attention_heads=1)
 
 
 class _Sizes(TorchDispatchMode):
@@ -93,6 +105,21 @@ def test_targets_that_are_not_there_or_not_linear_are_refused_by_name() -> None:
         attach(tiny_model("llama"), ("q_proj", "query"))
     with pytest.raises(PosteriorMismatch, match="Embedding"):
         attach(tiny_model("llama"), ("embed_tokens",))
+
+
+@pytest.mark.parametrize(
+    ("layers", "count"), [("all", 5), ("last", 1), ("top-1%", 1), ("top-20%", 1), ("top-21%", 2), ("top-100%", 5)]
+)
+def test_the_top_blocks_are_chosen_by_share(layers: str, count: int) -> None:
+    found = target_layers(LlamaForCausalLM(_FIVE), ("q_proj", "down_proj"), layers)
+    assert {name.split(".")[2] for name in found} == {"0", "1", "2", "3", "4"} - {str(i) for i in range(5 - count)}
+    assert len(found) == 2 * count
+
+
+@pytest.mark.parametrize("layers", ["top-0%", "top-101%", "first", "top-25", ""])
+def test_layers_that_make_no_sense_are_refused(layers: str) -> None:
+    with pytest.raises(ValidationError, match="layers"):
+        PosteriorConfig(base_model="x", layers=layers)
 
 
 def test_a_posterior_over_other_layers_is_refused() -> None:

@@ -14,10 +14,10 @@ from abmll.draw_scores import score_draws
 from abmll.draws import draw_signs, stack_signs
 from abmll.errors import PromptTooLong
 from abmll.examples import Template
-from abmll.layers import Attached
+from abmll.layers import Attached, attach
 from abmll.posterior import Normalize
 from abmll.scoring import Question, option_scores, pack, tokenize
-from tests.abmll.conftest import random_posterior, tiny_model
+from tests.abmll.conftest import ARCHITECTURES, random_posterior, tiny_model
 
 QUESTIONS = [
     Question((5, 9, 33), ((2,), (7,))),
@@ -77,6 +77,31 @@ def test_scores_under_draws_are_those_of_each_draw_alone(llama: Attached) -> Non
                 expected = plain(model, question, "sum")
             found = together[row, column, : len(question.options)]
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_trunk_runs_once_and_the_scores_are_those_of_each_draw_alone(architecture: str) -> None:
+    targets = ARCHITECTURES[architecture]
+    attached = attach(tiny_model(architecture), targets, "last")
+    assert (attached.trunk, attached.shares_trunk) == (1, True)
+    posterior = random_posterior(attached, "kronecker", targets, 1)
+    rows: list[int] = []
+    first = attached.model.get_submodule(next(iter(attached.layers)).split(".1.")[0] + ".0")
+    hook = first.register_forward_hook(lambda module, given, result: rows.append(given[0].shape[0]))
+    together = score_draws(attached, posterior, QUESTIONS, range(4), 7)
+    assert rows == [len(QUESTIONS)]
+    hook.remove()
+    attached.shares_trunk = False
+    torch.testing.assert_close(together, score_draws(attached, posterior, QUESTIONS, range(4), 7), atol=1e-4, rtol=1e-4)
+    assert (together[0] - together[1]).nan_to_num().abs().max() > 1e-3
+
+
+def test_a_model_that_does_not_hand_repeated_rows_on_runs_all_draws_whole() -> None:
+    model = tiny_model("llama")
+    # As GPT-J's decoder does, for one.
+    model.model.norm.register_forward_pre_hook(lambda module, given: (given[0].view(2, 3, -1),))
+    assert not attach(model, ("q_proj",), "last").shares_trunk
+    assert not attach(tiny_model("llama"), ("q_proj",)).shares_trunk
 
 
 class _Letters:

@@ -35,11 +35,13 @@ def base(tiny_model_folder: Path) -> BaseModel:
 TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
 
 
-def random_posterior(folder: Path, seed: int, *, family: Any = "kronecker", noise: float = 0.05) -> Posterior:
+def random_posterior(
+    folder: Path, seed: int, *, family: Any = "kronecker", noise: float = 0.05, layers: str = "all"
+) -> Posterior:
     """A posterior whose mean and scales differ from their start."""
     model = load_base(str(folder)).model
-    config = PosteriorConfig(base_model=str(folder), targets=TARGETS, family=family, scale_init=0.02)
-    posterior = init_posterior(attach(model, config.targets), config, seed)
+    config = PosteriorConfig(base_model=str(folder), targets=TARGETS, layers=layers, family=family, scale_init=0.02)
+    posterior = init_posterior(attach(model, config.targets, layers), config, seed)
     generator = torch.Generator().manual_seed(seed)
     return posterior.map(lambda t: t + noise * torch.randn(t.shape, generator=generator))
 

@@ -114,6 +114,17 @@ def test_scores_are_those_of_the_torch_model(
         assert_close(means * lengths, scores)
 
 
+def test_a_posterior_over_the_top_block_alone_is_served(
+    loop: Loop, engine: VllmEngine, tiny_model_folder: Path
+) -> None:
+    base = load_base(str(tiny_model_folder))
+    attached = attach(base.model, TARGETS, "last")
+    posterior = random_posterior(tiny_model_folder, 5, layers="last")
+    for question in questions(base, posterior):
+        scores = loop.run(engine.score(served(posterior), question, range(4), 7))
+        assert_close(scores, expected(attached, posterior, question, range(4), 7))
+
+
 def test_concurrent_questions_of_several_posteriors_do_not_mix(
     loop: Loop, engine: VllmEngine, reference: tuple[BaseModel, Attached], tiny_model_folder: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from abmll.errors import AbmllError
+from abmll.posterior import Family, PosteriorConfig
 from training.benchmark.bayesian import Blob, Laplace, Tfb
 from training.benchmark.exact import ExactBayes
 from training.benchmark.meta_learned import FirstOrderMaml, Maml, Reptile
@@ -12,6 +13,7 @@ from training.benchmark.method import Method
 from training.benchmark.ours import Abmll
 from training.benchmark.point import Ensemble, InContext, Lora, McDropout, MultiTask, ZeroShot
 from training.benchmark.world import World
+from training.settings import checked
 
 OURS = ("abmll subspace", "abmll kronecker", "abmll lowrank", "abmll subspace in-context")
 
@@ -55,12 +57,36 @@ def choose(names: str | None, world: World | None) -> list[Method]:
     return [known[name] for name in wanted]
 
 
-def ablation(betas: str) -> list[Method]:
-    """Returns ABMLL with each of the weights of KL, joined by commas.
+def compared(
+    world: World | None, methods: str | None = None, betas: str | None = None, layers: str | None = None
+) -> list[Method]:
+    """Returns what a run compares: methods, or ABMLL's ablation in the weight of KL or the blocks that are Gaussian.
+
+    Args:
+        world: Where tasks are generated.
+        methods: Names joined by commas; None for all.
+        betas: Weights of KL joined by commas.
+        layers: Choices of blocks joined by commas, see ``PosteriorConfig.layers``.
 
     Raises:
-        AbmllError: One is not a number, or below 0.
+        AbmllError: More than one is given, or one makes no sense.
     """
+    if sum(choice is not None for choice in (methods, betas, layers)) > 1:
+        raise AbmllError("methods, betas and layers exclude each other; give one of them", field="methods")
+    if layers is not None:
+        return _over_layers(layers)
+    return choose(methods, world) if betas is None else _over_betas(betas)
+
+
+def _over_layers(layers: str) -> list[Method]:
+    chosen = list(dict.fromkeys(text.strip() for text in layers.split(",")))
+    for text in chosen:
+        checked(PosteriorConfig, {"base_model": "", "layers": text})
+    families: tuple[Family, ...] = ("subspace", "kronecker")
+    return [Abmll(family, layers=text) for family in families for text in chosen]
+
+
+def _over_betas(betas: str) -> list[Method]:
     try:
         values = [float(text) for text in betas.split(",")]
     except ValueError:

@@ -37,6 +37,10 @@ def bench_command(
     betas: Annotated[
         str | None, typer.Option(help="Weights of KL, joined by commas: an ablation of ABMLL in place of methods.")
     ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Blocks with Gaussian weights, e.g. all,top-50%,last: an ablation of ABMLL likewise."),
+    ] = None,
     shots: Annotated[str, typer.Option(help="Numbers of shots, joined by commas.")] = "1,4,16,64",
     seeds: Annotated[str, typer.Option(help="Seeds, joined by commas.")] = "0,1,2",
     meta_steps: Annotated[int, typer.Option(help="Steps of learning over tasks.")] = 100,
@@ -47,8 +51,7 @@ def bench_command(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU if there is one.")] = None,
 ) -> None:
     """Compare ABMLL with what one would use instead: same base model, data, shots and budget."""
-    from abmll.errors import AbmllError
-    from training.benchmark.catalogue import ablation, choose
+    from training.benchmark.catalogue import compared
     from training.benchmark.pictures import against_beta, draw_all
     from training.benchmark.run import BenchConfig, run
     from training.benchmark.world import World
@@ -69,10 +72,8 @@ def bench_command(
         parts = {seed: _generated(world, config, seed) for seed in wanted}
     else:
         parts = _real(tasks, resolve(model), config, wanted)
-    if betas is not None and methods is not None:
-        raise AbmllError("betas and methods exclude each other; give one of them", field="betas")
     rows = run(
-        choose(methods, world) if betas is None else ablation(betas),
+        compared(world, methods, betas, layers),
         parts,
         resolve(model),
         config,

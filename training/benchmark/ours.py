@@ -45,12 +45,17 @@ class Abmll:
         family: Scale family of the posterior.
         in_context: Whether the support set also stands before each question, as the paper's third version tries.
         beta: Weight of KL, for an ablation; tuned by default.
+        layers: Which blocks of the model are Gaussian, for an ablation.
     """
 
-    def __init__(self, family: Family, in_context: bool = False, beta: float | None = None) -> None:
+    def __init__(
+        self, family: Family, in_context: bool = False, beta: float | None = None, layers: str = "all"
+    ) -> None:
         self.family: Family = family
-        self.in_context = in_context
-        self.name = f"abmll {family}" + (" in-context" if in_context else "")
+        self.in_context, self.layers = in_context, layers
+        self.name = (
+            f"abmll {family}" + (" in-context" if in_context else "") + (f" {layers}" if layers != "all" else "")
+        )
         self.trials: Sequence[Settings] = _TRIALS[family]
         if beta is not None:
             self.name += f" beta {beta:g}"
@@ -64,6 +69,7 @@ class Abmll:
         config = PosteriorConfig(
             base_model=base.name,
             targets=budget.targets,
+            layers=self.layers,
             family=self.family,
             rank=rank,
             scale_rank=max(1, budget.rank - 1 - rank),
@@ -80,7 +86,7 @@ class Abmll:
             episodes=budget.episodes,
             seed=seed,
         )
-        attached = attach(base.model, config.targets)
+        attached = attach(base.model, config.targets, config.layers)
         with tempfile.TemporaryDirectory() as work:
             theta = meta_train(base, attached, tasks, config, meta, Path(work), progress=silent)
         theta = theta.map(lambda tensor: tensor.to(base.device))

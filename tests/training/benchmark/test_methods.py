@@ -12,7 +12,7 @@ from tests.training.conftest import rule_task
 from training.base_model import BaseModel, load_base
 from training.benchmark import bayesian
 from training.benchmark.bayesian import Blob
-from training.benchmark.catalogue import catalogue, choose
+from training.benchmark.catalogue import catalogue, choose, compared
 from training.benchmark.lora import LoraNet
 from training.benchmark.meta_learned import descend, loss_of
 from training.benchmark.method import Budget, Load, Method
@@ -49,6 +49,14 @@ def test_a_method_scores_every_option_and_does_not_look_at_answers(method: Metho
     mixed = [QUERY[0], Example("which of three", ("red", "dog", "noon"), 2)]
     wide = learner.predict(SUPPORT, mixed, seed=1) if method.name != "exact bayes" else None
     assert wide is None or wide[0].isneginf().tolist() == [[False, False, True], [False, False, False]]
+
+
+def test_an_ablation_of_blocks_has_fewer_parameters_the_fewer_they_are(load: Load) -> None:
+    methods = compared(None, layers="all,last")
+    names = ["abmll subspace", "abmll subspace last", "abmll kronecker", "abmll kronecker last"]
+    assert [method.name for method in methods] == names
+    whole, last = (method.learn(load, TASKS, method.trials[0], BUDGET, 0).parameters for method in methods[:2])
+    assert whole == 2 * last  # the model has two blocks
 
 
 def test_tuned_methods_have_as_many_trials_each() -> None:

@@ -14,7 +14,7 @@ from abmll.errors import AbmllError
 from abmll.predictive import predictive
 from tests.training.conftest import rule_task
 from training.benchmark import measures
-from training.benchmark.catalogue import ablation
+from training.benchmark.catalogue import compared
 from training.benchmark.exact import ExactBayes
 from training.benchmark.method import Budget, Learner, Load, Settings
 from training.benchmark.ood import foreign, nonsense
@@ -133,13 +133,22 @@ def test_results_with_fewer_draws_are_those_of_the_first_draws(tiny_model_folder
 
 
 def test_an_ablation_tells_kl_and_draws_it(tiny_model_folder: Path, tmp_path: Path) -> None:
-    rows = bench(ablation("0,1"), tiny_model_folder, tmp_path / "results.jsonl.gz", Parts(TRAIN, VALIDATION, TEST[:2]))
+    rows = bench(
+        compared(None, betas="0,1"),
+        tiny_model_folder,
+        tmp_path / "results.jsonl.gz",
+        Parts(TRAIN, VALIDATION, TEST[:2]),
+    )
     kl = {beta: [row["kl_nats"] for row in rows if row["settings"]["beta"] == beta] for beta in (0.0, 1.0)}
     assert min(kl[0.0]) > max(kl[1.0]) > 0  # a heavy KL holds the posterior to the prior
     assert all(row["beta_kl_nats"] == pytest.approx(row["settings"]["beta"] * row["kl_nats"]) for row in rows)
     assert against_beta(rows, tmp_path).stat().st_size > 5_000
     with pytest.raises(AbmllError, match="betas must be numbers"):
-        ablation("1e-3,many")
+        compared(None, betas="1e-3,many")
+    with pytest.raises(AbmllError, match="exclude each other"):
+        compared(None, betas="0", layers="last")
+    with pytest.raises(AbmllError, match="layers"):
+        compared(None, layers="all,bottom")
 
 
 def test_doubt_that_is_higher_on_strange_questions_has_a_high_auroc() -> None:
