@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +247,42 @@ def many_tasks(engine: str, counts: Sequence[int], questions: int) -> list[dict[
     return rows
 
 
+def _over(layers: str, folder: Path) -> Path:
+    """Writes a posterior of the embedded one's shape over some of the blocks; what it says does not matter here."""
+    from abmll.layers import attach, init_posterior
+    from abmll.store import Record, load_posterior, save_posterior
+    from training.base_model import load_base
+    from training.embedded import POSTERIOR, resolve
+
+    config = load_posterior(POSTERIOR).posterior.config.model_copy(update={"layers": layers})
+    base = load_base(resolve(None))
+    save_posterior(folder, init_posterior(attach(base.model, config.targets, layers), config, 0), Record())
+    return folder
+
+
+def trunks(choices: Sequence[str], count: int) -> list[dict[str, Any]]:
+    """Milliseconds (medians, one client) of new questions with 1 and with ``DRAWS`` draws, torch engine.
+
+    Each choice of blocks has a server of its own, all at the same time; they are asked in turn.
+    """
+    with ExitStack() as stack:
+        clients: list[httpx.Client] = []
+        for layers in choices:
+            folder = _over(layers, Path(stack.enter_context(tempfile.TemporaryDirectory())) / "posterior")
+            url, _ = stack.enter_context(running_server("torch", ["--posterior", str(folder)]))
+            clients.append(stack.enter_context(httpx.Client(base_url=url, timeout=60)))
+        seconds: dict[tuple[str, int], list[float]] = {}
+        for prompt in prompts(count, seed=5):
+            for layers, client in zip(choices, clients, strict=True):
+                for draws in (1, DRAWS):
+                    body = _body(prompt, WORKLOADS["labels"]) | {"draws": draws}
+                    begin = time.perf_counter()
+                    client.post("/generate", json=body).raise_for_status()
+                    seconds.setdefault((layers, draws), []).append(time.perf_counter() - begin)
+    median = {key: 1000 * statistics.median(values[5:]) for key, values in seconds.items()}
+    return [{"layers": layers, "one": median[layers, 1], "all": median[layers, DRAWS]} for layers in choices]
+
+
 def adaptation_seconds(url: str) -> float:
     """Seconds from POST /adapt with 16 examples until the task can be asked."""
     options = WORKLOADS["labels"]
@@ -302,6 +338,15 @@ def _speed(engines: Sequence[str], count: int, rounds: int) -> None:
     print(json.dumps(results), file=sys.stderr)
 
 
+def _tasks(engines: Sequence[str], counts: Sequence[int], questions: int) -> None:
+    print(f"\nMany tasks under Zipf traffic, {CLIENTS} clients, {DRAWS} draws, 4 options of one token")
+    print("| engine | tasks | answers/s | p50 ms | p95 ms |")
+    print("|---|---|---|---|---|")
+    for engine in engines:
+        for row in many_tasks(engine, counts, questions):
+            print(f"| {engine} | {row['tasks']} | {row['rate']:.1f} | {row['p50']:.0f} | {row['p95']:.0f} |")
+
+
 def main() -> None:
     """Prints the tables."""
     from training.provenance import provenance
@@ -311,17 +356,20 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=96, help="questions in a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 10, 100], help="numbers of tasks asked at once")
-    parser.add_argument("--only-tasks", action="store_true", help="leave all else out")
+    parts = ["speed", "tasks", "trunk"]
+    parser.add_argument("--parts", nargs="+", default=parts, choices=parts, help="what to measure")
     arguments = parser.parse_args()
     print(provenance())
-    if not arguments.only_tasks:
+    if "speed" in arguments.parts:
         _speed(arguments.engines, arguments.count, arguments.rounds)
-    print(f"\nMany tasks under Zipf traffic, {CLIENTS} clients, {DRAWS} draws, 4 options of one token")
-    print("| engine | tasks | answers/s | p50 ms | p95 ms |")
-    print("|---|---|---|---|---|")
-    for engine in arguments.engines:
-        for row in many_tasks(engine, arguments.tasks, 4 * arguments.count):
-            print(f"| {engine} | {row['tasks']} | {row['rate']:.1f} | {row['p50']:.0f} | {row['p95']:.0f} |")
+    if "tasks" in arguments.parts:
+        _tasks(arguments.engines, arguments.tasks, 4 * arguments.count)
+    if "trunk" in arguments.parts:
+        print(f"\nPosteriors over some of the blocks, torch engine, one client, ms: 1 draw, {DRAWS} draws")
+        print(f"| layers | 1 draw | {DRAWS} draws | ratio |")
+        print("|---|---|---|---|")
+        for row in trunks(["all", "top-50%", "last"], arguments.count):
+            print(f"| {row['layers']} | {row['one']:.1f} | {row['all']:.1f} | {row['all'] / row['one']:.2f} |")
 
 
 if __name__ == "__main__":
