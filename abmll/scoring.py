@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from abmll.errors import PromptTooLong
 from abmll.examples import Template
 from abmll.posterior import Normalize
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 
 class Tokenizer(Protocol):
@@ -83,7 +86,7 @@ class Batch:
     Attributes:
         ids: Token ids, shape (rows, tokens).
         positions: Position ids, shape (rows, tokens).
-        mask: What each token may attend to, shape (rows, 1, tokens, tokens); None if plainly causal.
+        mask: What each token may attend to, shape (rows, 1, tokens, tokens before and here); None if plainly causal.
         where: Flat indices into (rows, tokens) of the positions whose logits are needed, shape (n,).
         of: For each scored token, its entry in ``where``, shape (m,).
         token: For each scored token, its id, shape (m,).
@@ -128,8 +131,14 @@ class Batch:
         )
 
 
-def pack(questions: Sequence[Question], pad: int = 0) -> Batch:
-    """Packs tokenized questions, padded on the right, into one batch on the CPU."""
+def pack(questions: Sequence[Question], pad: int = 0, before: int = 0) -> Batch:
+    """Packs tokenized questions, padded on the right, into one batch on the CPU.
+
+    Args:
+        questions: The questions; of their prompts, what the model has not read yet.
+        pad: Token of the padding.
+        before: Tokens that the model has read already, the beginning of each prompt.
+    """
     inner = [[option[:-1] for option in question.options] for question in questions]
     sizes = [len(q.prompt) + sum(map(len, tails)) for q, tails in zip(questions, inner, strict=True)]
     rows, tokens = len(questions), max(sizes)
@@ -137,8 +146,8 @@ def pack(questions: Sequence[Question], pad: int = 0) -> Batch:
     ids = torch.full((rows, tokens), pad, dtype=torch.long)
     positions = torch.zeros((rows, tokens), dtype=torch.long)
     lengths = torch.zeros((rows, width), dtype=torch.long)
-    branched = any(tail for tails in inner for tail in tails)
-    mask = torch.zeros((rows, 1, tokens, tokens), dtype=torch.bool) if branched else None
+    needed = before > 0 or any(tail for tails in inner for tail in tails)
+    mask = torch.zeros((rows, 1, tokens, before + tokens), dtype=torch.bool) if needed else None
     causal = torch.ones((tokens, tokens), dtype=torch.bool).tril()
     where: dict[int, int] = {}
     of: list[int] = []
@@ -147,9 +156,10 @@ def pack(questions: Sequence[Question], pad: int = 0) -> Batch:
     for row, (question, tails) in enumerate(zip(questions, inner, strict=True)):
         prompt = len(question.prompt)
         ids[row, :prompt] = torch.tensor(question.prompt)
-        positions[row, :prompt] = torch.arange(prompt)
+        positions[row, :prompt] = torch.arange(before, before + prompt)
         if mask is not None:
-            mask[row, 0, :prompt, :prompt] = causal[:prompt, :prompt]
+            mask[row, 0, :, :before] = True
+            mask[row, 0, :prompt, before : before + prompt] = causal[:prompt, :prompt]
             mask[row, 0, sizes[row] :, 0] = True  # padding must attend to something, or softmax gives NaN
         start = prompt
         for number, (option, tail) in enumerate(zip(question.options, tails, strict=True)):
@@ -157,18 +167,26 @@ def pack(questions: Sequence[Question], pad: int = 0) -> Batch:
             lengths[row, number] = len(option)
             if tail:
                 ids[row, start:stop] = torch.tensor(tail)
-                positions[row, start:stop] = torch.arange(prompt, prompt + len(tail))
+                positions[row, start:stop] = torch.arange(before + prompt, before + prompt + len(tail))
                 assert mask is not None
-                mask[row, 0, start:stop, :prompt] = True
-                mask[row, 0, start:stop, start:stop] = causal[: len(tail), : len(tail)]
+                mask[row, 0, start:stop, before : before + prompt] = True
+                mask[row, 0, start:stop, before + start : before + stop] = causal[: len(tail), : len(tail)]
             predictors = [prompt - 1, *range(start, stop)]
             for predictor, token_id in zip(predictors, option, strict=True):
                 of.append(where.setdefault(row * tokens + predictor, len(where)))
                 token.append(token_id)
                 slot.append(row * width + number)
             start = stop
-    needed = torch.tensor(list(where))
-    return Batch(ids, positions, mask, needed, torch.tensor(of), torch.tensor(token), torch.tensor(slot), lengths)
+    return Batch(
+        ids=ids,
+        positions=positions,
+        mask=mask,
+        where=torch.tensor(list(where), dtype=torch.long),
+        of=torch.tensor(of, dtype=torch.long),
+        token=torch.tensor(token, dtype=torch.long),
+        slot=torch.tensor(slot, dtype=torch.long),
+        lengths=lengths,
+    )
 
 
 def _logits(model: nn.Module, hidden: Tensor) -> Tensor:
@@ -179,27 +197,31 @@ def _logits(model: nn.Module, hidden: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def token_log_probs(model: nn.Module, batch: Batch, draws: int = 1) -> Tensor:
+def token_log_probs(model: nn.Module, batch: Batch, draws: int = 1, past: Cache | None = None) -> Tensor:
     """Returns log p(token | what stands before it) of each scored token, shape (draws * m,), float32.
 
     Args:
         model: The model, perhaps attached.
         batch: The packed questions.
         draws: The model runs the batch so many times over from some block on, see ``Attached.using``.
+        past: Keys and values of what stands before each row; those of the batch are added.
     """
     dtype = next(model.parameters()).dtype
     mask = batch.mask
     if mask is not None:
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
     decoder = model.get_decoder()  # pyright: ignore[reportCallIssue] -- a transformers model's method
-    hidden = decoder(input_ids=batch.ids, position_ids=batch.positions, attention_mask=mask, use_cache=False)
+    given = {"use_cache": False} if past is None else {"past_key_values": past, "use_cache": True}
+    hidden = decoder(input_ids=batch.ids, position_ids=batch.positions, attention_mask=mask, **given)
     batch = replace(batch, mask=None).repeat(draws)
     logits = _logits(model, hidden.last_hidden_state.flatten(0, 1)[batch.where])
     normalizer = logits.logsumexp(dim=-1)
     return logits[batch.of, batch.token] - normalizer[batch.of]
 
 
-def option_scores(model: nn.Module, batch: Batch, normalize: Normalize = "sum", draws: int = 1) -> Tensor:
+def option_scores(
+    model: nn.Module, batch: Batch, normalize: Normalize = "sum", draws: int = 1, past: Cache | None = None
+) -> Tensor:
     """Scores every option of every question.
 
     Args:
@@ -207,11 +229,12 @@ def option_scores(model: nn.Module, batch: Batch, normalize: Normalize = "sum", 
         batch: The packed questions.
         normalize: ``sum``, the log-probability of the option's text; ``mean``, per token of it.
         draws: As for ``token_log_probs``.
+        past: As for ``token_log_probs``.
 
     Returns:
         Scores in nats, shape (draws * rows, options), float32; -inf where a row has fewer options.
     """
-    each = token_log_probs(model, batch, draws)
+    each = token_log_probs(model, batch, draws, past)
     batch = replace(batch, mask=None).repeat(draws)
     scores = each.new_zeros(batch.lengths.numel()).index_add(0, batch.slot, each).view_as(batch.lengths)
     if normalize == "mean":

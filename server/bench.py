@@ -86,14 +86,14 @@ def latency(url: str, options: list[str], count: int) -> dict[str, float]:
 
 
 def repeats(url: str, rounds: int = 12) -> dict[str, float]:
-    """Milliseconds (medians) of a long new question, one with the same beginning, and the first one again."""
+    """Milliseconds (medians) of a long new question, two more with the same beginning, and the first one again."""
     rng = random.Random(11)
-    found: dict[str, list[float]] = {"new": [], "same beginning": [], "again": []}
+    found: dict[str, list[float]] = {"new": [], "second": [], "third": [], "again": []}
     with httpx.Client(base_url=url, timeout=60) as client:
         for number in range(rounds):
             beginning = " ".join(rng.choices(_WORDS, k=280))
-            first, other = (f"{beginning} {' '.join(rng.choices(_WORDS, k=20))}" for _ in range(2))
-            for kind, prompt in zip(found, (first, other, first), strict=True):
+            first, second, third = (f"{beginning} {' '.join(rng.choices(_WORDS, k=20))}" for _ in range(3))
+            for kind, prompt in zip(found, (first, second, third, first), strict=True):
                 begin = time.perf_counter()
                 client.post("/generate", json=_body(prompt, WORKLOADS["labels"])).raise_for_status()
                 if number:
@@ -329,7 +329,7 @@ def _speed(engines: Sequence[str], count: int, rounds: int) -> None:
                 f"| {engine} | {row['ready_s']:.1f} | {name} | {lat['p50']:.0f} | {lat['p95']:.0f} | "
                 f"{lat['outside']:.1f} | {served:.1f} | {looped:.1f} | {served / looped:.2f} |"
             )
-    print("\nA question of 300 words, one client, ms: new, with the same 280 words first, the same again")
+    print("\nA question of 300 words, one client, ms: new; a second, a third with its first 280 words; the first again")
     for engine, row in results.items():
         print(f"- {engine}: " + ", ".join(f"{value:.0f}" for value in row["repeats"].values()))
     print("\n/adapt with 16 examples, request to first answer, seconds (first, second)")

@@ -7,12 +7,13 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from abmll.beginnings import Beginning, read_beginning, reuses_beginnings
 from abmll.draw_scores import under_draws
 from abmll.draws import Signs, draw_signs, stack_signs
 from abmll.errors import AbmllError, EngineFailure
@@ -22,6 +23,7 @@ from abmll.scoring import Batch, Normalize, Question, option_scores, pack, token
 from server.cache import ByteCache, tensor_bytes
 from server.clock import Clock, current_clock
 from server.engine import EngineState, Served
+from server.shared_beginnings import SharedBeginnings
 from training.allocator import keep_freed_memory
 from training.base_model import BaseModel, load_base
 
@@ -30,6 +32,8 @@ logger = logging.getLogger(__name__)
 # Padded tokens in one pass over all draws, by device. Measured on a CPU with 2 cores: between 2k and 4k
 # activations stay in cache; a GPU wants large passes.
 PASS_TOKENS = {"cpu": 2048, "cuda": 65536}
+# Keys and values of so many kept tokens take about as much of a pass as one token that is read.
+_KEPT = 8
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class _Kind:
     draws: tuple[int, ...] = ()
     seed: int = 0
     max_tokens: int = 0
+    beginning: tuple[int, ...] = ()
 
 
 @dataclass
@@ -60,7 +65,8 @@ class TorchEngine:
 
     One thread runs passes; while it does, questions queue. The next pass takes the oldest question and
     those waiting that may share its pass, nearest in length first, up to ``pass_tokens`` padded tokens.
-    Signs of a draw are the same for all posteriors of one shape over the same layers, and are kept.
+    Signs of a draw are the same for all posteriors of one shape over the same layers, and are kept; so are the keys
+    and values of a beginning that several questions share.
 
     Args:
         model: Hub name or folder of the base model.
@@ -70,7 +76,7 @@ class TorchEngine:
         context: The most tokens to take; the model's own limit by default.
         threads: CPU threads; torch's choice by default.
         pass_tokens: Padded tokens in one pass, over all draws.
-        cache_bytes: Bytes of posteriors, and of draws' signs, to keep.
+        cache_bytes: Bytes of posteriors, of draws' signs, and of beginnings, to keep.
     """
 
     name = "torch"
@@ -100,6 +106,11 @@ class TorchEngine:
         self._placed: ByteCache[str, Posterior] = ByteCache(
             cache_bytes, lambda posterior: tensor_bytes(posterior.tensors().values())
         )
+        self._beginnings: ByteCache[tuple[Any, ...], Beginning] = ByteCache(
+            cache_bytes, lambda kept: tensor_bytes(tensor for pair in kept.layers for tensor in pair)
+        )
+        self._shared = SharedBeginnings()
+        self._reuses: bool | None = None  # tried with the first posterior
         self._waiting: list[_Item] = []
         self._running: list[_Item] = []
         self._wake = asyncio.Event()
@@ -162,6 +173,9 @@ class TorchEngine:
     async def release(self, key: str) -> None:
         """Forgets a posterior; its draws' signs are those of all posteriors and stay."""
         self._placed.pop(key)
+        for kept in self._beginnings.present():
+            if kept[0] == key:
+                self._beginnings.pop(kept)
 
     def state(self) -> EngineState:
         """Reports the engine's state; resident "adapters" are draws whose signs are kept."""
@@ -172,6 +186,9 @@ class TorchEngine:
     async def _ask(self, kind: _Kind, served: Served, question: Question) -> Any:
         if self._loop is None or self._loop.done():
             raise EngineFailure("the engine is not running; wait until GET /readyz says 200")
+        if kind.work != "generate" and self._reuses is not False:
+            shared = self._shared.shared((kind.key, kind.seed, kind.draws), question.prompt)
+            kind = replace(kind, beginning=question.prompt[:shared])
         item = _Item(kind, served, question, asyncio.get_running_loop().create_future(), current_clock())
         self._waiting.append(item)
         self._wake.set()
@@ -222,7 +239,7 @@ class TorchEngine:
         taken: list[_Item] = []
         longest = 0
         for item in same:
-            longest = max(longest, _tokens(item.question) + oldest.kind.max_tokens)
+            longest = max(longest, _tokens(item.question, oldest.kind) + oldest.kind.max_tokens)
             if taken and (len(taken) + 1) * times * longest > self.pass_tokens:
                 break
             taken.append(item)
@@ -237,16 +254,22 @@ class TorchEngine:
         posterior = self._placed.get(batch[0].served.key, lambda: self._place(batch[0].served.posterior))
         if self._attached is None:
             self._attached = attach(self._base.model, posterior.config.targets, posterior.config.layers)
+        if self._reuses is None:
+            self._reuses = reuses_beginnings(self._attached, posterior)
         kind, questions = batch[0].kind, [item.question for item in batch]
         if kind.work == "generate":
             return self._decode(posterior, [question.prompt for question in questions], kind.max_tokens)
-        packed = pack(questions).to(self.device)
+        if kind.beginning and not self._reuses:
+            kind = replace(kind, beginning=())
+        read = len(kind.beginning)
+        rest = [replace(question, prompt=question.prompt[read:]) for question in questions]
+        packed = pack(rest, before=read).to(self.device)
         if kind.work == "tokens":
             values = self._draws(posterior, packed, kind, token_log_probs)
             return [part.clone() for part in values.split([len(q.options[0]) for q in questions], dim=1)]
         normalize: Normalize = "mean" if kind.work == "mean" else "sum"
         values = self._draws(
-            posterior, packed, kind, lambda model, batch, draws: option_scores(model, batch, normalize, draws)
+            posterior, packed, kind, lambda model, batch, *more: option_scores(model, batch, normalize, *more)
         ).view(len(kind.draws), len(questions), -1)
         return [values[:, row, : len(question.options)].clone() for row, question in enumerate(questions)]
 
@@ -259,15 +282,16 @@ class TorchEngine:
         return posterior.map(lambda tensor: tensor.to(self.device, torch.float32))
 
     def _draws(
-        self, posterior: Posterior, batch: Batch, kind: _Kind, function: Callable[[nn.Module, Batch, int], Tensor]
+        self, posterior: Posterior, batch: Batch, kind: _Kind, function: Callable[[nn.Module, Batch, int, Any], Tensor]
     ) -> Tensor:
         """Applies a function of the model under each draw: shape (draws, values of one draw), on the CPU.
 
         A question with more draws than a pass holds takes several.
         """
         assert self._attached is not None
+        attached = self._attached
         rows, tokens = batch.ids.shape
-        at_once = max(1, self.pass_tokens // (rows * tokens))
+        at_once = max(1, self.pass_tokens // (rows * (tokens + len(kind.beginning) // _KEPT)))
         shape = tuple(layer.noise_shape for layer in posterior.layers.values())
         parts: list[Tensor] = []
         for start in range(0, len(kind.draws), at_once):
@@ -278,7 +302,19 @@ class TorchEngine:
                     for i in indices
                 ]
             )
-            values = under_draws(self._attached, posterior, signs, batch, function)
+            past = None
+            if kind.beginning:
+                past = self._beginnings.get(
+                    (kind.key, kind.seed, indices, kind.beginning),
+                    lambda signs=signs: read_beginning(attached, posterior, signs, kind.beginning),
+                ).before(rows)
+            values = under_draws(
+                attached,
+                posterior,
+                signs,
+                batch,
+                lambda model, batch, draws, past=past: function(model, batch, draws, past),
+            )
             parts.append(values.view(len(indices), -1).cpu())
         return torch.cat(parts)
 
@@ -308,9 +344,10 @@ class TorchEngine:
         return [_until(row, stops) for row in output[:, width:].tolist()]
 
 
-def _tokens(question: Question) -> int:
-    """Tokens of a question's row, as packed."""
-    return len(question.prompt) + sum(max(0, len(option) - 1) for option in question.options)
+def _tokens(question: Question, kind: _Kind) -> int:
+    """Tokens of a question's row, as packed; those that are kept count for what they take of memory."""
+    kept = len(kind.beginning)
+    return len(question.prompt) - kept + kept // _KEPT + sum(max(0, len(option) - 1) for option in question.options)
 
 
 def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:

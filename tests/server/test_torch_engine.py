@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,8 +11,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from abmll.draw_scores import score_draws
 from abmll.draws import draw, save_adapter
 from abmll.errors import EngineFailure, PosteriorMismatch
+from abmll.layers import attach
 from abmll.posterior import Posterior
 from abmll.scoring import Question, option_scores, pack, tokenize
 from server.engine import Served
@@ -107,6 +110,40 @@ def test_more_draws_than_a_pass_holds_are_the_same_draws(tiny_model_folder: Path
     whole = with_engine(tiny_model_folder, use)
     parts = with_engine(tiny_model_folder, use, pass_tokens=40)
     torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layers", ["all", "last"])
+def test_a_beginning_that_questions_share_is_read_once(tiny_model_folder: Path, layers: str) -> None:
+    posterior = random_posterior(tiny_model_folder, 1, layers=layers)
+    other = random_posterior(tiny_model_folder, 2, layers=layers)
+    rng = random.Random(0)
+    beginning = tuple(rng.choices(range(5, 60), k=100))
+    asked = [Question((*beginning, *rng.choices(range(5, 60), k=9 + n)), ((7, 8), (9,), (7, 10, 11))) for n in range(4)]
+    read: list[int] = []
+
+    async def score(engine: TorchEngine, posterior: Posterior, question: Question) -> Tensor:
+        return await engine.score(served(posterior), question, range(4), 0)
+
+    async def together(engine: TorchEngine) -> list[Tensor]:
+        model: Any = engine._model  # pyright: ignore[reportPrivateUsage]
+        model.get_input_embeddings().register_forward_hook(lambda module, given, out: read.append(given[0].numel()))
+        found = [await score(engine, posterior, question) for question in asked[:2]]
+        del read[:]
+        found += await asyncio.gather(*(score(engine, posterior, question) for question in asked[2:]))
+        assert sum(read) < (1 if layers == "last" else 4) * 2 * 25  # of about 115 tokens a question
+        torch.testing.assert_close(await score(engine, other, asked[3]), whole(other, asked[3]), atol=1e-4, rtol=1e-4)
+        kept = engine._beginnings  # pyright: ignore[reportPrivateUsage]
+        assert len(kept) == 1
+        await engine.release(posterior.digest())
+        assert len(kept) == 0
+        return found
+
+    def whole(posterior: Posterior, question: Question) -> Tensor:
+        attached = attach(load_base(str(tiny_model_folder)).model, posterior.config.targets, layers)
+        return score_draws(attached, posterior, [question], range(4), 0, normalize="sum")[:, 0]
+
+    for question, found in zip(asked, with_engine(tiny_model_folder, together), strict=True):
+        torch.testing.assert_close(found, whole(posterior, question), atol=1e-4, rtol=1e-4)
 
 
 def test_token_log_probs_sum_to_the_options_score(tiny_model_folder: Path, base: BaseModel) -> None:
