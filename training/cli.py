@@ -112,6 +112,9 @@ def train_command(
     pin: _Pins = None,
     family: Annotated[str, typer.Option(help="Scale family: kronecker, lowrank or subspace.")] = "kronecker",
     targets: Annotated[str, typer.Option(help="Names of the targeted modules, joined by commas.")] = "q_proj,v_proj",
+    layers: Annotated[
+        str, typer.Option(help="Blocks of the model that are Gaussian: all, last, or the top share, such as top-25%.")
+    ] = "all",
     rank: Annotated[int | None, typer.Option(help="Rank of the mean. Default: 7; 16 for subspace.")] = None,
     steps: Annotated[int, typer.Option(help="Meta-training steps.")] = 400,
     minutes: Annotated[float | None, typer.Option(help="Train by wall clock instead of steps.")] = None,
@@ -144,7 +147,7 @@ def train_command(
     from training.tasks import load_tasks
 
     values = read_toml(config)
-    posterior_values: dict[str, Any] = {"family": family} | values.pop("posterior", {})
+    posterior_values: dict[str, Any] = {"family": family, "layers": layers} | values.pop("posterior", {})
     if rank is not None:
         posterior_values = {"rank": rank} | posterior_values
     inner = family_settings(posterior_values["family"]) | ({} if beta is None else {"beta": beta})
