@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 PASS_TOKENS = {"cpu": 2048, "cuda": 65536}
 # Keys and values of so many kept tokens take about as much of a pass as one token that is read.
 _KEPT = 8
+_BEGINNINGS_SHARE = 4
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class TorchEngine:
         context: The most tokens to take; the model's own limit by default.
         threads: CPU threads; torch's choice by default.
         pass_tokens: Padded tokens in one pass, over all draws.
-        cache_bytes: Bytes of posteriors, of draws' signs, and of beginnings, to keep.
+        cache_bytes: Bytes of posteriors, and of draws' signs, to keep; of beginnings, a quarter.
     """
 
     name = "torch"
@@ -107,7 +108,8 @@ class TorchEngine:
             cache_bytes, lambda posterior: tensor_bytes(posterior.tensors().values())
         )
         self._beginnings: ByteCache[tuple[Any, ...], Beginning] = ByteCache(
-            cache_bytes, lambda kept: tensor_bytes(tensor for pair in kept.layers for tensor in pair)
+            cache_bytes // _BEGINNINGS_SHARE,
+            lambda kept: tensor_bytes(tensor for pair in kept.layers for tensor in pair),
         )
         self._shared = SharedBeginnings()
         self._reuses: bool | None = None  # tried with the first posterior
