@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +14,13 @@ from transformers.cache_utils import DynamicLayer
 
 from abmll.draw_scores import under_draws
 from abmll.draws import Signs, draw_signs, stack_signs
-from abmll.layers import Attached
+from abmll.layers import Attached, same_values
 from abmll.posterior import Posterior
 from abmll.scoring import Batch, Question, option_scores, pack
 
-_TOLERANCE = 1e-3
+logger = logging.getLogger(__name__)
+
+_VARYING_ROPE = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,15 @@ class Beginning:
     tokens: int
     layers: tuple[tuple[Tensor, Tensor], ...]
 
-    def before(self, rows: int) -> DynamicCache:
-        """Returns it as what stands before each of ``rows`` questions under each draw, draw-major."""
+    def before(self, rows: int, draws: slice = slice(None)) -> DynamicCache:
+        """Returns it as what stands before each of ``rows`` questions under each of some draws, draw-major."""
+
+        def chosen(kept: Tensor) -> Tensor:
+            return (kept if len(kept) == 1 else kept[draws]).repeat_interleave(rows, 0)
+
         cache = DynamicCache()
         for number, (keys, values) in enumerate(self.layers):
-            cache.update(keys.repeat_interleave(rows, 0), values.repeat_interleave(rows, 0), number)
+            cache.update(chosen(keys), chosen(values), number)
         return cache
 
 
@@ -73,7 +81,13 @@ def read_beginning(
 
 @torch.inference_mode()
 def reuses_beginnings(attached: Attached, posterior: Posterior) -> bool:
-    """Whether questions after a kept beginning score as they do whole; models differ in what they keep."""
+    """Whether questions after a kept beginning score as they do whole; models differ in what they keep.
+
+    Not where a token attends to the newest alone (sliding windows), or where positions depend on how many there are.
+    """
+    config = attached.model.config.get_text_config()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    if _windowed(config) or any(kind in str(getattr(config, "rope_parameters", "")) for kind in _VARYING_ROPE):
+        return False
     device = next(attached.model.parameters()).device
     question = Question((1, 2, 3, 2, 1, 3), ((1, 2), (3,)))
     signs = stack_signs([draw_signs(posterior, 0, index) for index in range(2)])
@@ -90,6 +104,15 @@ def reuses_beginnings(attached: Attached, posterior: Posterior) -> bool:
 
         expected = under_draws(attached, posterior, signs, pack([question]).to(device), whole)
         found = under_draws(attached, posterior, signs, pack([rest], before=3).to(device), parted)
-    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
+    except Exception as error:  # whatever a model's code does with keys and values that it does not expect
+        logger.warning("beginnings that questions share are read anew each time: %s: %s", type(error).__name__, error)
         return False
-    return torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
+    return same_values(found, expected, next(attached.model.parameters()).dtype)
+
+
+def _windowed(config: Any) -> bool:
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    # A window as wide as the context leaves nothing out.
+    narrow = window is not None and window < config.max_position_embeddings
+    return narrow or not kinds <= {"full_attention", "sliding_attention"}

@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 WINDOW = 1000
 # Answers that wait for a disk that takes nothing; older ones are given up.
 _BUFFERED = 20_000
+# Seconds after which no answer is under way any more.
+_LONGEST_ANSWER = 3600.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
   number INTEGER PRIMARY KEY AUTOINCREMENT, request_id TEXT UNIQUE NOT NULL, task TEXT NOT NULL,
@@ -172,12 +174,22 @@ class Feedback:
         self._forgotten: dict[str, float] = {}
         self._to_delete: set[str] = set()
 
-    def load(self) -> None:
-        """Reads the rolling measures' windows, as they were when the server stopped."""
+    def load(self, tasks: Collection[str]) -> None:
+        """Reads the rolling measures' windows, as they were when the server stopped.
+
+        Args:
+            tasks: All that there are: of others, deleted just before a crash, nothing is kept.
+
+        Raises:
+            StoreFailure: The disk is full or not writable, or the file is damaged.
+        """
         windows: dict[tuple[str, int], Window] = {}
         with self._writing, self._database.open() as db:
             versions = db.execute("SELECT DISTINCT task, version FROM answers").fetchall()
             for task, version in versions:
+                if task not in tasks:
+                    db.execute("DELETE FROM answers WHERE task = ?", (task,))
+                    continue
                 window = windows[task, version] = Window()
                 where = "WHERE task = ? AND version = ? AND options IS NOT NULL"
                 newest = f"SELECT * FROM answers {where} {{}} ORDER BY number DESC LIMIT {WINDOW}"
@@ -278,15 +290,21 @@ class Feedback:
             for draws, scores, label in rows
         ]
 
-    def forget(self, task: str) -> None:
+    def forget(self, task: str, before: float) -> None:
         """Removes all that is kept of a task, from the disk as soon as it takes it.
 
-        Answers to questions that came before are not kept: another task may soon have the name.
+        Answers that are still under way are not kept either: another task may soon have the name.
+
+        Args:
+            task: The task.
+            before: When it was deleted, in seconds of ``time.monotonic``.
         """
         with self._writing, self._lock:
             self._waiting = deque((a for a in self._waiting if a.task != task), maxlen=_BUFFERED)
             self._windows = {key: window for key, window in self._windows.items() if key[0] != task}
-            self._forgotten[task] = time.monotonic()
+            still = time.monotonic() - _LONGEST_ANSWER
+            self._forgotten = {name: when for name, when in self._forgotten.items() if when > still}
+            self._forgotten[task] = before
             self._to_delete.add(task)
         try:
             self.flush()

@@ -7,11 +7,12 @@ import contextlib
 import fcntl
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from abmll.errors import AbmllError, EngineFailure, StoreFailure, TaskConflict
+from abmll.errors import AbmllError, EngineFailure, PosteriorMismatch, StoreFailure, TaskConflict
 from abmll.layers import check_base, checkpoint_fingerprint
 from abmll.posterior import Posterior
 from abmll.store import Record, StoredPosterior, load_posterior
@@ -57,12 +58,17 @@ def checkpoint_folder(model: str, revision: str | None) -> Path:
     return Path(snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
 
 
-def base_check(settings: Settings) -> Callable[[Posterior], None]:
-    """Returns a check that a posterior was made for the base model in use."""
+def base_check(settings: Settings, prior: Posterior) -> Callable[[Posterior], None]:
+    """Returns a check that a posterior was made for the base model in use, over the global posterior's layers."""
     prints: dict[tuple[str, ...], str] = {}
 
     def check(posterior: Posterior) -> None:
         names = tuple(posterior.layers)
+        if posterior.layers.keys() != prior.layers.keys():
+            raise PosteriorMismatch(
+                f"the posterior is over {len(posterior.layers)} layers, the global posterior over other "
+                f"{len(prior.layers)}; teach the task again"
+            )
         if names not in prints:
             folder = checkpoint_folder(settings.base_model, settings.revision)
             prints[names] = checkpoint_fingerprint(folder, names)
@@ -91,6 +97,8 @@ def make_engine(settings: Settings, prior: StoredPosterior) -> Engine:
 
     return TorchEngine(
         settings.base_model,
+        targets=prior.posterior.config.targets,
+        layers=prior.posterior.config.layers,
         revision=settings.revision,
         dtype=getattr(torch, settings.dtype),
         device=settings.device,
@@ -146,7 +154,7 @@ class Service:
     def __init__(self, settings: Settings, on_failure: Callable[[Exception], None] = lambda _: None) -> None:
         self.settings, self.on_failure = settings, on_failure
         self.prior = load_global(settings)
-        self.store = TaskStore(settings.store, self.prior, base_check(settings), settings.cache)
+        self.store = TaskStore(settings.store, self.prior, base_check(settings, self.prior.posterior), settings.cache)
         if Path(settings.base_model).is_dir():  # else when the engine has fetched it
             self.store.check(self.prior.posterior)
         self.registry = JobRegistry(settings.store / "jobs.sqlite3")
@@ -213,9 +221,9 @@ class Service:
         """Writes the answers down that feedback may come to, a second's at a time."""
         failing = False
         try:
-            await asyncio.to_thread(self.feedback.load)
-        except StoreFailure as error:
-            logger.warning("measures of earlier answers are not known: %s", error.message)
+            await asyncio.to_thread(lambda: self.feedback.load(self.store.names()))
+        except (StoreFailure, OSError) as error:
+            logger.warning("measures of earlier answers are not known: %s", error)
         while True:
             await asyncio.sleep(_WRITE_SECONDS)
             try:
@@ -297,13 +305,14 @@ class Service:
         """Mean confidence and epistemic uncertainty on the validation set, of each version that has answered."""
         for task, version in versions:
             if (task, version) not in self._reference:
-                self._reference[task, version] = None
                 with contextlib.suppress(AbmllError, OSError):
                     stored = self.store.choose(task, version, 0.0)
+                    self._reference[task, version] = None
                     entry = None if stored.calibration is None else stored.calibration.nearest(stored.record.shots)
                     if entry is not None and entry.confidence is not None and entry.epistemic is not None:
                         self._reference[task, version] = entry.confidence, entry.epistemic
-        return {key: value for key, value in self._reference.items() if value is not None}
+        # Copied: another scrape, or a task's end, may change it meanwhile.
+        return {key: value for key, value in self._reference.copy().items() if value is not None}
 
     def recalibrate(self, task: str, version: int | None, apply: bool) -> RecalibrationReply:
         """Fits the temperature of a task's version to its feedback; with ``apply``, makes a new version with it.
@@ -347,7 +356,7 @@ class Service:
                 results=stored.record.results,
             )
 
-        made = self.store.add(task, stored.posterior, calibration, record, source=stored.record.version)
+        made = self.store.add(task, stored.posterior, calibration, record, source=stored)
         return reply.model_copy(update={"applied": made.record.version})
 
     async def delete(self, task: str) -> None:
@@ -358,13 +367,14 @@ class Service:
             TaskConflict: The task is reserved.
             StoreFailure: The disk is full or not writable.
         """
+        before = time.monotonic()
         digests = await asyncio.to_thread(self.store.delete, task)
-        self._reference = {key: value for key, value in self._reference.items() if key[0] != task}
+        self._reference = {key: value for key, value in self._reference.copy().items() if key[0] != task}
         for digest in digests:
             if self.engine is not None:
                 with contextlib.suppress(EngineFailure):  # a dead engine has forgotten already
                     await self.engine.release(digest)
-        await asyncio.to_thread(self.feedback.forget, task)
+        await asyncio.to_thread(self.feedback.forget, task, before)
 
     async def close(self) -> None:
         """Stops everything; jobs under way are taken up again at the next start."""

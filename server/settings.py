@@ -35,7 +35,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     job_queue: int = Field(default=256, ge=1, description="adaptation jobs that may wait; 429 past that")
     timeout: float = Field(default=60.0, gt=0, description="seconds until an unanswered question is given up; 504")
     max_body: int = Field(default=16 << 20, ge=1024, description="largest body of a request in bytes; 413 past that")
-    cache: int = Field(default=1 << 30, ge=1 << 20, description="bytes of posteriors to keep, and as many of draws")
+    cache: int = Field(default=1 << 30, ge=1 << 20, description="bytes of posteriors to keep; as many of draws")
     feedback_kept: int = Field(default=200_000, ge=1, description="newest answers that feedback can be given on")
     keys: Path | None = Field(default=None, description="file of API keys; None: everybody may do everything")
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 from scipy.stats import theilslopes
 
 from server.bench import WORKLOADS, prompts, zipf
@@ -236,7 +237,8 @@ class Soak:
                 self.tally.faults[kind] -= 1
                 self.tally.faults[f"{kind}: there was none"] += 1
             else:
-                process.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
     async def weigh(self) -> None:
         """Writes the server's memory down."""

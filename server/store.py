@@ -247,7 +247,7 @@ class TaskStore:
         posterior: Posterior,
         calibration: Calibration | None,
         make_record: Callable[[int], Record],
-        source: int | None = None,
+        source: StoredPosterior | None = None,
     ) -> StoredPosterior:
         """Writes a task's next version.
 
@@ -267,10 +267,17 @@ class TaskStore:
         check_name(name)
         with self._changing():
             numbers = self._numbers(name)
-            if source is not None and source not in numbers:
-                raise TaskNotFound(f"version {source} of task {name!r} was deleted meanwhile", field="name")
+            if source is not None and not self._holds(name, numbers, source):
+                raise TaskNotFound(
+                    f"version {source.record.version} of task {name!r} was deleted meanwhile", field="name"
+                )
             number = max(numbers, default=0) + 1
             return save_posterior(self._folder(name, number), posterior, make_record(number), calibration)
+
+    def _holds(self, name: str, numbers: Sequence[int], wanted: StoredPosterior) -> bool:
+        number = wanted.record.version
+        stored = self._load(name, number).stored if number in numbers else None
+        return stored is not None and stored.digest == wanted.digest
 
     def delete(self, name: str) -> list[str]:
         """Removes a task with all versions: out of sight first, then from the disk.
@@ -287,10 +294,14 @@ class TaskStore:
         self._known(name)
         folder = self.tasks / name
         with self._changing():
+            self._known(name)  # another may have deleted it while this one waited
+            grave: Path | None = None
             try:
                 grave = Path(tempfile.mkdtemp(prefix=".deleted.", dir=self.tasks))
                 folder.rename(grave / name)
             except OSError as error:
+                if grave is not None:
+                    grave.rmdir()
                 raise StoreFailure(f"task {name!r} cannot be deleted: {error}; mend the store's disk") from error
         with self._lock:
             gone = [self._loaded.pop(key) for key in self._loaded.present() if key[0].parent == folder]
@@ -346,6 +357,8 @@ class TaskStore:
             # A task that was deleted and made again has the same paths, but other files.
             key = (folder, stat.st_ino, stat.st_mtime_ns)
         except OSError:
+            if not folder.exists():
+                raise TaskNotFound(f"version {number} of task {name!r} was deleted meanwhile", field="task") from None
             key = (folder, 0, 0)
         with self._lock:
             found = self._loaded.find(key)

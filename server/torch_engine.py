@@ -71,6 +71,8 @@ class TorchEngine:
 
     Args:
         model: Hub name or folder of the base model.
+        targets: Module names that posteriors target.
+        layers: Which blocks they target them in, see ``PosteriorConfig.layers``.
         revision: Commit or tag on the hub.
         dtype: Of the base model's weights.
         device: cpu, cuda, or auto: the accelerator where there is one.
@@ -86,6 +88,8 @@ class TorchEngine:
         self,
         model: str,
         *,
+        targets: Sequence[str],
+        layers: str = "all",
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
@@ -95,6 +99,7 @@ class TorchEngine:
         cache_bytes: int = 1 << 30,
     ) -> None:
         self.model, self.revision, self.dtype = model, revision, dtype
+        self.targets, self.layers = tuple(targets), layers
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.context = context or 0  # the model's own limit, once started
         self.threads = threads
@@ -136,6 +141,7 @@ class TorchEngine:
         given = self.context or None
         self._base = load_base(self.model, revision=self.revision, dtype=self.dtype, device=self.device, context=given)
         self.context = self._base.context
+        self._attached = attach(self._base.model, self.targets, self.layers)
 
     async def close(self) -> None:
         """Frees the model; requests under way fail with ``EngineFailure``."""
@@ -254,9 +260,8 @@ class TorchEngine:
         """Runs one pass, in the engine's thread."""
         assert self._base is not None
         posterior = self._placed.get(batch[0].served.key, lambda: self._place(batch[0].served.posterior))
-        if self._attached is None:
-            self._attached = attach(self._base.model, posterior.config.targets, posterior.config.layers)
-        if self._reuses is None:
+        assert self._attached is not None
+        if self._reuses is None and posterior.layers.keys() == self._attached.layers.keys():
             self._reuses = reuses_beginnings(self._attached, posterior)
         kind, questions = batch[0].kind, [item.question for item in batch]
         if kind.work == "generate":
@@ -291,34 +296,41 @@ class TorchEngine:
         A question with more draws than a pass holds takes several.
         """
         assert self._attached is not None
-        attached = self._attached
         rows, tokens = batch.ids.shape
-        at_once = max(1, self.pass_tokens // (rows * (tokens + len(kind.beginning) // _KEPT)))
-        shape = tuple(layer.noise_shape for layer in posterior.layers.values())
+        read = len(kind.beginning)
+        at_once = max(1, self.pass_tokens // (rows * (tokens + read // _KEPT)))
+        # What is kept of a beginning must not depend on the questions that follow it.
+        kept_at_once = max(1, self.pass_tokens // read) if read else at_once
         parts: list[Tensor] = []
-        for start in range(0, len(kind.draws), at_once):
-            indices = kind.draws[start : start + at_once]
-            signs = stack_signs(
-                [
-                    self._signs.get((shape, kind.seed, i), lambda i=i: draw_signs(posterior, kind.seed, i))
-                    for i in indices
-                ]
-            )
-            past = None
-            if kind.beginning:
-                past = self._beginnings.get(
-                    (kind.key, kind.seed, indices, kind.beginning),
-                    lambda signs=signs: read_beginning(attached, posterior, signs, kind.beginning),
-                ).before(rows)
-            values = under_draws(
-                attached,
-                posterior,
-                signs,
-                batch,
-                lambda model, batch, draws, past=past: function(model, batch, draws, past),
-            )
-            parts.append(values.view(len(indices), -1).cpu())
+        for first in range(0, len(kind.draws), kept_at_once):
+            kept = kind.draws[first : first + kept_at_once]
+            beginning = self._beginning(posterior, kind, kept) if read else None
+            for start in range(0, len(kept), at_once):
+                some = slice(start, start + at_once)
+                past = None if beginning is None else beginning.before(rows, some)
+                values = under_draws(
+                    self._attached,
+                    posterior,
+                    self._stacked(posterior, kind.seed, kept[some]),
+                    batch,
+                    lambda model, batch, draws, past=past: function(model, batch, draws, past),
+                )
+                parts.append(values.view(len(kept[some]), -1).cpu())
         return torch.cat(parts)
+
+    def _beginning(self, posterior: Posterior, kind: _Kind, draws: tuple[int, ...]) -> Beginning:
+        assert self._attached is not None
+        attached = self._attached
+        return self._beginnings.get(
+            (kind.key, kind.seed, draws, kind.beginning),
+            lambda: read_beginning(attached, posterior, self._stacked(posterior, kind.seed, draws), kind.beginning),
+        )
+
+    def _stacked(self, posterior: Posterior, seed: int, draws: Sequence[int]) -> dict[str, Signs]:
+        shape = tuple(layer.noise_shape for layer in posterior.layers.values())
+        return stack_signs(
+            [self._signs.get((shape, seed, i), lambda i=i: draw_signs(posterior, seed, i)) for i in draws]
+        )
 
     def _decode(self, posterior: Posterior, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
         """Decodes prompts together, padded on the left, under the mean."""

@@ -45,6 +45,15 @@ def test_scores_after_a_kept_beginning_are_those_of_the_whole(architecture: str,
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("change", [{"sliding_window": 32}, {"layer_types": ["linear_attention", "full_attention"]}])
+def test_models_whose_tokens_see_a_part_of_what_came_before_keep_nothing(change: dict[str, Any]) -> None:
+    model = tiny_model("mistral")
+    attached = attach(model, ("q_proj",))
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    assert not reuses_beginnings(attached, random_posterior(attached, "kronecker", ("q_proj",), 1))
+
+
 def test_a_model_that_keeps_nothing_is_told() -> None:
     model = tiny_model("llama")
     inner = model.model.forward

@@ -174,18 +174,23 @@ def test_answers_in_flight_while_their_task_is_deleted_are_not_its_successors(tm
     feedback.note(answered("written", scores))
     feedback.flush()
     in_flight = answered("in flight", scores, begun=time.monotonic())
-    feedback.forget("t")
+    feedback.forget("t", time.monotonic())
     feedback.note(in_flight)
     feedback.note(answered("new", scores, begun=time.monotonic()))
     feedback.flush()
     again = Feedback(path, kept=9)
-    again.load()
+    again.load(["t"])
     for kept in (feedback, again):
         assert dict_of(kept) == {"feedback_count": 0.0, "recent_confidence": 0.7, "recent_epistemic_nats": 0.01}
         assert kept.judge("new", 0, None).correct
         for name in ("written", "in flight"):
             with pytest.raises(AnswerNotFound):
                 kept.judge(name, 0, None)
+    after_a_crash = Feedback(path, kept=9)
+    after_a_crash.load(["another task"])
+    assert after_a_crash.windows() == []
+    with pytest.raises(AnswerNotFound):
+        after_a_crash.judge("new", 0, None)
 
 
 def test_a_damaged_file_is_told_and_what_waits_is_written_once_it_is_restored(tmp_path: Path) -> None:
@@ -195,7 +200,7 @@ def test_a_damaged_file_is_told_and_what_waits_is_written_once_it_is_restored(tm
     feedback.flush()
     good = path.read_bytes()
     path.write_bytes(good[:4096] + b"\xff" * (len(good) - 4096))
-    feedback.forget("t")  # logged: the task itself is gone already
+    feedback.forget("t", time.monotonic())  # logged: the task itself is gone already
     feedback.note(answered("new", scores))
     with pytest.raises(StoreFailure, match="damaged"):
         feedback.flush()

@@ -54,9 +54,13 @@ def test_a_damaged_newest_version_leaves_the_one_before_it(
     (tmp_path / "tasks" / "t" / "v0001" / "posterior.safetensors").unlink()
     with pytest.raises(InvalidPosterior):
         TaskStore(tmp_path, global_posterior[1]).current("t")
-    with pytest.raises(TaskNotFound, match="deleted meanwhile"):
-        store.add("t", first.posterior, None, record, source=3)
     assert store.delete("t")
+    store.add("t", second.posterior, None, record)
+    with pytest.raises(TaskNotFound, match="deleted meanwhile"):
+        store.add("t", first.posterior, None, record, source=first)
+    assert store.delete("t")
+    with pytest.raises(TaskNotFound):
+        store.delete("t")
     assert store.names() == ["global"]
     assert not list((tmp_path / "tasks").iterdir())
 

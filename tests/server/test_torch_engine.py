@@ -19,7 +19,7 @@ from abmll.posterior import Posterior
 from abmll.scoring import Question, option_scores, pack, tokenize
 from server.engine import Served
 from server.torch_engine import TorchEngine
-from tests.server.conftest import random_posterior
+from tests.server.conftest import TARGETS, random_posterior
 from training.base_model import BaseModel, load_base
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ QUESTIONS = (
 
 def with_engine(folder: Path, use: Callable[[TorchEngine], Awaitable[T]], **options: Any) -> T:
     async def run() -> T:
-        engine = TorchEngine(str(folder), **options)
+        engine = TorchEngine(str(folder), targets=TARGETS, **options)
         await engine.start()
         try:
             return await use(engine)
@@ -142,7 +142,7 @@ def test_a_beginning_that_questions_share_is_read_once(tiny_model_folder: Path, 
         attached = attach(load_base(str(tiny_model_folder)).model, posterior.config.targets, layers)
         return score_draws(attached, posterior, [question], range(4), 0, normalize="sum")[:, 0]
 
-    for question, found in zip(asked, with_engine(tiny_model_folder, together), strict=True):
+    for question, found in zip(asked, with_engine(tiny_model_folder, together, layers=layers), strict=True):
         torch.testing.assert_close(found, whole(posterior, question), atol=1e-4, rtol=1e-4)
 
 
@@ -205,7 +205,7 @@ def test_closing_fails_what_is_under_way_and_what_comes_later(tiny_model_folder:
     question = questions(base, posterior)[0]
 
     async def run() -> list[Any]:
-        engine = TorchEngine(str(tiny_model_folder))
+        engine = TorchEngine(str(tiny_model_folder), targets=TARGETS)
         await engine.start()
         asked = [asyncio.create_task(engine.score(served(posterior), question, range(8), s)) for s in range(20)]
         await asyncio.sleep(0)

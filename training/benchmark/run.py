@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import logging
+import math
 import os
 import random
 import resource
@@ -186,8 +187,9 @@ def run(
     Settings are chosen by NLL on the first seed's validation tasks after tempering, and serve all seeds; each is tried
     in a process of its own too. Temperatures (for results with ``calibrated``) and conformal thresholds are fitted on
     each seed's validation tasks for each number of shots. Test tasks are looked at once. Questions out of distribution
-    are asked at one number of shots, in the same pass, and count in its seconds. Where one method fails, the others go
-    on, and the first error is raised at the end.
+    are asked at one number of shots, in the same pass, and count in its seconds. Where a method raises an error, the
+    others go on, and the first error is raised at the end; a process that is killed ends the run. What was measured
+    stays.
 
     Args:
         methods: What to compare.
@@ -242,7 +244,7 @@ def run(
             elif isinstance(result, float):
                 losses[name].append((result, ended.settings))
                 if len(losses[name]) == len(tried):
-                    measure(ended.method, min(losses[name], key=lambda pair: (pair[0], tried.index(pair[1])))[1])
+                    measure(ended.method, _best(losses[name], tried))
             else:
                 new = [row | {"identity": identities[ended.seed], "measured": source} for row in result]
                 append_rows(out, new)
@@ -252,6 +254,16 @@ def run(
         raise failures[0]
     order = {method.name: number for number, method in enumerate(methods)}
     return sorted(rows, key=lambda row: (row["seed"], order.get(row["method"], len(order))))
+
+
+def _best(losses: Sequence[tuple[float, Settings]], tried: Sequence[Settings]) -> Settings:
+    """The settings of least loss, the first tried of equals; one that is not a number is the worst."""
+
+    def rank(pair: tuple[float, Settings]) -> tuple[float, int]:
+        loss, settings = pair
+        return math.inf if math.isnan(loss) else loss, tried.index(settings)
+
+    return min(losses, key=rank)[1]
 
 
 @dataclass(frozen=True)
