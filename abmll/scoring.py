@@ -109,6 +109,23 @@ class Batch:
         tensors = {name: tensor.to(device) for name, tensor in vars(self).items() if name != "mask"}
         return Batch(**tensors, mask=mask)
 
+    def also(self, others: Tensor) -> Batch:
+        """Returns the batch with more tokens scored at each needed position, for options of which none share one.
+
+        Args:
+            others: Token ids, shape (n, k).
+
+        Returns:
+            The batch; at each position its own token is scored, then the k others.
+        """
+        count = 1 + others.shape[-1]
+        return replace(
+            self,
+            of=self.of.repeat_interleave(count),
+            token=torch.cat([self.token[:, None], others[self.of]], dim=1).flatten(),
+            slot=self.slot.repeat_interleave(count),
+        )
+
     def repeat(self, times: int) -> Batch:
         """Returns the batch ``times`` over, draw-major: row d * rows + i is question i of draw d."""
         if times == 1:
@@ -197,6 +214,19 @@ def _logits(model: nn.Module, hidden: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
+def _next_logits(model: nn.Module, batch: Batch, draws: int, past: Cache | None) -> Tensor:
+    """Logits at the batch's needed positions, shape (draws * n, vocabulary)."""
+    dtype = next(model.parameters()).dtype
+    mask = batch.mask
+    if mask is not None:
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    decoder = model.get_decoder()  # pyright: ignore[reportCallIssue] -- a transformers model's method
+    given = {"use_cache": False} if past is None else {"past_key_values": past, "use_cache": True}
+    hidden = decoder(input_ids=batch.ids, position_ids=batch.positions, attention_mask=mask, **given)
+    where = replace(batch, mask=None).repeat(draws).where
+    return _logits(model, hidden.last_hidden_state.flatten(0, 1)[where])
+
+
 def token_log_probs(model: nn.Module, batch: Batch, draws: int = 1, past: Cache | None = None) -> Tensor:
     """Returns log p(token | what stands before it) of each scored token, shape (draws * m,), float32.
 
@@ -206,17 +236,22 @@ def token_log_probs(model: nn.Module, batch: Batch, draws: int = 1, past: Cache 
         draws: The model runs the batch so many times over from some block on, see ``Attached.using``.
         past: Keys and values of what stands before each row; those of the batch are added.
     """
-    dtype = next(model.parameters()).dtype
-    mask = batch.mask
-    if mask is not None:
-        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-    decoder = model.get_decoder()  # pyright: ignore[reportCallIssue] -- a transformers model's method
-    given = {"use_cache": False} if past is None else {"past_key_values": past, "use_cache": True}
-    hidden = decoder(input_ids=batch.ids, position_ids=batch.positions, attention_mask=mask, **given)
-    batch = replace(batch, mask=None).repeat(draws)
-    logits = _logits(model, hidden.last_hidden_state.flatten(0, 1)[batch.where])
+    logits = _next_logits(model, batch, draws, past)
     normalizer = logits.logsumexp(dim=-1)
+    batch = replace(batch, mask=None).repeat(draws)
     return logits[batch.of, batch.token] - normalizer[batch.of]
+
+
+def likeliest_tokens(model: nn.Module, batch: Batch, count: int) -> Tensor:
+    """Returns the ids of the likeliest next tokens at each needed position, likeliest first, shape (n, count).
+
+    Args:
+        model: The model, perhaps attached.
+        batch: The packed questions.
+        count: How many; the whole vocabulary if that is smaller.
+    """
+    logits = _next_logits(model, batch, 1, None)
+    return logits.topk(min(count, logits.shape[-1])).indices
 
 
 def option_scores(

@@ -44,6 +44,7 @@ def generate(
     tolerance: float,
     seed: int,
     max_tokens: int,
+    tokens: bool,
     normalize: Normalize | None,
 ) -> Call[Answer]:
     """Asks a question."""
@@ -56,9 +57,18 @@ def generate(
         "tolerance": tolerance,
         "seed": seed,
         "max_tokens": max_tokens,
+        "tokens": tokens,
         "normalize": normalize,
     }
     return Call("POST", "/generate", _reader(Answer), body)
+
+
+def score(
+    prompt: str, answer: str, *, task: str, version: int | None, draws: int | Literal["auto"], seed: int
+) -> Call[Answer]:
+    """Has a finished answer scored."""
+    body = {"prompt": prompt, "answer": answer, "task": task, "version": version, "draws": draws, "seed": seed}
+    return Call("POST", "/score", _reader(Answer), body)
 
 
 def adapt(

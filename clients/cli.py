@@ -1,4 +1,4 @@
-"""The commands ``abmll ask``, ``tasks`` and ``teach``.
+"""The commands ``abmll ask``, ``score``, ``tasks`` and ``teach``.
 
 Signatures stand here; the HTTP client is imported inside, so that ``--help`` stays quick.
 """
@@ -32,6 +32,7 @@ _Timeout = Annotated[float, typer.Option(min=0.1, help="Longest wait for a reply
 def register(app: typer.Typer) -> None:
     """Adds the client's commands to the command line."""
     app.command("ask")(ask_command)
+    app.command("score")(score_command)
     app.command("tasks")(tasks_command)
     app.command("teach")(teach_command)
 
@@ -71,12 +72,35 @@ def ask_command(
             tolerance=tolerance,
             seed=seed,
             max_tokens=max_tokens,
+            tokens=not option,
             normalize=normalize,
         )
     if as_json:
         typer.echo(reply.model_dump_json(indent=2))
     else:
         _console().print(render.answer(reply, option))
+
+
+def score_command(
+    prompt: Annotated[str, typer.Argument(help="The question.")],
+    answer: Annotated[str, typer.Argument(help="A finished answer to it; - reads it from the standard input.")],
+    task: _Task = "global",
+    draws: Annotated[str, typer.Option(help="Draws from the posterior: a number, or auto.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws: same texts, same scores.")] = 0,
+    url: _Url = None,
+    timeout: _Timeout = 60.0,
+    as_json: _Json = False,
+) -> None:
+    """Score a finished answer, from another model or a person, and see where in it the doubt lies."""
+    from clients import render
+
+    text = sys.stdin.read() if answer == "-" else answer
+    with _connected(url, timeout) as client:
+        reply = client.score(prompt, text, task=task, draws=_draws(draws), seed=seed)
+    if as_json:
+        typer.echo(reply.model_dump_json(indent=2))
+    else:
+        _console().print(render.answer(reply, None))
 
 
 def tasks_command(url: _Url = None, timeout: _Timeout = 60.0, as_json: _Json = False) -> None:

@@ -107,11 +107,13 @@ class Client:
         tolerance: float = 0.02,
         seed: int = 0,
         max_tokens: int = 32,
+        tokens: bool = False,
         normalize: Normalize | None = None,
     ) -> Answer:
         """Asks a question: which of ``options``, or free text without them.
 
-        With automatic draws, ``tolerance`` is what further ones may move the confidence by.
+        With automatic draws, ``tolerance`` is what further ones may move the confidence by. ``tokens``: whether the
+        answer tells a free text token by token.
         """
         return self._send(
             calls.generate(
@@ -123,9 +125,23 @@ class Client:
                 tolerance=tolerance,
                 seed=seed,
                 max_tokens=max_tokens,
+                tokens=tokens,
                 normalize=normalize,
             )
         )
+
+    def score(
+        self,
+        prompt: str,
+        answer: str,
+        *,
+        task: str = "global",
+        version: int | None = None,
+        draws: int | Literal["auto"] = "auto",
+        seed: int = 0,
+    ) -> Answer:
+        """Has a finished answer scored, from another model or a person: whole and token by token."""
+        return self._send(calls.score(prompt, answer, task=task, version=version, draws=draws, seed=seed))
 
     def adapt(
         self,
@@ -264,11 +280,13 @@ class AsyncClient:
         tolerance: float = 0.02,
         seed: int = 0,
         max_tokens: int = 32,
+        tokens: bool = False,
         normalize: Normalize | None = None,
     ) -> Answer:
         """Asks a question: which of ``options``, or free text without them.
 
-        With automatic draws, ``tolerance`` is what further ones may move the confidence by.
+        With automatic draws, ``tolerance`` is what further ones may move the confidence by. ``tokens``: whether the
+        answer tells a free text token by token.
         """
         return await self._send(
             calls.generate(
@@ -280,9 +298,23 @@ class AsyncClient:
                 tolerance=tolerance,
                 seed=seed,
                 max_tokens=max_tokens,
+                tokens=tokens,
                 normalize=normalize,
             )
         )
+
+    async def score(
+        self,
+        prompt: str,
+        answer: str,
+        *,
+        task: str = "global",
+        version: int | None = None,
+        draws: int | Literal["auto"] = "auto",
+        seed: int = 0,
+    ) -> Answer:
+        """Has a finished answer scored, from another model or a person: whole and token by token."""
+        return await self._send(calls.score(prompt, answer, task=task, version=version, draws=draws, seed=seed))
 
     async def adapt(
         self,

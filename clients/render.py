@@ -12,17 +12,24 @@ from rich.table import Table
 from rich.text import Text
 
 from clients.examples import LabelledExample
-from clients.replies import Answer, TaskInfo
+from clients.replies import Answer, TaskInfo, Token
 
 _BAR_WIDTH = 32
 _OPTION_WIDTH = 40
+# From which probability on a token has which colour.
+_COLOURS = ((0.8, "green"), (0.4, "yellow"), (0.0, "red"))
+_DOUBTFUL = 5
+_LIKELIER = 3
 
 
 def answer(reply: Answer, options: Sequence[str] | None) -> RenderableType:
     """Shows an answer: confidence, a bar for each option, and what the doubt is made of."""
     note = "" if reply.calibrated is not False else ", not calibrated"
-    headline = Text.assemble((reply.answer, "bold green"), f"   {_percent(reply.confidence)} confident{note}")
+    told = Text(reply.answer, "bold green") if reply.tokens is None else _coloured(reply.tokens)
+    headline = Text.assemble(told, f"   {_percent(reply.confidence)} confident{note}")
     parts: list[RenderableType] = [headline, Text()]
+    if reply.tokens is not None:
+        parts += [_doubtful(reply.tokens), Text()]
     if options and reply.probabilities is not None:
         parts += [_bars(options, reply.probabilities, reply.answer), Text()]
     if reply.prediction_set is not None:
@@ -49,6 +56,40 @@ def how_to_ask(task: str, example: LabelledExample) -> str:
     """Returns the command that asks a question of a task that was just taught."""
     options = " ".join(f"-o {shlex.quote(option)}" for option in example.options)
     return f'abmll ask "..." --task {shlex.quote(task)} {options}'
+
+
+def _coloured(tokens: Sequence[Token]) -> Text:
+    """A text, each token in the colour of its probability."""
+    text = Text()
+    for token in tokens:
+        style = next(style for least, style in _COLOURS if token.probability >= least)
+        text.append(token.text, f"bold {style}")
+    return _stripped(text)
+
+
+def _stripped(text: Text) -> Text:
+    plain = text.plain
+    start, stop = len(plain) - len(plain.lstrip()), len(plain.rstrip())
+    return text[start : max(start, stop)]
+
+
+def _doubtful(tokens: Sequence[Token]) -> Table:
+    """The least probable tokens in their order, with what is likelier in their place."""
+    grid = Table.grid(padding=(0, 2))
+    for justify in ("left", "right", "left", "left"):
+        grid.add_column(justify=justify)
+    grid.add_row(*(Text(head, "dim") for head in ("least sure of", "", "epistemic", "likelier there")))
+    least = sorted(range(len(tokens)), key=lambda at: tokens[at].probability)[:_DOUBTFUL]
+    for at in sorted(least):
+        token = tokens[at]
+        likelier = [other for other in token.likeliest if other.probability > token.probability][:_LIKELIER]
+        grid.add_row(
+            Text(repr(token.text) if token.text else "(end)"),
+            _percent(token.probability),
+            f"{token.uncertainty.epistemic:.3f} nats",
+            Text(", ".join(f"{other.text!r} {_percent(other.probability)}" for other in likelier)),
+        )
+    return grid
 
 
 def _bars(options: Sequence[str], probabilities: Sequence[float], chosen: str) -> Table:

@@ -43,6 +43,29 @@ class Timing(Reply):
     queue_ms: float
 
 
+class OtherToken(Reply):
+    """A token that might stand in a place, with its predictive probability."""
+
+    text: str
+    probability: float
+
+
+class Token(Reply):
+    """One token of a free text, given those before it.
+
+    Attributes:
+        text: All tokens' texts together are the answer; empty for its end, or part of a character.
+        probability: Predictive probability; all tokens' product is the answer's ``raw_confidence``.
+        uncertainty: Of the next token in this place.
+        likeliest: The likeliest tokens in this place.
+    """
+
+    text: str
+    probability: float
+    uncertainty: Uncertainty
+    likeliest: list[OtherToken]
+
+
 class Answer(Reply):
     """An answer with its confidence.
 
@@ -52,6 +75,7 @@ class Answer(Reply):
         raw_confidence: The same before calibration.
         standard_error: Monte Carlo standard error of the answer's probability.
         prediction_set: Options that together hold the right one at the server's coverage, if it says.
+        tokens: Of a free text, where they were asked for.
     """
 
     request_id: str
@@ -67,6 +91,7 @@ class Answer(Reply):
     uncertainty: Uncertainty
     standard_error: float
     draws: int
+    tokens: list[Token] | None = None
     timing: Timing
 
 

@@ -6,7 +6,8 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from abmll.examples import Example, Template, check_options, resolve_answer
 from abmll.posterior import Normalize
 from abmll.predictive import predictive
 from abmll.scoring import Question, tokenize
+from abmll.sequences import TokenScores, sequence_predictive
 from abmll.store import StoredPosterior
 from server.admission import Admission
 from server.cache import ByteCache, tensor_bytes
@@ -31,12 +33,14 @@ from server.schemas import (
     GenerateReply,
     GenerateRequest,
     PosteriorId,
+    ScoreRequest,
     Timing,
+    TokenReply,
     Uncertainty,
 )
-from server.sequences import sequence_predictive
 from server.settings import Settings
 from server.store import TaskStore
+from server.texts import LIKELY, tell_tokens
 
 COVERAGE = "0.9"
 # Longer texts are tokenized beside the event loop: a tokenizer reads about a million characters a second.
@@ -72,6 +76,7 @@ class _Answer:
     uncertainty: Uncertainty
     standard_error: float
     draws: int
+    tokens: list[TokenReply] | None = None
 
 
 def check_prompt(prompt: str, field: str = "prompt") -> None:
@@ -147,35 +152,50 @@ class Answerer:
             Overloaded: Too many questions wait.
             DeadlineExceeded: The time for it is up.
         """
+        async with self._in_time(request):
+            return await self._answer(request, request_id)
+
+    async def score(self, request: ScoreRequest, request_id: str) -> GenerateReply:
+        """Scores a finished answer, whole and token by token; raises as ``answer``."""
+        async with self._in_time(request):
+            return await self._answer(request, request_id)
+
+    @asynccontextmanager
+    async def _in_time(self, request: GenerateRequest | ScoreRequest) -> AsyncGenerator[None]:
         seconds = min(request.timeout or self.settings.timeout, self.settings.timeout)
         try:
             async with asyncio.timeout(seconds):
-                return await self._answer(request, request_id)
+                yield
         except TimeoutError as error:
             raise DeadlineExceeded(
                 f"no answer within {seconds:g} s; ask again later, or with fewer draws", field="timeout"
             ) from error
 
-    async def _answer(self, request: GenerateRequest, request_id: str) -> GenerateReply:
+    async def _answer(self, request: GenerateRequest | ScoreRequest, request_id: str) -> GenerateReply:
         begun, clock = time.monotonic(), start_clock()
         draws = self._check(request)
         stored = await asyncio.to_thread(self.store.choose, request.task, request.version, _lot(request))
         question = await self._tokenize(stored, request)
+        options: list[str] | None = None
+        scores: torch.Tensor | None = None
         with EngineTime(clock):
             async with self.admission.admitted(request.task):
-                scores: torch.Tensor | None = None
-                if request.options is None:
+                if isinstance(request, ScoreRequest):
+                    answer = await self._given_text(stored, question, request, draws)
+                elif request.options is None:
                     answer = await self._free_text(stored, question, request, draws)
                 else:
-                    answer, scores = await self._choose(stored, question, request, request.options, draws)
+                    options = request.options
+                    answer, scores = await self._choose(stored, question, request, options, draws)
+        standard = isinstance(request, ScoreRequest) or request.normalize in (None, stored.posterior.config.normalize)
         self.note(
             Answered(
                 request_id=request_id,
                 task=request.task,
                 version=stored.record.version,
-                options=request.options,
+                options=options,
                 scores=scores,
-                standard=request.normalize in (None, stored.posterior.config.normalize),
+                standard=standard,
                 draws=answer.draws,
                 answer=answer.answer_index,
                 probabilities=answer.probabilities,
@@ -189,27 +209,33 @@ class Answerer:
             request_id=request_id,
             task=request.task,
             posterior=PosteriorId(id=stored.digest, version=stored.record.version, task=request.task),
-            options=request.options,
+            options=options,
             timing=Timing(total_ms=1e3 * total, engine_ms=1e3 * clock.engine, queue_ms=1e3 * clock.queued),
             **vars(answer),
         )
 
-    def _check(self, request: GenerateRequest) -> int:
+    def _check(self, request: GenerateRequest | ScoreRequest) -> int:
         check_prompt(request.prompt)
-        if request.options is not None:
+        if isinstance(request, ScoreRequest):
+            check_prompt(request.answer, "answer")
+        elif request.options is not None:
             check_options(request.options)
         draws = self.settings.draws if request.draws == "auto" else request.draws
         if not 1 <= draws <= self.settings.max_draws:
             raise InvalidRequest(f"draws is {draws}; give 1 to {self.settings.max_draws}, or 'auto'", field="draws")
         return draws
 
-    async def _tokenize(self, stored: StoredPosterior, request: GenerateRequest) -> Question:
-        template, options = stored.posterior.config.template, request.options or []
+    async def _tokenize(self, stored: StoredPosterior, request: GenerateRequest | ScoreRequest) -> Question:
+        template = stored.posterior.config.template
         # A free-text answer, and its end, take part of the context.
-        room = self.engine.context - (request.max_tokens + 1 if request.options is None else 0)
+        if isinstance(request, ScoreRequest):
+            options, taken = [request.answer], 0
+        else:
+            options, taken = request.options or [], 0 if request.options else request.max_tokens + 1
+        room = self.engine.context - taken
         if room < 1:
             raise InvalidRequest(
-                f"max_tokens is {request.max_tokens}, but prompt and answer share {self.engine.context} tokens",
+                f"max_tokens is {taken - 1}, but prompt and answer share {self.engine.context} tokens",
                 field="max_tokens",
             )
         if len(request.prompt) + sum(map(len, options)) < _LONG:
@@ -286,13 +312,27 @@ class Answerer:
     ) -> _Answer:
         """Decodes under the posterior mean, and scores what was decoded, its end included, under the draws."""
         served = Served(stored.digest, stored.posterior)
-        end: int | None = self.tokenizer.eos_token_id
         tokens = await self.engine.generate(served, question.prompt, request.max_tokens)
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        end: int | None = self.tokenizer.eos_token_id
         scored = [*tokens, end] if len(tokens) < request.max_tokens and end is not None else tokens
-        log_probs = await self.engine.score_tokens(served, question.prompt, scored, range(draws), request.seed)
-        result = sequence_predictive(log_probs)
+        others = LIKELY if request.tokens else 0
+        scores = await self.engine.score_tokens(served, question.prompt, scored, range(draws), request.seed, others)
+        return self._judged(text, scores, request.tokens)
+
+    async def _given_text(
+        self, stored: StoredPosterior, question: Question, request: ScoreRequest, draws: int
+    ) -> _Answer:
+        """Scores a finished text under the draws: as an option is scored, whatever follows it."""
+        served = Served(stored.digest, stored.posterior)
+        tokens = question.options[0]
+        scores = await self.engine.score_tokens(served, question.prompt, tokens, range(draws), request.seed, LIKELY)
+        return self._judged(request.answer, scores, True)
+
+    def _judged(self, text: str, scores: TokenScores, tell: bool) -> _Answer:
+        result = sequence_predictive(scores.log_probs)
         return _Answer(
-            answer=self.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+            answer=text,
             answer_index=None,
             probabilities=None,
             confidence=result.per_token,
@@ -301,13 +341,15 @@ class Answerer:
             prediction_set=None,
             uncertainty=Uncertainty(total=result.total, aleatoric=result.aleatoric, epistemic=result.epistemic),
             standard_error=result.standard_error,
-            draws=draws,
+            draws=len(scores.log_probs),
+            tokens=tell_tokens(self.tokenizer, scores) if tell else None,
         )
 
 
-def _lot(request: GenerateRequest) -> float:
+def _lot(request: GenerateRequest | ScoreRequest) -> float:
     """Between 0 and 1, by what is asked: the same question meets the same version."""
-    asked = json.dumps([request.task, request.prompt, request.options, request.seed]).encode()
+    options = None if isinstance(request, ScoreRequest) else request.options
+    asked = json.dumps([request.task, request.prompt, options, request.seed]).encode()
     return int.from_bytes(hashlib.sha256(asked).digest()[:8], "big") / 2**64
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -34,6 +34,7 @@ from server.schemas import (
     JobReply,
     RecalibrateRequest,
     RecalibrationReply,
+    ScoreRequest,
     ServingRequest,
     TaskReply,
     TaskSummary,
@@ -44,6 +45,8 @@ from server.store import GLOBAL, check_name
 from server.tasks import describe, read_shares, summarize
 
 logger = logging.getLogger(__name__)
+
+Asked = TypeVar("Asked", GenerateRequest, ScoreRequest)
 
 _DESCRIPTION = """
 Answers of a language model with a calibrated confidence, and with its doubt split into what more data
@@ -109,6 +112,17 @@ def create_app(settings: Settings, on_failure: Callable[[Exception], None] = lam
 
 
 def _add_questions(app: FastAPI, service: Service, access: Access, metrics: Metrics) -> None:
+    async def told(
+        asked: Asked, request: Request, answer: Callable[[Asked, str], Coroutine[Any, Any, GenerateReply]]
+    ) -> GenerateReply:
+        context = current_request()
+        assert context is not None
+        if service.settings.log_prompts:
+            logger.info("task %r is asked %r", asked.task, asked.prompt)
+        reply = await while_connected(request, answer(asked, context.id))
+        metrics.observe(reply)
+        return reply
+
     @app.post(
         "/generate",
         tags=["questions"],
@@ -117,13 +131,17 @@ def _add_questions(app: FastAPI, service: Service, access: Access, metrics: Metr
     )
     async def generate(question: GenerateRequest, request: Request) -> GenerateReply:  # pyright: ignore[reportUnusedFunction] -- a route
         """Answers a question under draws from a task's posterior."""
-        context = current_request()
-        assert context is not None
-        if service.settings.log_prompts:
-            logger.info("task %r is asked %r", question.task, question.prompt)
-        reply = await while_connected(request, service.answerer.answer(question, context.id))
-        metrics.observe(reply)
-        return reply
+        return await told(question, request, service.answerer.answer)
+
+    @app.post(
+        "/score",
+        tags=["questions"],
+        responses=_errors(400, 404, 413, 422, 429, 500, 503, 504, *access.statuses),
+        dependencies=access.needs("query"),
+    )
+    async def score(finished: ScoreRequest, request: Request) -> GenerateReply:  # pyright: ignore[reportUnusedFunction] -- a route
+        """Scores a finished answer, of another model or a person, under the draws: whole and token by token."""
+        return await told(finished, request, service.answerer.score)
 
 
 def _add_feedback(app: FastAPI, service: Service, access: Access) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from abmll.posterior import Normalize, Posterior
 from abmll.scoring import Question
+from abmll.sequences import TokenScores
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,15 @@ class Engine(Protocol):
         ...
 
     async def score_tokens(
-        self, served: Served, prompt: Sequence[int], tokens: Sequence[int], draws: Sequence[int], seed: int
-    ) -> Tensor:
-        """Returns log p of each of ``tokens`` after ``prompt`` under each draw: shape (draws, tokens), nats."""
+        self,
+        served: Served,
+        prompt: Sequence[int],
+        tokens: Sequence[int],
+        draws: Sequence[int],
+        seed: int,
+        others: int = 0,
+    ) -> TokenScores:
+        """Scores each of ``tokens`` after ``prompt`` under each draw, and as many likely ``others`` in its place."""
         ...
 
     async def release(self, key: str) -> None:

@@ -59,6 +59,7 @@ class GenerateRequest(Request):
         "server is set.",
     )
     max_tokens: int = Field(32, ge=1, le=MAX_TOKENS, description="Longest free-text answer, in tokens.")
+    tokens: bool = Field(False, description="Whether the reply tells a free-text answer token by token.")
     normalize: Literal["sum", "mean"] | None = Field(
         None,
         description="How options are scored: log-probability of the whole text (`sum`), or its mean per token "
@@ -75,6 +76,21 @@ class Uncertainty(BaseModel):
     epistemic: float = Field(description="The model's ignorance: what more data would remove.", examples=[0.04])
 
 
+class ScoreRequest(Request):
+    """A finished answer, from anywhere, to be scored."""
+
+    prompt: Text = Field(description="The question. Must not be blank.", examples=["What is the capital of France?"])
+    answer: Text = Field(
+        description="The answer. Must not be blank. It is scored as an option is, whatever follows it.",
+        examples=["Paris"],
+    )
+    task: str = Field(GLOBAL, description="Which posterior scores: `global`, or a task made by `POST /adapt`.")
+    version: int | None = Field(None, ge=1, description="Which version of the task; null: as the task is served.")
+    draws: int | Literal["auto"] = Field("auto", description="Draws from the posterior; `auto`: the server's default.")
+    seed: int = Field(0, ge=0, lt=2**53, description="Seed of the draws: the same request gives the same reply.")
+    timeout: float | None = Field(None, gt=0, allow_inf_nan=False, description="As for `POST /generate`.")
+
+
 class PosteriorId(BaseModel):
     """Which posterior answered."""
 
@@ -89,6 +105,29 @@ class Timing(BaseModel):
     total_ms: float = Field(description="From the request's arrival to its reply.", examples=[41.2])
     engine_ms: float = Field(description="In the engine, its queue included.", examples=[39.8])
     queue_ms: float = Field(description="Of that, waiting for the engine.", examples=[11.3])
+
+
+class OtherToken(BaseModel):
+    """A token that might stand in a place."""
+
+    text: str = Field(examples=[" Paris"])
+    probability: float = Field(description="Predictive probability in this place.", examples=[0.71])
+
+
+class TokenReply(BaseModel):
+    """One token of a free-text answer, given those before it; draws that foresaw them count more."""
+
+    text: str = Field(
+        description="All tokens' texts together are the answer. Empty: the end of the text, or part of a character.",
+        examples=[" Paris"],
+    )
+    probability: float = Field(
+        description="Predictive probability; all tokens' product is `raw_confidence`.", examples=[0.71]
+    )
+    uncertainty: Uncertainty = Field(
+        description="Of the next token, in nats: entropies over the 64 likeliest, and the rest as one."
+    )
+    likeliest: list[OtherToken] = Field(description="The likeliest tokens in this place.")
 
 
 class GenerateReply(BaseModel):
@@ -124,6 +163,7 @@ class GenerateReply(BaseModel):
         description="Monte Carlo standard error of `confidence`; of free text, of `raw_confidence`.", examples=[0.02]
     )
     draws: int = Field(description="Draws used.", examples=[8])
+    tokens: list[TokenReply] | None = Field(description="Of a free text, where it was asked to tell them.")
     timing: Timing
 
 

@@ -19,7 +19,8 @@ from abmll.draws import Signs, draw_signs, stack_signs
 from abmll.errors import AbmllError, EngineFailure
 from abmll.layers import Attached, attach
 from abmll.posterior import Posterior
-from abmll.scoring import Batch, Normalize, Question, option_scores, pack, token_log_probs
+from abmll.scoring import Batch, Normalize, Question, likeliest_tokens, option_scores, pack, token_log_probs
+from abmll.sequences import TokenScores
 from server.cache import ByteCache, tensor_bytes
 from server.clock import Clock, current_clock
 from server.engine import EngineState, Served
@@ -46,6 +47,7 @@ class _Kind:
     draws: tuple[int, ...] = ()
     seed: int = 0
     max_tokens: int = 0
+    others: int = 0
     beginning: tuple[int, ...] = ()
 
 
@@ -170,13 +172,17 @@ class TorchEngine:
         return await self._ask(kind, served, Question(tuple(prompt), ()))
 
     async def score_tokens(
-        self, served: Served, prompt: Sequence[int], tokens: Sequence[int], draws: Sequence[int], seed: int
-    ) -> Tensor:
-        """Returns log p of each token under each draw, shape (draws, tokens); see ``Engine``."""
-        if not tokens:
-            return torch.zeros(len(draws), 0)
+        self,
+        served: Served,
+        prompt: Sequence[int],
+        tokens: Sequence[int],
+        draws: Sequence[int],
+        seed: int,
+        others: int = 0,
+    ) -> TokenScores:
+        """Scores each token, and likely others in its place, under each draw; see ``Engine``."""
         question = Question(tuple(prompt), (tuple(tokens),))
-        return await self._ask(_Kind("tokens", served.key, tuple(draws), seed), served, question)
+        return await self._ask(_Kind("tokens", served.key, tuple(draws), seed, others=others), served, question)
 
     async def release(self, key: str) -> None:
         """Forgets a posterior; its draws' signs are those of all posteriors and stay."""
@@ -272,13 +278,31 @@ class TorchEngine:
         rest = [replace(question, prompt=question.prompt[read:]) for question in questions]
         packed = pack(rest, before=read).to(self.device)
         if kind.work == "tokens":
-            values = self._draws(posterior, packed, kind, token_log_probs)
-            return [part.clone() for part in values.split([len(q.options[0]) for q in questions], dim=1)]
+            return self._token_scores(posterior, questions, packed, kind)
         normalize: Normalize = "mean" if kind.work == "mean" else "sum"
         values = self._draws(
             posterior, packed, kind, lambda model, batch, *more: option_scores(model, batch, normalize, *more)
         ).view(len(kind.draws), len(questions), -1)
         return [values[:, row, : len(question.options)].clone() for row, question in enumerate(questions)]
+
+    def _token_scores(
+        self, posterior: Posterior, questions: Sequence[Question], packed: Batch, kind: _Kind
+    ) -> list[TokenScores]:
+        """Scores texts, each its question's one option, token by token."""
+        assert self._attached is not None
+        others = torch.zeros(len(packed.token), 0, dtype=torch.long, device=packed.token.device)
+        if kind.others:
+            with self._attached.using(posterior) as model:
+                others = likeliest_tokens(model, pack(questions).to(self.device), kind.others)
+        values = self._draws(posterior, packed.also(others), kind, token_log_probs)
+        values = values.view(len(kind.draws), len(others), -1)
+        lengths = [len(question.options[0]) for question in questions]
+        parts = zip(packed.token.cpu().split(lengths), values.split(lengths, dim=1), others.cpu().split(lengths),
+                    strict=True)  # fmt: skip
+        return [
+            TokenScores(tokens.clone(), scores[..., 0].clone(), likely.clone(), scores[..., 1:].clone())
+            for tokens, scores, likely in parts
+        ]
 
     @property
     def _model(self) -> Any:

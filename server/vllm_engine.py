@@ -20,6 +20,7 @@ from torch import Tensor
 from abmll.errors import AbmllError, EngineFailure
 from abmll.posterior import LayerPosterior, Normalize, Posterior, PosteriorConfig
 from abmll.scoring import Question
+from abmll.sequences import TokenScores
 from server.adapters import Adapter, AdapterCache
 from server.clock import current_clock
 from server.engine import EngineState, Served
@@ -163,7 +164,7 @@ class VllmEngine:
         served = Served("warm-up", Posterior(config, zero))
         question = Question((1, 2, 3), ((4,), (5, 6)))
         await self.score(served, question, range(2), 0)
-        await self.score_tokens(served, question.prompt, [4, 5], range(2), 0)
+        await self.score_tokens(served, question.prompt, [4, 5], range(2), 0, others=4)
         await self.generate(served, question.prompt, 4)
         await self.release(served.key)
 
@@ -206,12 +207,54 @@ class VllmEngine:
         return scores.float()
 
     async def score_tokens(
-        self, served: Served, prompt: Sequence[int], tokens: Sequence[int], draws: Sequence[int], seed: int
-    ) -> Tensor:
+        self,
+        served: Served,
+        prompt: Sequence[int],
+        tokens: Sequence[int],
+        draws: Sequence[int],
+        seed: int,
+        others: int = 0,
+    ) -> TokenScores:
         """Scores given tokens one by one under each draw, see ``Engine.score_tokens``."""
-        values = await self._ask_steps(served, tuple(prompt), token_steps(tokens), draws, seed)
-        given = tuple(tokens)
-        return torch.tensor([[found[given[:at], token] for at, token in enumerate(given)] for found in values])
+        steps = token_steps(tokens)
+        likely = await self._likeliest(served, tuple(prompt), steps, others) if others else [()] * len(steps)
+        asked = [
+            Step(step.before, tuple(dict.fromkeys((*step.tokens, *more))))
+            for step, more in zip(steps, likely, strict=True)
+        ]
+        values = await self._ask_steps(served, tuple(prompt), asked, draws, seed)
+        places = list(zip(steps, likely, strict=True))
+        return TokenScores(
+            tokens=torch.tensor(tokens),
+            log_probs=torch.tensor([[found[step.before, step.tokens[0]] for step in steps] for found in values]),
+            others=torch.tensor(likely, dtype=torch.long),
+            other_log_probs=torch.tensor(
+                [[[found[step.before, token] for token in more] for step, more in places] for found in values]
+            ),
+        )
+
+    async def _likeliest(
+        self, served: Served, prompt: tuple[int, ...], steps: Sequence[Step], count: int
+    ) -> list[tuple[int, ...]]:
+        """The likeliest tokens at each step under the posterior mean, likeliest first."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            logprobs=count,
+            detokenize=False,
+            ignore_eos=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        async with self._holding(served, 0, [None]) as adapters:
+            outputs = await self._gather([(prompt + step.before, params, adapters[0]) for step in steps])
+        found: list[tuple[int, ...]] = []
+        for output in outputs:
+            first = output.outputs[0].logprobs[0]
+            found.append(tuple(sorted(first, key=lambda token: first[token].rank)[:count]))
+        return found
 
     async def _ask_steps(
         self, served: Served, prompt: tuple[int, ...], steps: Sequence[Step], draws: Sequence[int], seed: int

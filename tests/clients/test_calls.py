@@ -22,13 +22,20 @@ def test_a_question_is_sent_with_every_field_of_the_contract():
         tolerance=0.1,
         seed=3,
         max_tokens=5,
+        tokens=True,
         normalize="mean",
     )
     assert (call.method, call.path) == ("POST", "/generate")
     assert call.body == {
         "prompt": "p", "task": "t", "version": 2, "options": ["a", "b"], "draws": "auto", "tolerance": 0.1, "seed": 3,
-        "max_tokens": 5, "normalize": "mean",
+        "max_tokens": 5, "tokens": True, "normalize": "mean",
     }  # fmt: skip
+
+
+def test_a_finished_answer_is_sent_with_every_field_of_the_contract():
+    call = calls.score("p", "a", task="t", version=None, draws=4, seed=2)
+    assert (call.method, call.path) == ("POST", "/score")
+    assert call.body == {"prompt": "p", "answer": "a", "task": "t", "version": None, "draws": 4, "seed": 2}
 
 
 def test_examples_given_as_models_and_as_mappings_are_sent_alike():
@@ -48,7 +55,16 @@ def test_a_task_name_stays_one_segment_of_the_path(name: str):
 def test_fields_that_a_newer_server_adds_are_kept():
     answer = calls.read(
         calls.generate(
-            "p", task="t", version=None, options=None, draws=1, tolerance=0.1, seed=0, max_tokens=1, normalize="sum"
+            "p",
+            task="t",
+            version=None,
+            options=None,
+            draws=1,
+            tolerance=0.1,
+            seed=0,
+            max_tokens=1,
+            tokens=False,
+            normalize="sum",
         ),
         200,
         json.dumps(ANSWER | {"novelty": 7}),

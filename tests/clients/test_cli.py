@@ -75,6 +75,38 @@ def test_a_free_text_answer_has_no_bars(scripted: Scripted):
     assert json.loads(scripted.asked[0][2])["options"] is None
 
 
+TOKENS = [
+    {
+        "text": text,
+        "probability": probability,
+        "uncertainty": {"total": 0.9, "aleatoric": 0.8, "epistemic": epistemic},
+        "likeliest": [{"text": " Rome", "probability": 0.5}, {"text": " Oslo", "probability": 0.1}],
+    }
+    for text, probability, epistemic in ((" It", 0.9, 0.01), (" was", 0.5, 0.02), (" Paris", 0.2, 0.3), ("", 0.99, 0.0))
+]
+
+
+@pytest.mark.parametrize("command", [["ask", "where?"], ["score", "where?", "It was Paris"]])
+def test_a_free_text_shows_where_in_it_the_doubt_lies(scripted: Scripted, command: list[str]):
+    scripted.reply(200, _body(ANSWER | {"answer": "It was Paris", "probabilities": None, "tokens": TOKENS}))
+    result = _run(*command, "--url", scripted.url)
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert lines[0] == "It was Paris   90.0 % confident"
+    row = next(line for line in lines if "' Paris'" in line)
+    assert row.split() == ["'", "Paris'", "20.0", "%", "0.300", "nats", "'", "Rome'", "50.0", "%"]
+    assert "(end)" in result.output
+
+
+def test_score_reads_a_long_answer_from_the_standard_input(scripted: Scripted):
+    scripted.reply(200, _body(ANSWER | {"probabilities": None}))
+    result = _run("score", "why?", "-", "--draws", "4", "--json", "--url", scripted.url, stdin="because")
+    assert result.exit_code == 0, result.output
+    method, path, body = scripted.asked[0]
+    assert (method, path) == ("POST", "/score")
+    assert (json.loads(body)["answer"], json.loads(body)["draws"]) == ("because", 4)
+
+
 def test_ask_prints_the_reply_as_json(scripted: Scripted):
     scripted.reply(200, _body(ANSWER))
     result = _run("ask", "p", "-o", "good", "-o", "bad", "--draws", "4", "--seed", "9", "--json", "--url", scripted.url)

@@ -113,6 +113,59 @@ def test_free_text_has_a_confidence_but_no_probabilities(server: Server) -> None
     assert without_times(reply) == without_times(server.http.post("/generate", json=request).json())
 
 
+def test_a_free_text_is_told_token_by_token_where_it_is_asked_for(server: Server) -> None:
+    request = {"prompt": "please set an alarm", "max_tokens": 5}
+    plain = server.http.post("/generate", json=request).json()
+    told = server.http.post("/generate", json=request | {"tokens": True}).json()
+    assert plain["tokens"] is None
+    assert without_times(plain) == without_times(told | {"tokens": None})
+    tokens = told["tokens"]
+    assert "".join(token["text"] for token in tokens).strip() == told["answer"]
+    assert math.prod(token["probability"] for token in tokens) == pytest.approx(told["raw_confidence"])
+    for token in tokens:
+        parts = token["uncertainty"]
+        assert parts["total"] == pytest.approx(parts["aleatoric"] + parts["epistemic"])
+        ordered = [other["probability"] for other in token["likeliest"]]
+        assert ordered == sorted(ordered, reverse=True)
+        assert ordered[0] + 1e-6 >= token["probability"]
+
+
+def test_a_finished_answer_is_scored_whole_and_token_by_token(server: Server) -> None:
+    request = {"prompt": QUESTION["prompt"], "answer": QUESTION["options"][0], "draws": 4}
+    reply = server.http.post("/score", json=request).json()
+    assert reply["answer"] == request["answer"]
+    assert reply["draws"] == 4
+    assert reply["options"] is reply["probabilities"] is None
+    assert "".join(token["text"] for token in reply["tokens"]).strip() == request["answer"]
+    assert math.prod(token["probability"] for token in reply["tokens"]) == pytest.approx(reply["raw_confidence"])
+    assert 0 < reply["raw_confidence"] <= reply["confidence"] <= 1
+    assert without_times(reply) == without_times(server.http.post("/score", json=request).json())
+    other = server.http.post("/score", json=request | {"prompt": "something else"}).json()
+    assert other["raw_confidence"] != reply["raw_confidence"]
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "field"),
+    [
+        ({"answer": " "}, 422, "answer"),
+        ({"answer": 3}, 422, "answer"),
+        ({"prompt": ""}, 422, "prompt"),
+        ({"draws": 0}, 422, "draws"),
+        ({"options": ["a", "b"]}, 422, "options"),
+        ({"task": "films"}, 404, "task"),
+        ({"answer": "a b " * 400}, 413, None),
+    ],
+)
+def test_an_answer_that_cannot_be_scored_is_refused_with_the_reason(
+    server: Server, change: dict[str, Any], status: int, field: str | None
+) -> None:
+    reply = server.http.post("/score", json={"prompt": "q", "answer": "a"} | change)
+    assert reply.status_code == status
+    error = reply.json()["error"]
+    assert error["message"]
+    assert field is None or error["field"] == field
+
+
 GENERATE_ERRORS: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"prompt": ""}, 422, "InvalidRequest", "prompt"),
     ({"prompt": " \n"}, 422, "InvalidRequest", "prompt"),

@@ -1,21 +1,16 @@
-"""Store, jobs and sequence uncertainty on their own."""
+"""Store and jobs on their own."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from abmll.errors import InvalidPosterior, InvalidRequest, TaskConflict, TaskNotFound
 from abmll.examples import Example
 from abmll.posterior import Posterior
 from abmll.store import Record, StoredPosterior
 from server.jobs import JobCancelled, JobRegistry
-from server.sequences import sequence_predictive
 from server.store import TaskStore, check_name
 from tests.server.conftest import random_posterior
 
@@ -153,30 +148,3 @@ def test_a_job_is_taken_up_again_once(registry: JobRegistry) -> None:
         registry.recover()
         assert registry.get(job.id).status == status
     assert registry.claim() is None
-
-
-def test_sequence_uncertainty_of_draws_that_agree_is_aleatoric() -> None:
-    log_probs = torch.tensor([[-1.0, -2.0, -0.5]]).expand(4, 3)
-    result = sequence_predictive(log_probs)
-    assert result.probability == pytest.approx(math.exp(-3.5))
-    assert result.per_token == pytest.approx(math.exp(-3.5 / 3))
-    assert result.total == pytest.approx(result.aleatoric) == pytest.approx(3.5 / 3)
-    assert result.epistemic == pytest.approx(0.0, abs=1e-12)
-    assert result.standard_error == pytest.approx(0.0, abs=1e-12)
-
-
-@given(st.lists(st.lists(st.floats(-30, 0), min_size=2, max_size=2), min_size=1, max_size=8))
-def test_sequence_uncertainty_adds_up_and_is_bounded(rows: list[list[float]]) -> None:
-    result = sequence_predictive(torch.tensor(rows, dtype=torch.float64))
-    assert result.total == pytest.approx(result.aleatoric + result.epistemic, abs=1e-9)
-    assert 0 <= result.epistemic <= math.log(len(rows)) / 2 + 1e-9
-    assert 0 <= result.probability <= result.per_token <= 1 + 1e-12
-
-
-def test_importance_weighted_epistemic_has_the_mutual_information_as_its_mean() -> None:
-    """Exact sum over all sequences of one token, against total - aleatoric from the distributions."""
-    each = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.2, 0.2, 0.6]], dtype=torch.float64)
-    mean = each.mean(0)
-    exact = torch.special.entr(mean).sum() - torch.special.entr(each).sum(1).mean()
-    estimate = sum(float(mean[y]) * sequence_predictive(each[:, y : y + 1].log()).epistemic for y in range(3))
-    assert estimate == pytest.approx(float(exact))

@@ -12,11 +12,12 @@ from peft import PeftModel
 from torch import Tensor
 
 from abmll.draw_scores import score_draws
-from abmll.draws import draw, save_adapter
+from abmll.draws import draw, draw_signs, save_adapter, stack_signs
 from abmll.errors import EngineFailure, PosteriorMismatch
 from abmll.layers import attach
 from abmll.posterior import Posterior
 from abmll.scoring import Question, option_scores, pack, tokenize
+from abmll.sequences import TokenScores
 from server.engine import Served
 from server.torch_engine import TorchEngine
 from tests.server.conftest import TARGETS, random_posterior
@@ -146,18 +147,46 @@ def test_a_beginning_that_questions_share_is_read_once(tiny_model_folder: Path, 
         torch.testing.assert_close(found, whole(posterior, question), atol=1e-4, rtol=1e-4)
 
 
-def test_token_log_probs_sum_to_the_options_score(tiny_model_folder: Path, base: BaseModel) -> None:
+@pytest.mark.parametrize("others", [0, 5])
+def test_token_log_probs_sum_to_the_options_score(tiny_model_folder: Path, base: BaseModel, others: int) -> None:
     posterior = random_posterior(tiny_model_folder, 1)
     question = questions(base, posterior)[2]
     option = question.options[-1]
 
-    async def use(engine: TorchEngine) -> tuple[Tensor, Tensor]:
-        tokens = engine.score_tokens(served(posterior), question.prompt, option, range(3), 0)
+    async def use(engine: TorchEngine) -> tuple[TokenScores, Tensor]:
+        tokens = engine.score_tokens(served(posterior), question.prompt, option, range(3), 0, others)
         return await asyncio.gather(tokens, engine.score(served(posterior), question, range(3), 0))
 
-    tokens, scores = with_engine(tiny_model_folder, use)
-    assert tokens.shape == (3, len(option))
-    torch.testing.assert_close(tokens.sum(1), scores[:, -1], atol=1e-5, rtol=1e-5)
+    found, scores = with_engine(tiny_model_folder, use)
+    assert found.tokens.tolist() == list(option)
+    assert found.log_probs.shape == (3, len(option))
+    assert found.other_log_probs.shape == (3, len(option), others)
+    torch.testing.assert_close(found.log_probs.sum(1), scores[:, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_likely_tokens_are_the_means_and_scored_under_each_draw_whatever_shares_the_batch(
+    tiny_model_folder: Path, base: BaseModel
+) -> None:
+    posterior = random_posterior(tiny_model_folder, 1)
+    texts = [(question.prompt, question.options[-1]) for question in questions(base, posterior)]
+    attached = attach(load_base(str(tiny_model_folder)).model, TARGETS)
+
+    async def use(engine: TorchEngine) -> list[TokenScores]:
+        asked = [engine.score_tokens(served(posterior), *text, range(3), 0, others=4) for text in texts]
+        return await asyncio.gather(*asked)
+
+    for (prompt, option), found in zip(texts, with_engine(tiny_model_folder, use), strict=True):
+        ids = torch.tensor([[*prompt, *option[:-1]]])
+        with torch.inference_mode(), attached.using(posterior) as model:
+            mean: Any = model(input_ids=ids)
+        expected = mean.logits[0, len(prompt) - 1 :].topk(4).indices
+        assert found.others.tolist() == expected.tolist()
+        for index in range(3):
+            signs = stack_signs([draw_signs(posterior, 0, index)])
+            with torch.inference_mode(), attached.using(posterior, signs) as model:
+                drawn: Any = model(input_ids=ids)
+            log_probs = drawn.logits[0, len(prompt) - 1 :].log_softmax(-1).gather(-1, expected)
+            torch.testing.assert_close(found.other_log_probs[index], log_probs, atol=1e-4, rtol=1e-4)
 
 
 def test_decoding_is_the_argmax_at_each_step_whatever_shares_the_batch(

@@ -174,9 +174,15 @@ def test_free_text_is_the_torch_models_and_its_tokens_scores_too(
             ids.append(best)
     assert tokens == ids[len(question.prompt) :]
     assert tokens
-    each = loop.run(engine.score_tokens(served(posterior), question.prompt, tokens, range(2), 0))
+    each = loop.run(engine.score_tokens(served(posterior), question.prompt, tokens, range(2), 0, others=7))
     whole = expected(attached, posterior, Question(question.prompt, (tuple(tokens), (1,))), range(2), 0)[:, 0]
-    assert_close(each.sum(1), whole)
+    assert_close(each.log_probs.sum(1), whole)
+    assert each.others.shape == (len(tokens), 7)
+    assert each.others[:, 0].tolist() == tokens  # decoding was greedy
+    for at, others in enumerate(each.others.tolist()):
+        before = (*question.prompt, *tokens[:at])
+        likely = expected(attached, posterior, Question(before, tuple((token,) for token in others)), range(2), 0)
+        assert_close(each.other_log_probs[:, at], likely)
 
 
 def test_a_dead_engine_fails_its_requests_at_once_and_says_so(loop: Loop, tiny_model_folder: Path) -> None:
