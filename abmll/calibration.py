@@ -180,6 +180,38 @@ def prediction_set(probabilities: Tensor, threshold: float) -> Tensor:
     return inside | (probabilities == probabilities.amax(dim=-1, keepdim=True))
 
 
+def risk_thresholds(confidence: Sequence[Tensor], correct: Sequence[Tensor]) -> dict[str, float]:
+    """Confidence that answers must pass, so that few questions of a new task get a wrong answer.
+
+    Conformal risk control (Angelopoulos et al. 2022, arXiv 2208.02814, eq. 4): with L_i(t) the share of task i's
+    questions whose answer is wrong and has a confidence above t, the smallest t at which
+
+        (sum_i L_i(t) + 1) / (n + 1) <= risk
+
+    bounds the expected L of a new task exchangeable with these n by ``risk``. Questions that get no answer count as
+    not wrong.
+
+    Args:
+        confidence: Of each task's answers, shape (questions,).
+        correct: Whether they were right, shape (questions,).
+
+    Returns:
+        Risk ("0.01" to "0.50") to threshold; risks that so few tasks cannot bound are left out.
+    """
+    n = len(confidence)
+    wrong = torch.cat([each[~right].double() for each, right in zip(confidence, correct, strict=True)])
+    share = torch.cat([torch.full((int((~right).sum()),), 1 / len(right), dtype=torch.float64) for right in correct])
+    thresholds, order = torch.cat([wrong.new_zeros(1), wrong]).sort()
+    above = share.sum() - torch.cat([share.new_zeros(1), share])[order].cumsum(dim=0)
+    bound = (above.clamp_min(0) + 1) / (n + 1)
+    found: dict[str, float] = {}
+    for percent in range(1, 51):
+        (enough,) = torch.nonzero(bound <= percent / 100 + 1e-12, as_tuple=True)
+        if len(enough):
+            found[f"{percent / 100:.2f}"] = thresholds[enough[0]].item()
+    return found
+
+
 class ShotCalibration(BaseModel, frozen=True):
     """Calibration after adaptation with a number of shots.
 
@@ -189,6 +221,7 @@ class ShotCalibration(BaseModel, frozen=True):
         spread: Standard deviation of log T among tasks; 0 where all share one temperature, or it is a task's own.
         support: Held-out answers of its support set that a task's own temperature was fitted on; else 0.
         conformal: Coverage (as text, "0.9") to threshold on nonconformity after tempering.
+        risk: Risk (as text, "0.10") to the confidence that answers must pass, see ``risk_thresholds``.
         ece_before: Expected calibration error on the validation tasks before tempering.
         ece_after: After it, on held-out folds of validation tasks.
         questions: Validation answers that it was fitted on.
@@ -202,12 +235,18 @@ class ShotCalibration(BaseModel, frozen=True):
     spread: float = Field(default=0.0, ge=0)
     support: int = Field(default=0, ge=0)
     conformal: dict[str, float]
+    risk: dict[str, float] = Field(default_factory=dict)
     ece_before: float
     ece_after: float
     questions: int
     scatter: Scatter | None = None
     confidence: float | None = None
     epistemic: float | None = None
+
+    def risk_threshold(self, risk: float) -> float | None:
+        """Returns the confidence that answers must pass for a risk of at most this; None where none is known."""
+        known = [float(level) for level in self.risk if float(level) <= risk + 1e-9]
+        return self.risk[f"{max(known):.2f}"] if known else None
 
     def for_task(self, held_out: HeldOut | None) -> ShotCalibration:
         """Returns the calibration of one task with its own temperature; ``held_out`` as in ``task_temperature``."""

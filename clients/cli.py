@@ -48,6 +48,13 @@ def ask_command(
         float, typer.Option(min=0, max=1, help="With auto draws: what more of them may move the confidence by.")
     ] = 0.02,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws: same question, same answer.")] = 0,
+    abstain_below: Annotated[
+        float | None, typer.Option(min=0, max=1, show_default="always answer", help="Least confidence of an answer.")
+    ] = None,
+    target_risk: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, show_default="always answer", help="Most of a task's questions to answer wrongly."),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest free-text answer, in tokens.")] = 32,
     normalize: Annotated[
         Literal["sum", "mean"] | None,
@@ -71,6 +78,8 @@ def ask_command(
             draws=_draws(draws),
             tolerance=tolerance,
             seed=seed,
+            abstain_below=abstain_below,
+            target_risk=target_risk,
             max_tokens=max_tokens,
             tokens=not option,
             normalize=normalize,

@@ -106,14 +106,17 @@ class Client:
         draws: int | Literal["auto"] = "auto",
         tolerance: float = 0.02,
         seed: int = 0,
+        abstain_below: float | None = None,
+        target_risk: float | None = None,
         max_tokens: int = 32,
         tokens: bool = False,
         normalize: Normalize | None = None,
     ) -> Answer:
         """Asks a question: which of ``options``, or free text without them.
 
-        With automatic draws, ``tolerance`` is what further ones may move the confidence by. ``tokens``: whether the
-        answer tells a free text token by token.
+        With automatic draws, ``tolerance`` is what further ones may move the confidence by. Below the confidence
+        ``abstain_below``, or one by which at most ``target_risk`` of a task's questions get a wrong answer, there is
+        none. ``tokens``: whether the answer tells a free text token by token.
         """
         return self._send(
             calls.generate(
@@ -124,6 +127,8 @@ class Client:
                 draws=draws,
                 tolerance=tolerance,
                 seed=seed,
+                abstain_below=abstain_below,
+                target_risk=target_risk,
                 max_tokens=max_tokens,
                 tokens=tokens,
                 normalize=normalize,
@@ -279,14 +284,17 @@ class AsyncClient:
         draws: int | Literal["auto"] = "auto",
         tolerance: float = 0.02,
         seed: int = 0,
+        abstain_below: float | None = None,
+        target_risk: float | None = None,
         max_tokens: int = 32,
         tokens: bool = False,
         normalize: Normalize | None = None,
     ) -> Answer:
         """Asks a question: which of ``options``, or free text without them.
 
-        With automatic draws, ``tolerance`` is what further ones may move the confidence by. ``tokens``: whether the
-        answer tells a free text token by token.
+        With automatic draws, ``tolerance`` is what further ones may move the confidence by. Below the confidence
+        ``abstain_below``, or one by which at most ``target_risk`` of a task's questions get a wrong answer, there is
+        none. ``tokens``: whether the answer tells a free text token by token.
         """
         return await self._send(
             calls.generate(
@@ -297,6 +305,8 @@ class AsyncClient:
                 draws=draws,
                 tolerance=tolerance,
                 seed=seed,
+                abstain_below=abstain_below,
+                target_risk=target_risk,
                 max_tokens=max_tokens,
                 tokens=tokens,
                 normalize=normalize,

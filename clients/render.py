@@ -25,8 +25,12 @@ _LIKELIER = 3
 def answer(reply: Answer, options: Sequence[str] | None) -> RenderableType:
     """Shows an answer: confidence, a bar for each option, and what the doubt is made of."""
     note = "" if reply.calibrated is not False else ", not calibrated"
-    told = Text(reply.answer, "bold green") if reply.tokens is None else _coloured(reply.tokens)
+    told = Text(reply.answer or "", "bold green") if reply.tokens is None else _coloured(reply.tokens)
     headline = Text.assemble(told, f"   {_percent(reply.confidence)} confident{note}")
+    if reply.abstained is not None:
+        headline = Text.assemble(("no answer", "bold yellow"), f": {reply.abstained.reason}")
+        if not reply.probabilities:
+            headline = Text.assemble(headline, "\n\nit would have been: ", told)
     parts: list[RenderableType] = [headline, Text()]
     if reply.tokens is not None:
         parts += [_doubtful(reply.tokens), Text()]
@@ -92,13 +96,13 @@ def _doubtful(tokens: Sequence[Token]) -> Table:
     return grid
 
 
-def _bars(options: Sequence[str], probabilities: Sequence[float], chosen: str) -> Table:
+def _bars(options: Sequence[str], probabilities: Sequence[float], chosen: str | None) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(overflow="ellipsis", no_wrap=True, max_width=_OPTION_WIDTH)
     grid.add_column(width=_BAR_WIDTH)
     grid.add_column(justify="right")
     for option, probability in zip(options, probabilities, strict=True):
-        style = "green" if option.strip() == chosen.strip() else "cyan"
+        style = "green" if chosen is not None and option.strip() == chosen.strip() else "cyan"
         bar = Bar(size=1.0, begin=0.0, end=probability, width=_BAR_WIDTH, color=style)
         grid.add_row(Text(option), bar, _percent(probability))
     return grid

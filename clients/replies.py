@@ -66,10 +66,26 @@ class Token(Reply):
     likeliest: list[OtherToken]
 
 
+class Candidate(Reply):
+    """What might have been the answer, with its probability."""
+
+    answer: str
+    probability: float
+
+
+class Abstained(Reply):
+    """Why there is no answer; candidates are likeliest first."""
+
+    reason: str
+    threshold: float
+    candidates: list[Candidate]
+
+
 class Answer(Reply):
     """An answer with its confidence.
 
     Attributes:
+        answer: None where it was not sure enough for what was asked, see ``abstained``.
         probabilities: Of the options, in their order; None for free text.
         confidence: Probability of the answer, calibrated where ``calibrated`` is true.
         raw_confidence: The same before calibration.
@@ -81,7 +97,8 @@ class Answer(Reply):
     request_id: str
     task: str
     posterior: PosteriorId
-    answer: str
+    answer: str | None
+    abstained: Abstained | None = None
     options: list[str] | None = None
     probabilities: list[float] | None = None
     confidence: float

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from abmll.predictive import predictive
 from abmll.scoring import Question, tokenize
 from abmll.sequences import TokenScores, sequence_predictive
 from abmll.store import StoredPosterior
+from server.abstention import limit
 from server.admission import Admission
 from server.cache import ByteCache, tensor_bytes
 from server.clock import EngineTime, start_clock
@@ -29,6 +30,7 @@ from server.engine import Engine, Served
 from server.feedback import Answered
 from server.schemas import (
     MAX_EXAMPLES,
+    Candidate,
     ExampleIn,
     GenerateReply,
     GenerateRequest,
@@ -66,7 +68,7 @@ class _Scored:
 class _Answer:
     """What a question's two kinds, options and free text, are answered with."""
 
-    answer: str
+    answer: str | None
     answer_index: int | None
     probabilities: list[float] | None
     confidence: float
@@ -175,6 +177,7 @@ class Answerer:
         begun, clock = time.monotonic(), start_clock()
         draws = self._check(request)
         stored = await asyncio.to_thread(self.store.choose, request.task, request.version, _lot(request))
+        least = None if isinstance(request, ScoreRequest) else limit(request, _calibration(stored, request))
         question = await self._tokenize(stored, request)
         options: list[str] | None = None
         scores: torch.Tensor | None = None
@@ -204,12 +207,16 @@ class Answerer:
                 begun=begun,
             )
         )
+        abstained = None if least is None else least.abstain(answer.confidence, _candidates(answer, options))
+        if abstained is not None:
+            answer = replace(answer, answer=None, answer_index=None)
         total = time.monotonic() - begun
         return GenerateReply(
             request_id=request_id,
             task=request.task,
             posterior=PosteriorId(id=stored.digest, version=stored.record.version, task=request.task),
             options=options,
+            abstained=abstained,
             timing=Timing(total_ms=1e3 * total, engine_ms=1e3 * clock.engine, queue_ms=1e3 * clock.queued),
             **vars(answer),
         )
@@ -251,9 +258,8 @@ class Answerer:
         draws: int,
     ) -> tuple[_Answer, torch.Tensor]:
         """Chooses among options; gives the scores, shape (draws, options), too."""
-        served, trained = Served(stored.digest, stored.posterior), stored.posterior.config.normalize
-        normalize = request.normalize or trained
-        entry = _calibration(stored) if normalize == trained else None
+        served, entry = Served(stored.digest, stored.posterior), _calibration(stored, request)
+        normalize = request.normalize or stored.posterior.config.normalize
         if request.draws == "auto" and entry is not None and entry.scatter is not None:
             scores = await self._adaptive(served, question, request, draws, entry, entry.scatter)
         else:
@@ -353,8 +359,21 @@ def _lot(request: GenerateRequest | ScoreRequest) -> float:
     return int.from_bytes(hashlib.sha256(asked).digest()[:8], "big") / 2**64
 
 
-def _calibration(stored: StoredPosterior) -> ShotCalibration | None:
-    return None if stored.calibration is None else stored.calibration.nearest(stored.record.shots)
+def _calibration(stored: StoredPosterior, request: GenerateRequest) -> ShotCalibration | None:
+    """The calibration that holds for a question: for options, scored as the posterior was trained."""
+    standard = request.options is not None and request.normalize in (None, stored.posterior.config.normalize)
+    if stored.calibration is None or not standard:
+        return None
+    return stored.calibration.nearest(stored.record.shots)
+
+
+def _candidates(answer: _Answer, options: Sequence[str] | None) -> list[Candidate]:
+    """What might be the answer, likeliest first."""
+    if options is None or answer.probabilities is None:
+        return [Candidate(answer=answer.answer or "", probability=answer.raw_confidence)]
+    pairs = zip(options, answer.probabilities, strict=True)
+    found = [Candidate(answer=option, probability=probability) for option, probability in pairs]
+    return sorted(found, key=lambda candidate: -candidate.probability)
 
 
 def _set(probabilities: torch.Tensor, options: Sequence[str], entry: ShotCalibration | None) -> list[str] | None:

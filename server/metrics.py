@@ -74,6 +74,7 @@ class Metrics:
         self.draws = Histogram(
             "abmll_draws", "Draws of a question.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry
         )
+        self.abstained = Counter("abmll_abstained", "Answers withheld, not sure enough.", ["kind"], registry=registry)
         self.confidence = Histogram(
             "abmll_confidence", "Confidence of answers.", ["kind"], buckets=_SHARES, registry=registry
         )
@@ -88,6 +89,8 @@ class Metrics:
         self.queue_seconds.observe(reply.timing.queue_ms / 1e3)
         self.draws.observe(reply.draws)
         self.confidence.labels(kind).observe(reply.confidence)
+        if reply.abstained is not None:
+            self.abstained.labels(kind).inc()
         self.epistemic.labels(kind).observe(reply.uncertainty.epistemic)
 
     def watch(self, read: Callable[[], Snapshot], name: str) -> None:

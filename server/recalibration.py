@@ -15,6 +15,7 @@ from abmll.calibration import (
     conformal_scores,
     conformal_threshold,
     own_temperature,
+    risk_thresholds,
     temperature_evidence,
 )
 from abmll.errors import InvalidRequest
@@ -103,13 +104,16 @@ def refit(
         held_out.append(_probabilities(labelled[fold::_FOLDS], own_temperature(beliefs, evidence[:, rest])))
     measured_before = _measured(*_probabilities(labelled, before))
     measured_after = _measured(_stacked([p for p, _ in held_out]), torch.cat([a for _, a in held_out]))
-    nonconformity = conformal_scores(*_probabilities(labelled, after))
+    probabilities, answers = _probabilities(labelled, after)
+    nonconformity = conformal_scores(probabilities, answers)
+    confidence, chosen = probabilities.max(dim=-1)
     coverages = ["0.9"] if entry is None or not entry.conformal else list(entry.conformal)
     fitted = ShotCalibration(
         shots=shots,
         temperature=after,
         support=len(labelled),
         conformal={coverage: conformal_threshold(nonconformity, float(coverage)) for coverage in coverages},
+        risk=risk_thresholds(confidence.split(1), (chosen == answers).split(1)),  # a new question of the same task
         ece_before=measured_before.ece,
         ece_after=measured_after.ece,
         questions=len(labelled),

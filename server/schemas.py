@@ -58,6 +58,17 @@ class GenerateRequest(Request):
         description="Seconds until the question is given up with 504; null, or more than the server allows: as the "
         "server is set.",
     )
+    abstain_below: float | None = Field(
+        None, ge=0, le=1, description="Least confidence: below it the reply has no answer, but a reason and candidates."
+    )
+    target_risk: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="With options, in place of `abstain_below`: at most this share of a task's questions may get a "
+        "wrong answer; which confidence that takes is known from the validation tasks (conformal risk control).",
+        examples=[None],
+    )
     max_tokens: int = Field(32, ge=1, le=MAX_TOKENS, description="Longest free-text answer, in tokens.")
     tokens: bool = Field(False, description="Whether the reply tells a free-text answer token by token.")
     normalize: Literal["sum", "mean"] | None = Field(
@@ -130,22 +141,43 @@ class TokenReply(BaseModel):
     likeliest: list[OtherToken] = Field(description="The likeliest tokens in this place.")
 
 
+class Candidate(BaseModel):
+    """What might have been the answer."""
+
+    answer: str = Field(examples=["positive"])
+    probability: float = Field(description="As in `probabilities`; of free text, `raw_confidence`.", examples=[0.55])
+
+
+class Abstained(BaseModel):
+    """Why there is no answer."""
+
+    reason: str = Field(examples=["the likeliest answer has a confidence of 55.0 %, below the 80.0 % asked for"])
+    threshold: float = Field(description="The least confidence.", examples=[0.8])
+    candidates: list[Candidate] = Field(description="Likeliest first.")
+
+
 class GenerateReply(BaseModel):
     """An answer with its confidence."""
 
     request_id: str = Field(description="Also in the header `X-Request-ID`.", examples=["a1b2c3d4e5f60718"])
     task: str = Field(description="The task that was asked.", examples=["global"])
     posterior: PosteriorId
-    answer: str = Field(description="The most probable option, or the free text.", examples=["positive"])
-    answer_index: int | None = Field(description="Index of the answer in `options`; null for free text.", examples=[0])
+    answer: str | None = Field(
+        description="The most probable option, or the free text; null where it is not sure enough (`abstained`).",
+        examples=["positive"],
+    )
+    answer_index: int | None = Field(
+        description="Index of the answer in `options`; null for free text or none.", examples=[0]
+    )
+    abstained: Abstained | None = Field(description="Why there is no answer; null where there is one.")
     options: list[str] | None = Field(description="The options asked.", examples=[["positive", "negative"]])
     probabilities: list[float] | None = Field(
         description="Of the options, in their order, calibrated where `calibrated` is true; null for free text.",
         examples=[[0.83, 0.17]],
     )
     confidence: float = Field(
-        description="Probability of the answer, calibrated where `calibrated` is true. Free text: geometric mean "
-        "per token of the answer's predictive probability, not calibrated.",
+        description="Probability of the likeliest answer, calibrated where `calibrated` is true. Free text: geometric "
+        "mean per token of the answer's predictive probability, not calibrated.",
         examples=[0.83],
     )
     raw_confidence: float = Field(

@@ -26,6 +26,7 @@ from abmll.calibration import (
     conformal_threshold,
     fit_temperature_prior,
     prediction_set,
+    risk_thresholds,
     task_temperature,
 )
 from abmll.draw_scores import score_draws
@@ -181,7 +182,11 @@ def calibrate_anew(
 
 
 class Scores(BaseModel, frozen=True):
-    """Measures of a set of predictions, each a mean over tasks."""
+    """Measures of a set of predictions, each a mean over tasks.
+
+    ``answered_10`` and ``wrong_10`` are the shares of questions that get an answer, and a wrong one, where at most 10 %
+    may (``risk_thresholds``).
+    """
 
     accuracy: float
     chance: float
@@ -191,6 +196,8 @@ class Scores(BaseModel, frozen=True):
     auroc: float
     coverage_90: float | None = None
     set_size_90: float | None = None
+    answered_10: float | None = None
+    wrong_10: float | None = None
     epistemic: float
     tasks: int
 
@@ -229,6 +236,11 @@ def score(predictions: Sequence[TaskPredictions], calibration: Calibration | Non
         if sets is not None:
             row["coverage_90"] = sets.gather(-1, item.answers[:, None]).double().mean().item()
             row["set_size_90"] = sets.sum(-1).double().mean().item()
+        threshold = None if entry is None else entry.risk_threshold(0.1)
+        if threshold is not None:
+            told = confidence > threshold
+            row["answered_10"] = told.double().mean().item()
+            row["wrong_10"] = (told & ~correct).double().mean().item()
         rows.append(row)
     means = {key: _mean([row[key] for row in rows if key in row]) for key in rows[0]}
     ece = metrics.expected_calibration_error(torch.cat(confidences), torch.cat(corrects))
@@ -265,6 +277,10 @@ def calibrate(
                 temperature=prior.median,
                 spread=prior.spread,
                 conformal={str(level): conformal_threshold(nonconformity, level) for level in config.coverage},
+                risk=risk_thresholds(
+                    [p.confidence for p in tempered],
+                    [p.answer == i.answers for p, i in zip(tempered, group, strict=True)],
+                ),
                 ece_before=score(group, None).ece,
                 ece_after=_held_out_ece(group, known),
                 questions=len(nonconformity),

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from abmll.calibration import Calibration
 from training.evaluation import Scores, TaskPredictions, score
 
-_COLUMNS = ("tasks", "chance", "accuracy", "ece", "nll", "auroc", "epistemic", "coverage_90", "set_size_90")
+_COLUMNS = ("tasks", "chance", "accuracy", "ece", "nll", "auroc", "epistemic", "coverage_90", "set_size_90",
+            "answered_10", "wrong_10")  # fmt: skip
 
 
 def grouped(

@@ -18,6 +18,7 @@ from abmll.calibration import (
     conformal_threshold,
     fit_temperature_prior,
     prediction_set,
+    risk_thresholds,
     task_temperature,
 )
 from abmll.predictive import predictive
@@ -160,3 +161,47 @@ def test_the_entry_nearest_in_shots_is_used() -> None:
     ]
     calibration = Calibration(by_shots=entries, fitted_on=[], draws=8)
     assert [calibration.nearest(n).shots for n in (0, 1, 2, 8, 9, 64)] == [0, 0, 4, 4, 16, 16]
+
+
+def answered_tasks(count: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Confidences and correctness of tasks of 30 questions, of which the model is too sure to a different degree."""
+    generator = torch.Generator().manual_seed(seed)
+    confidence = torch.rand(count, 30, generator=generator)
+    honest = torch.rand(count, 1, generator=generator)
+    correct = torch.rand(count, 30, generator=generator) < confidence * honest
+    return list(confidence), list(correct)
+
+
+@pytest.mark.parametrize("tasks", [12, 60])
+def test_a_new_task_gets_no_more_wrong_answers_than_promised(tasks: int) -> None:
+    """Over many draws of validation tasks: the promise is of a mean, and not kept by answering hardly anything."""
+    confidence, correct = (torch.stack(part) for part in answered_tasks(4000, seed=1))
+    achieved: dict[str, list[float]] = {"0.10": [], "0.20": []}
+    for seed in range(2, 102):
+        found = risk_thresholds(*answered_tasks(tasks, seed))
+        for level, shares in achieved.items():
+            shares.append(((confidence > found[level]) & ~correct).double().mean().item())
+    for level, shares in achieved.items():
+        mean = sum(shares) / len(shares)
+        assert mean <= float(level) + 0.005
+        assert mean >= float(level) - 1.5 / (tasks + 1)
+
+
+def test_few_tasks_promise_no_small_risk_and_right_answers_need_no_confidence() -> None:
+    right = [torch.ones(5, dtype=torch.bool)] * 9
+    found = risk_thresholds([torch.rand(5)] * 9, right)
+    assert min(found) == "0.10"
+    assert set(found.values()) == {0.0}
+    entry = ShotCalibration(shots=0, temperature=1, conformal={}, risk=found, ece_before=0, ece_after=0, questions=1)
+    assert entry.risk_threshold(0.105) == 0.0
+    assert entry.risk_threshold(0.09) is None
+
+
+def test_a_threshold_is_the_least_that_keeps_the_promise() -> None:
+    confidence = [torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([0.5, 0.4, 0.3, 0.2])]
+    correct = [torch.tensor([True, False, True, False]), torch.tensor([False, True, False, True])]
+    found = risk_thresholds(confidence, correct)
+    assert "0.33" not in found  # two tasks promise a third at best
+    assert found["0.34"] == pytest.approx(0.8)  # (0 + 1) / 3
+    assert found["0.42"] == pytest.approx(0.6)  # (1/4 + 1) / 3
+    assert found["0.50"] == pytest.approx(0.5)  # (2/4 + 1) / 3

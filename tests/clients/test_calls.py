@@ -21,6 +21,8 @@ def test_a_question_is_sent_with_every_field_of_the_contract():
         draws="auto",
         tolerance=0.1,
         seed=3,
+        abstain_below=0.4,
+        target_risk=None,
         max_tokens=5,
         tokens=True,
         normalize="mean",
@@ -28,7 +30,7 @@ def test_a_question_is_sent_with_every_field_of_the_contract():
     assert (call.method, call.path) == ("POST", "/generate")
     assert call.body == {
         "prompt": "p", "task": "t", "version": 2, "options": ["a", "b"], "draws": "auto", "tolerance": 0.1, "seed": 3,
-        "max_tokens": 5, "tokens": True, "normalize": "mean",
+        "abstain_below": 0.4, "target_risk": None, "max_tokens": 5, "tokens": True, "normalize": "mean",
     }  # fmt: skip
 
 
@@ -62,6 +64,8 @@ def test_fields_that_a_newer_server_adds_are_kept():
             draws=1,
             tolerance=0.1,
             seed=0,
+            abstain_below=None,
+            target_risk=None,
             max_tokens=1,
             tokens=False,
             normalize="sum",

@@ -54,6 +54,7 @@ def global_posterior(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathF
             temperature=t,
             spread=spread,
             conformal={"0.9": 0.95},
+            risk={"0.20": 0.999, "0.50": 0.0},
             ece_before=0.1,
             ece_after=0.05,
             questions=100,

@@ -166,6 +166,48 @@ def test_an_answer_that_cannot_be_scored_is_refused_with_the_reason(
     assert field is None or error["field"] == field
 
 
+def test_an_answer_that_is_not_sure_enough_is_withheld_with_the_reason_and_the_candidates(server: Server) -> None:
+    def ask(**fields: Any) -> dict[str, Any]:
+        return without_times(server.http.post("/generate", json=QUESTION | fields).json())
+
+    plain = ask()
+    assert plain["abstained"] is None
+    own = plain["confidence"]
+    assert ask(abstain_below=own) == ask(abstain_below=own / 2) == ask(target_risk=0.6) == plain
+    for fields in ({"abstain_below": (1 + own) / 2}, {"target_risk": 0.2}):
+        withheld = ask(**fields)
+        said = withheld.pop("abstained")
+        assert withheld | {"answer": plain["answer"], "answer_index": plain["answer_index"], "abstained": None} == plain
+        assert withheld["answer"] is withheld["answer_index"] is None
+        assert said["threshold"] > own
+        assert f"{100 * own:.1f} %" in said["reason"]
+        ordered = sorted(plain["probabilities"], reverse=True)
+        assert [candidate["probability"] for candidate in said["candidates"]] == ordered
+        assert said["candidates"][0]["answer"] == plain["answer"]
+    text = {"prompt": "please set an alarm", "max_tokens": 3}
+    answer = server.http.post("/generate", json=text).json()
+    nothing = server.http.post("/generate", json=text | {"abstain_below": 1}).json()
+    assert nothing["answer"] is None
+    assert nothing["abstained"]["candidates"][0]["answer"] == answer["answer"]
+    assert 'abmll_abstained_total{kind="options"} ' in server.http.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"target_risk": 0.1}, "0.2 or more"),
+        ({"target_risk": 0.3, "abstain_below": 0.5}, "give one"),
+        ({"target_risk": 0.3, "options": None}, "free text"),
+        ({"target_risk": 0.3, "normalize": "sum"}, "abstain_below"),
+    ],
+)
+def test_a_risk_that_cannot_be_promised_is_refused(server: Server, fields: dict[str, Any], told: str) -> None:
+    reply = server.http.post("/generate", json=QUESTION | fields)
+    assert reply.status_code == 422, reply.text
+    assert reply.json()["error"]["field"] == "target_risk"
+    assert told in reply.json()["error"]["message"]
+
+
 GENERATE_ERRORS: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"prompt": ""}, 422, "InvalidRequest", "prompt"),
     ({"prompt": " \n"}, 422, "InvalidRequest", "prompt"),
@@ -175,6 +217,8 @@ GENERATE_ERRORS: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"prompt": "a b " * 400, "options": ["a", "b"]}, 413, "PromptTooLong", "prompt"),
     ({"prompt": "a b " * 20_000, "options": ["a", "b"]}, 413, "PromptTooLong", "prompt"),
     ({"prompt": "q", "options": []}, 422, "InvalidRequest", "options"),
+    ({"prompt": "q", "abstain_below": 1.5}, 422, "InvalidRequest", "abstain_below"),
+    ({"prompt": "q", "target_risk": 0}, 422, "InvalidRequest", "target_risk"),
     ({"prompt": "q", "options": ["one"]}, 422, "InvalidRequest", "options"),
     ({"prompt": "q", "options": ["a", "b ", "a"]}, 422, "InvalidRequest", "options"),
     ({"prompt": "q", "options": ["a", " "]}, 422, "InvalidRequest", "options"),

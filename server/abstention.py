@@ -1,0 +1,73 @@
+"""When a question gets no answer, because it would be too unsure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from abmll.calibration import ShotCalibration
+from abmll.errors import InvalidRequest
+from server.schemas import Abstained, Candidate, GenerateRequest
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The confidence that an answer needs.
+
+    Attributes:
+        threshold: It must reach this; with a risk, pass it.
+        risk: The share of questions that may get a wrong answer; None where the threshold was given.
+    """
+
+    threshold: float
+    risk: float | None = None
+
+    def abstain(self, confidence: float, candidates: Sequence[Candidate]) -> Abstained | None:
+        """Says why a question gets no answer; None: it gets one.
+
+        Args:
+            confidence: Of the likeliest answer.
+            candidates: What might have been the answer, likeliest first.
+        """
+        if confidence > self.threshold or (self.risk is None and confidence == self.threshold):
+            return None
+        own, least = f"{100 * confidence:.1f} %", f"{100 * self.threshold:.1f} %"
+        reason = f"the likeliest answer has a confidence of {own}, below the {least} asked for"
+        if self.risk is not None:
+            reason = (
+                f"the likeliest answer has a confidence of {own}; only above {least} do wrong answers stay within "
+                f"{100 * self.risk:g} % of a task's questions"
+            )
+        return Abstained(reason=reason, threshold=self.threshold, candidates=list(candidates))
+
+
+def limit(request: GenerateRequest, entry: ShotCalibration | None) -> Limit | None:
+    """Returns what a question says of the confidence that its answer needs; None: any will do.
+
+    Args:
+        request: The question.
+        entry: The calibration that its confidence has; None where it has none.
+
+    Raises:
+        InvalidRequest: The question asks for a promise that the calibration cannot give.
+    """
+    if request.target_risk is None:
+        return None if request.abstain_below is None else Limit(request.abstain_below)
+    if request.abstain_below is not None:
+        raise InvalidRequest(
+            "abstain_below and target_risk both say which confidence is needed; give one", field="target_risk"
+        )
+    if entry is None or not entry.risk:
+        what = "free text" if request.options is None else "this posterior's confidence"
+        raise InvalidRequest(
+            f"{what} is not calibrated for a risk to be promised; give abstain_below instead", field="target_risk"
+        )
+    threshold = entry.risk_threshold(request.target_risk)
+    if threshold is None:
+        least = min(map(float, entry.risk))
+        raise InvalidRequest(
+            f"target_risk {request.target_risk:g} is less than what it was calibrated on can promise; give {least:g} "
+            "or more",
+            field="target_risk",
+        )
+    return Limit(threshold, request.target_risk)
