@@ -46,6 +46,7 @@ def generate(
     abstain_below: float | None,
     target_risk: float | None,
     max_tokens: int,
+    stop: Sequence[str],
     tokens: bool,
     normalize: Normalize | None,
 ) -> Call[Answer]:
@@ -61,6 +62,7 @@ def generate(
         "abstain_below": abstain_below,
         "target_risk": target_risk,
         "max_tokens": max_tokens,
+        "stop": list(stop),
         "tokens": tokens,
         "normalize": normalize,
     }

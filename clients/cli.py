@@ -56,6 +56,9 @@ def ask_command(
         typer.Option(min=0, max=1, show_default="always answer", help="Most of a task's questions to answer wrongly."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest free-text answer, in tokens.")] = 32,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Where a free-text answer ends; repeat. \\n is a line's end.")
+    ] = None,
     normalize: Annotated[
         Literal["sum", "mean"] | None,
         typer.Option(
@@ -81,6 +84,7 @@ def ask_command(
             abstain_below=abstain_below,
             target_risk=target_risk,
             max_tokens=max_tokens,
+            stop=[text.replace("\\n", "\n") for text in stop or []],
             tokens=not option,
             normalize=normalize,
         )

@@ -109,6 +109,7 @@ class Client:
         abstain_below: float | None = None,
         target_risk: float | None = None,
         max_tokens: int = 32,
+        stop: Sequence[str] = (),
         tokens: bool = False,
         normalize: Normalize | None = None,
     ) -> Answer:
@@ -130,6 +131,7 @@ class Client:
                 abstain_below=abstain_below,
                 target_risk=target_risk,
                 max_tokens=max_tokens,
+                stop=stop,
                 tokens=tokens,
                 normalize=normalize,
             )
@@ -287,6 +289,7 @@ class AsyncClient:
         abstain_below: float | None = None,
         target_risk: float | None = None,
         max_tokens: int = 32,
+        stop: Sequence[str] = (),
         tokens: bool = False,
         normalize: Normalize | None = None,
     ) -> Answer:
@@ -308,6 +311,7 @@ class AsyncClient:
                 abstain_below=abstain_below,
                 target_risk=target_risk,
                 max_tokens=max_tokens,
+                stop=stop,
                 tokens=tokens,
                 normalize=normalize,
             )

@@ -54,7 +54,8 @@ class Token(Reply):
     """One token of a free text, given those before it.
 
     Attributes:
-        text: All tokens' texts together are the answer; empty for its end, or part of a character.
+        text: All tokens' texts together are the answer, and the stop string that ended it; empty for the text's end,
+            or part of a character.
         probability: Predictive probability; all tokens' product is the answer's ``raw_confidence``.
         uncertainty: Of the next token in this place.
         likeliest: The likeliest tokens in this place.

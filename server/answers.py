@@ -30,6 +30,7 @@ from server.engine import Engine, Served
 from server.feedback import Answered
 from server.schemas import (
     MAX_EXAMPLES,
+    MAX_TOKENS,
     Candidate,
     ExampleIn,
     GenerateReply,
@@ -42,7 +43,7 @@ from server.schemas import (
 )
 from server.settings import Settings
 from server.store import TaskStore
-from server.texts import LIKELY, tell_tokens
+from server.texts import LIKELY, tell_tokens, until_stop
 
 COVERAGE = "0.9"
 # Longer texts are tokenized beside the event loop: a tokenizer reads about a million characters a second.
@@ -318,13 +319,14 @@ class Answerer:
     ) -> _Answer:
         """Decodes under the posterior mean, and scores what was decoded, its end included, under the draws."""
         served = Served(stored.digest, stored.posterior)
-        tokens = await self.engine.generate(served, question.prompt, request.max_tokens)
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        decoded = await self.engine.generate(served, question.prompt, request.max_tokens, request.stop)
+        tokens, text, stopped = until_stop(self.tokenizer, decoded, request.stop)
         end: int | None = self.tokenizer.eos_token_id
-        scored = [*tokens, end] if len(tokens) < request.max_tokens and end is not None else tokens
+        if not stopped and len(tokens) < request.max_tokens and end is not None:
+            tokens.append(end)
         others = LIKELY if request.tokens else 0
-        scores = await self.engine.score_tokens(served, question.prompt, scored, range(draws), request.seed, others)
-        return self._judged(text, scores, request.tokens)
+        scores = await self.engine.score_tokens(served, question.prompt, tokens, range(draws), request.seed, others)
+        return self._judged(text.strip(), scores, request.tokens)
 
     async def _given_text(
         self, stored: StoredPosterior, question: Question, request: ScoreRequest, draws: int
@@ -332,6 +334,8 @@ class Answerer:
         """Scores a finished text under the draws: as an option is scored, whatever follows it."""
         served = Served(stored.digest, stored.posterior)
         tokens = question.options[0]
+        if len(tokens) > MAX_TOKENS:
+            raise PromptTooLong(f"answer is {len(tokens)} tokens; at most {MAX_TOKENS} are scored", field="answer")
         scores = await self.engine.score_tokens(served, question.prompt, tokens, range(draws), request.seed, LIKELY)
         return self._judged(request.answer, scores, True)
 

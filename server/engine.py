@@ -72,8 +72,14 @@ class Engine(Protocol):
         """Scores each option under each draw: shape (draws, options), nats, as ``abmll.scoring.option_scores``."""
         ...
 
-    async def generate(self, served: Served, prompt: Sequence[int], max_tokens: int) -> list[int]:
-        """Decodes greedily under the posterior mean; ends before an end-of-text token or at ``max_tokens``."""
+    async def generate(
+        self, served: Served, prompt: Sequence[int], max_tokens: int, stop: Sequence[str] = ()
+    ) -> list[int]:
+        """Decodes greedily under the posterior mean.
+
+        Ends before an end-of-text token, at ``max_tokens``, or at the token whose text holds (the end of) one of
+        ``stop``; more tokens may follow that.
+        """
         ...
 
     async def score_tokens(

@@ -70,6 +70,12 @@ class GenerateRequest(Request):
         examples=[None],
     )
     max_tokens: int = Field(32, ge=1, le=MAX_TOKENS, description="Longest free-text answer, in tokens.")
+    stop: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(
+        default_factory=list,
+        max_length=8,
+        description="A free-text answer ends before the first of these strings.",
+        examples=[["\n"]],
+    )
     tokens: bool = Field(False, description="Whether the reply tells a free-text answer token by token.")
     normalize: Literal["sum", "mean"] | None = Field(
         None,
@@ -129,7 +135,8 @@ class TokenReply(BaseModel):
     """One token of a free-text answer, given those before it; draws that foresaw them count more."""
 
     text: str = Field(
-        description="All tokens' texts together are the answer. Empty: the end of the text, or part of a character.",
+        description="All tokens' texts together are the answer, and the stop string that ended it. Empty: the end of "
+        "the text, or part of a character.",
         examples=[" Paris"],
     )
     probability: float = Field(

@@ -60,5 +60,24 @@ def pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
     return found
 
 
+def until_stop(tokenizer: Any, tokens: Sequence[int], stop: Sequence[str]) -> tuple[list[int], str, bool]:
+    """Cuts a decoded text at the first of several stop strings.
+
+    Args:
+        tokenizer: The base model's.
+        tokens: Of the text.
+        stop: The strings; perhaps none.
+
+    Returns:
+        The tokens up to the one that ends the stop string, the text before it, and whether there was one.
+    """
+    for count in range(1, len(tokens) + 1 if stop else 0):
+        text = tokenizer.decode(tokens[:count], skip_special_tokens=True)
+        places = [place for string in stop if (place := text.find(string)) >= 0]
+        if places:
+            return list(tokens[:count]), text[: min(places)], True
+    return list(tokens), tokenizer.decode(tokens, skip_special_tokens=True), False
+
+
 def _one(tokenizer: Any, token: int) -> str:
     return tokenizer.decode([token], skip_special_tokens=False)

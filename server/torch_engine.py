@@ -47,6 +47,7 @@ class _Kind:
     draws: tuple[int, ...] = ()
     seed: int = 0
     max_tokens: int = 0
+    stop: tuple[str, ...] = ()
     others: int = 0
     beginning: tuple[int, ...] = ()
 
@@ -166,9 +167,11 @@ class TorchEngine:
         """Scores each option under each draw, shape (draws, options); see ``Engine``."""
         return await self._ask(_Kind(normalize, served.key, tuple(draws), seed), served, question)
 
-    async def generate(self, served: Served, prompt: Sequence[int], max_tokens: int) -> list[int]:
+    async def generate(
+        self, served: Served, prompt: Sequence[int], max_tokens: int, stop: Sequence[str] = ()
+    ) -> list[int]:
         """Decodes greedily under the posterior mean; see ``Engine``."""
-        kind = _Kind("generate", served.key, max_tokens=max_tokens)
+        kind = _Kind("generate", served.key, max_tokens=max_tokens, stop=tuple(stop))
         return await self._ask(kind, served, Question(tuple(prompt), ()))
 
     async def score_tokens(
@@ -271,7 +274,7 @@ class TorchEngine:
             self._reuses = reuses_beginnings(self._attached, posterior)
         kind, questions = batch[0].kind, [item.question for item in batch]
         if kind.work == "generate":
-            return self._decode(posterior, [question.prompt for question in questions], kind.max_tokens)
+            return self._decode(posterior, [question.prompt for question in questions], kind)
         if kind.beginning and not self._reuses:
             kind = replace(kind, beginning=())
         read = len(kind.beginning)
@@ -356,7 +359,7 @@ class TorchEngine:
             [self._signs.get((shape, seed, i), lambda i=i: draw_signs(posterior, seed, i)) for i in draws]
         )
 
-    def _decode(self, posterior: Posterior, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+    def _decode(self, posterior: Posterior, prompts: Sequence[Sequence[int]], kind: _Kind) -> list[list[int]]:
         """Decodes prompts together, padded on the left, under the mean."""
         assert self._base is not None
         assert self._attached is not None
@@ -371,8 +374,10 @@ class TorchEngine:
             output = self._model.generate(
                 ids.to(self.device),
                 attention_mask=mask.to(self.device),
-                max_new_tokens=max_tokens,
+                max_new_tokens=kind.max_tokens,
                 do_sample=False,
+                stop_strings=list(kind.stop) or None,
+                tokenizer=tokenizer,
                 pad_token_id=tokenizer.pad_token_id or 0,
                 eos_token_id=stops or None,
                 temperature=None,

@@ -291,19 +291,26 @@ class VllmEngine:
             results.append(found)
         return results
 
-    async def generate(self, served: Served, prompt: Sequence[int], max_tokens: int) -> list[int]:
+    async def generate(
+        self, served: Served, prompt: Sequence[int], max_tokens: int, stop: Sequence[str] = ()
+    ) -> list[int]:
         """Decodes greedily under the posterior mean, see ``Engine.generate``."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
-            max_tokens=max_tokens, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+            max_tokens=max_tokens,
+            temperature=0.0,
+            stop=list(stop),
+            detokenize=bool(stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
         async with self._holding(served, 0, [None]) as adapters:
             outputs = await self._gather([(tuple(prompt), params, adapters[0])])
         completion = outputs[0].outputs[0]
         tokens = list(completion.token_ids)
-        return tokens[:-1] if completion.finish_reason == "stop" else tokens
+        ended = completion.finish_reason == "stop" and not isinstance(completion.stop_reason, str)
+        return tokens[:-1] if ended else tokens
 
     @asynccontextmanager
     async def _holding(

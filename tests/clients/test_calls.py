@@ -24,13 +24,14 @@ def test_a_question_is_sent_with_every_field_of_the_contract():
         abstain_below=0.4,
         target_risk=None,
         max_tokens=5,
+        stop=("\n",),
         tokens=True,
         normalize="mean",
     )
     assert (call.method, call.path) == ("POST", "/generate")
     assert call.body == {
         "prompt": "p", "task": "t", "version": 2, "options": ["a", "b"], "draws": "auto", "tolerance": 0.1, "seed": 3,
-        "abstain_below": 0.4, "target_risk": None, "max_tokens": 5, "tokens": True, "normalize": "mean",
+        "abstain_below": 0.4, "target_risk": None, "max_tokens": 5, "stop": ["\n"], "tokens": True, "normalize": "mean",
     }  # fmt: skip
 
 
@@ -67,6 +68,7 @@ def test_fields_that_a_newer_server_adds_are_kept():
             abstain_below=None,
             target_risk=None,
             max_tokens=1,
+            stop=(),
             tokens=False,
             normalize="sum",
         ),

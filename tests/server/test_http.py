@@ -130,6 +130,25 @@ def test_a_free_text_is_told_token_by_token_where_it_is_asked_for(server: Server
         assert ordered[0] + 1e-6 >= token["probability"]
 
 
+def test_a_free_text_ends_before_a_stop_string(server: Server) -> None:
+    request = {"prompt": "please set an alarm", "max_tokens": 12, "tokens": True}
+    whole = server.http.post("/generate", json=request).json()
+    told = "".join(token["text"] for token in whole["tokens"])
+    middle = len(told) // 2
+    stop = told[middle : middle + 3]
+    cut = server.http.post("/generate", json=request | {"stop": ["never said", stop]}).json()
+    assert cut["answer"] == told[: told.index(stop)].strip()
+    count = len(cut["tokens"])
+    assert stop in "".join(token["text"] for token in cut["tokens"])
+    assert stop not in "".join(token["text"] for token in cut["tokens"][:-1])
+    assert count < len(whole["tokens"])
+    for ours, theirs in zip(cut["tokens"], whole["tokens"][:count], strict=True):
+        assert ours["probability"] == pytest.approx(theirs["probability"], rel=1e-3)
+    assert without_times(
+        server.http.post("/generate", json=request | {"stop": ["never said"]}).json()
+    ) == without_times(whole)
+
+
 def test_a_finished_answer_is_scored_whole_and_token_by_token(server: Server) -> None:
     request = {"prompt": QUESTION["prompt"], "answer": QUESTION["options"][0], "draws": 4}
     reply = server.http.post("/score", json=request).json()
@@ -217,6 +236,8 @@ GENERATE_ERRORS: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"prompt": "a b " * 400, "options": ["a", "b"]}, 413, "PromptTooLong", "prompt"),
     ({"prompt": "a b " * 20_000, "options": ["a", "b"]}, 413, "PromptTooLong", "prompt"),
     ({"prompt": "q", "options": []}, 422, "InvalidRequest", "options"),
+    ({"prompt": "q", "stop": [""]}, 422, "InvalidRequest", "stop[0]"),
+    ({"prompt": "q", "stop": ["x"] * 9}, 422, "InvalidRequest", "stop"),
     ({"prompt": "q", "abstain_below": 1.5}, 422, "InvalidRequest", "abstain_below"),
     ({"prompt": "q", "target_risk": 0}, 422, "InvalidRequest", "target_risk"),
     ({"prompt": "q", "options": ["one"]}, 422, "InvalidRequest", "options"),

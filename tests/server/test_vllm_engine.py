@@ -24,6 +24,7 @@ from abmll.posterior import Posterior
 from abmll.scoring import Question, tokenize
 from server.engine import Served
 from server.local_server import processes_below
+from server.texts import until_stop
 from server.vllm_engine import VllmEngine
 from tests.server.conftest import TARGETS, random_posterior
 from training.base_model import BaseModel, load_base
@@ -174,6 +175,14 @@ def test_free_text_is_the_torch_models_and_its_tokens_scores_too(
             ids.append(best)
     assert tokens == ids[len(question.prompt) :]
     assert tokens
+    said = base.tokenizer.decode(tokens)
+    stop = said[len(said) // 2 :][:2]
+    cut, text, stopped = until_stop(
+        base.tokenizer, loop.run(engine.generate(served(posterior), question.prompt, 6, [stop])), [stop]
+    )
+    assert stopped
+    assert cut == tokens[: len(cut)]
+    assert text == said[: said.index(stop)]
     each = loop.run(engine.score_tokens(served(posterior), question.prompt, tokens, range(2), 0, others=7))
     whole = expected(attached, posterior, Question(question.prompt, (tuple(tokens), (1,))), range(2), 0)[:, 0]
     assert_close(each.log_probs.sum(1), whole)
