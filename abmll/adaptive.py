@@ -17,6 +17,8 @@ from torch import Tensor
 
 from abmll.predictive import option_log_probs, pair_means
 
+# What further draws may move a confidence by, at 95 %, where nothing else is said.
+TOLERANCE = 0.02
 # How many pairs what is usual counts for, beside a question's own: of d, and of the scatter between pairs.
 _USUAL_HALVES = 8
 _USUAL_PAIRS = 8
@@ -89,6 +91,20 @@ def settled(scores: Tensor, temperature: float, most: int, tolerance: float, sca
     pooled = (_USUAL_PAIRS * usual + (count - 1) * own) / freedom
     reach = float(stdtrit(freedom, _LEVEL)) * (pooled * max(0.0, 1 / count - 2 / most)) ** 0.5
     return reach <= tolerance and 2 * reach < pairs.lead.item()
+
+
+def draws_needed(scores: Tensor, temperature: float, tolerance: float, scatter: Scatter) -> int:
+    """Returns how many draws settle a question of which all draws are known.
+
+    Args:
+        scores: Option scores under mirrored draws, shape (draws, options), in nats.
+        temperature: Divides them.
+        tolerance: As for ``settled``.
+        scatter: What is usual.
+    """
+    most = len(scores)
+    stops = (stage.stop for stage in stages(most))
+    return next((stop for stop in stops if settled(scores[:stop], temperature, most, tolerance, scatter)), most)
 
 
 class _Pairs:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from abmll.adaptive import TOLERANCE
 from abmll.calibration import Calibration
 from abmll.examples import MAX_OPTIONS
 from server.jobs import Job, Status
@@ -45,7 +46,7 @@ class GenerateRequest(Request):
         "the answer and its confidence to within `tolerance`, at most the server's default; else that default.",
     )
     tolerance: float = Field(
-        0.02,
+        TOLERANCE,
         ge=0,
         le=1,
         description="With `draws: auto`: what further draws may move the confidence by, at 95 %. 0: all draws.",

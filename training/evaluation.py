@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from abmll import metrics
-from abmll.adaptive import fit_scatter
+from abmll.adaptive import TOLERANCE, Scatter, draws_needed, fit_scatter
 from abmll.calibration import (
     Calibration,
     HeldOut,
@@ -32,7 +32,7 @@ from abmll.calibration import (
 from abmll.draw_scores import score_draws
 from abmll.layers import Attached
 from abmll.posterior import Posterior
-from abmll.predictive import predictive
+from abmll.predictive import Predictive, predictive
 from training.adaptation import AdaptConfig, run_inner
 from training.base_model import BaseModel as Base
 from training.episodes import draw_support, label, relabelled
@@ -185,7 +185,7 @@ class Scores(BaseModel, frozen=True):
     """Measures of a set of predictions, each a mean over tasks.
 
     ``answered_10`` and ``wrong_10`` are the shares of questions that get an answer, and a wrong one, where at most 10 %
-    may (``risk_thresholds``).
+    may (``risk_thresholds``); ``draws`` is how many draws settle a question (``settled``), ``ece_auto`` ECE with these.
     """
 
     accuracy: float
@@ -198,6 +198,8 @@ class Scores(BaseModel, frozen=True):
     set_size_90: float | None = None
     answered_10: float | None = None
     wrong_10: float | None = None
+    draws: float | None = None
+    ece_auto: float | None = None
     epistemic: float
     tasks: int
 
@@ -216,6 +218,7 @@ def score(predictions: Sequence[TaskPredictions], calibration: Calibration | Non
     rows: list[dict[str, float]] = []
     confidences: list[Tensor] = []
     corrects: list[Tensor] = []
+    adaptive: list[Predictive] = []
     for item in predictions:
         entry = None if calibration is None else calibration.nearest(item.shots).for_task(item.support)
         result = predictive(item.scores, 1.0 if entry is None else entry.temperature)
@@ -241,10 +244,27 @@ def score(predictions: Sequence[TaskPredictions], calibration: Calibration | Non
             told = confidence > threshold
             row["answered_10"] = told.double().mean().item()
             row["wrong_10"] = (told & ~correct).double().mean().item()
+        if entry is not None and entry.scatter is not None:
+            few = [_with_few_draws(item.scores[:, n], entry.temperature, entry.scatter) for n in range(len(correct))]
+            row["draws"] = sum(part.draws for part in few) / len(few)
+            adaptive += few
         rows.append(row)
     means = {key: _mean([row[key] for row in rows if key in row]) for key in rows[0]}
-    ece = metrics.expected_calibration_error(torch.cat(confidences), torch.cat(corrects))
-    return Scores(**means, ece=ece, tasks=len({item.task.name for item in predictions}))
+    right = torch.cat(corrects)
+    ece = metrics.expected_calibration_error(torch.cat(confidences), right)
+    ece_auto: float | None = None
+    if len(adaptive) == len(right):
+        answers = torch.cat([item.answers for item in predictions])
+        confidence = torch.stack([part.confidence for part in adaptive])
+        ece_auto = metrics.expected_calibration_error(
+            confidence, torch.stack([part.answer for part in adaptive]) == answers
+        )
+    return Scores(**means, ece=ece, ece_auto=ece_auto, tasks=len({item.task.name for item in predictions}))
+
+
+def _with_few_draws(scores: Tensor, temperature: float, scatter: Scatter) -> Predictive:
+    """The predictive distribution of one question with as many draws as settle it, shape (draws, options)."""
+    return predictive(scores[: draws_needed(scores, temperature, TOLERANCE, scatter)], temperature)
 
 
 def calibrate(
@@ -277,10 +297,7 @@ def calibrate(
                 temperature=prior.median,
                 spread=prior.spread,
                 conformal={str(level): conformal_threshold(nonconformity, level) for level in config.coverage},
-                risk=risk_thresholds(
-                    [p.confidence for p in tempered],
-                    [p.answer == i.answers for p, i in zip(tempered, group, strict=True)],
-                ),
+                risk=_risk(group, tempered),
                 ece_before=score(group, None).ece,
                 ece_after=_held_out_ece(group, known),
                 questions=len(nonconformity),
@@ -290,6 +307,16 @@ def calibrate(
             )
         )
     return Calibration(by_shots=entries, fitted_on=sorted({item.task.name for item in predictions}), draws=config.draws)
+
+
+def _risk(group: Sequence[TaskPredictions], tempered: Sequence[Predictive]) -> dict[str, float]:
+    """Thresholds for a risk; a task counts once, whatever the number of its support sets."""
+    confidence: dict[str, list[Tensor]] = {}
+    correct: dict[str, list[Tensor]] = {}
+    for item, result in zip(group, tempered, strict=True):
+        confidence.setdefault(item.task.name, []).append(result.confidence)
+        correct.setdefault(item.task.name, []).append(result.answer == item.answers)
+    return risk_thresholds(list(map(torch.cat, confidence.values())), list(map(torch.cat, correct.values())))
 
 
 def _fit_prior(group: Sequence[TaskPredictions], familiar: Sequence[TaskPredictions]) -> TemperaturePrior:

@@ -8,7 +8,7 @@ from abmll.calibration import Calibration
 from training.evaluation import Scores, TaskPredictions, score
 
 _COLUMNS = ("tasks", "chance", "accuracy", "ece", "nll", "auroc", "epistemic", "coverage_90", "set_size_90",
-            "answered_10", "wrong_10")  # fmt: skip
+            "answered_10", "wrong_10", "draws", "ece_auto")  # fmt: skip
 
 
 def grouped(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from abmll.adaptive import Scatter, fit_scatter, settled, stages
+from abmll.adaptive import Scatter, draws_needed, fit_scatter, settled, stages
 from abmll.predictive import predictive
 
 MOST, TOLERANCE = 16, 0.02
@@ -20,11 +20,6 @@ def questions(count: int, noise: float, seed: int) -> Tensor:
     return centre + torch.stack([half, -half], dim=1).flatten(0, 1)
 
 
-def draws_taken(scores: Tensor, scatter: Scatter, tolerance: float = TOLERANCE) -> int:
-    stops = [stage.stop for stage in stages(MOST)]
-    return next((stop for stop in stops if settled(scores[:stop], 1.0, MOST, tolerance, scatter)), MOST)
-
-
 @pytest.mark.parametrize("noise", [0.1, 0.4, 0.8])
 def test_what_is_settled_stays_as_often_as_promised(noise: float) -> None:
     scatter = fit_scatter([questions(300, noise, 0)], [1.0])
@@ -34,7 +29,7 @@ def test_what_is_settled_stays_as_often_as_promised(noise: float) -> None:
     within = same = total = 0
     for number in range(scores.shape[1]):
         own = scores[:, number]
-        count = draws_taken(own, scatter)
+        count = draws_needed(own, 1.0, TOLERANCE, scatter)
         total += count
         part = predictive(own[:count])
         within += abs(part.confidence - whole.confidence[number]).item() <= TOLERANCE
@@ -50,7 +45,7 @@ def test_a_question_that_scatters_more_than_others_takes_more_draws() -> None:
     scatter = fit_scatter([questions(300, 0.1, 0)], [1.0])
     assert scatter is not None
     means = [
-        sum(draws_taken(scores[:, n], scatter) for n in range(60)) / 60
+        sum(draws_needed(scores[:, n], 1.0, TOLERANCE, scatter) for n in range(60)) / 60
         for scores in (questions(60, 0.1, 2), questions(60, 1.2, 2))
     ]
     assert means[1] > 2 * means[0]

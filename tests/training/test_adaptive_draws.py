@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from abmll.adaptive import fit_scatter, settled, stages
+from abmll.adaptive import draws_needed, fit_scatter
 from abmll.calibration import fit_temperature_prior
 from abmll.draw_scores import score_draws
 from abmll.layers import attach
@@ -42,8 +42,7 @@ def test_answers_and_calibration_are_those_of_all_draws() -> None:
     counts: list[int] = []
     adaptive: list[torch.Tensor] = []
     for number in range(tested.shape[1]):
-        own, stops = tested[:, number], [stage.stop for stage in stages(MOST)]
-        count = next((stop for stop in stops if settled(own[:stop], temperature, MOST, TOLERANCE, scatter)), MOST)
+        count = draws_needed(tested[:, number], temperature, TOLERANCE, scatter)
         counts.append(count)
         adaptive.append(predictive(tested[:count, number], temperature).probabilities)
     probabilities = torch.stack(adaptive)
