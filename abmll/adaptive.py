@@ -67,7 +67,9 @@ def stages(most: int) -> Iterator[range]:
         taken = stage.stop
 
 
-def settled(scores: Tensor, temperature: float, most: int, tolerance: float, scatter: Scatter) -> bool:
+def settled(
+    scores: Tensor, temperature: float, most: int, tolerance: float, scatter: Scatter, threshold: float | None = None
+) -> bool:
     """Whether the draws that are left would change nothing, at 95 %.
 
     With k of K pairs drawn, the mean of all K differs from the mean of k by a deviation of s sqrt(1/k - 1/K). s is the
@@ -79,6 +81,7 @@ def settled(scores: Tensor, temperature: float, most: int, tolerance: float, sca
         most: Draws that would be taken at most.
         tolerance: What the answer's probability may still move by.
         scatter: What is usual.
+        threshold: A confidence that the answer needs; which side of it is settled too.
     """
     if len(scores) < 2:
         return False
@@ -90,7 +93,8 @@ def settled(scores: Tensor, temperature: float, most: int, tolerance: float, sca
     freedom = _USUAL_PAIRS + count - 1
     pooled = (_USUAL_PAIRS * usual + (count - 1) * own) / freedom
     reach = float(stdtrit(freedom, _LEVEL)) * (pooled * max(0.0, 1 / count - 2 / most)) ** 0.5
-    return reach <= tolerance and 2 * reach < pairs.lead.item()
+    clear = threshold is None or abs(pairs.chance.item() - threshold) > reach
+    return clear and reach <= tolerance and 2 * reach < pairs.lead.item()
 
 
 def draws_needed(scores: Tensor, temperature: float, tolerance: float, scatter: Scatter) -> int:
@@ -113,6 +117,7 @@ class _Pairs:
     Attributes:
         means: Of each pair, shape (pairs, n).
         squared_half: Mean of d^2, shape (n,).
+        chance: The answer's probability, mean over draws, shape (n,).
         variance: v, shape (n,); of an answer that is all but certain, a little more.
         lead: How far the answer's probability is above the next option's, shape (n,).
     """
@@ -123,6 +128,6 @@ class _Pairs:
         top = each.gather(-1, best.indices[..., :1].expand(*each.shape[:-1], 1)).squeeze(-1)
         self.means = pair_means(top)
         self.squared_half = pair_means(top**2).sub(self.means**2).clamp_min(0).mean(dim=0)
-        chance = best.values[..., 0]
-        self.variance = (chance * (1 - chance)).clamp_min(_LEAST_VARIANCE)
-        self.lead = chance - best.values[..., 1]
+        self.chance = best.values[..., 0]
+        self.variance = (self.chance * (1 - self.chance)).clamp_min(_LEAST_VARIANCE)
+        self.lead = self.chance - best.values[..., 1]

@@ -83,6 +83,13 @@ class TokenScores:
     other_log_probs: Tensor
 
 
+def no_tokens(draws: int, others: int) -> TokenScores:
+    """Scores of an empty text."""
+    none = torch.zeros(draws, 0)
+    ids = torch.zeros(0, dtype=torch.long)
+    return TokenScores(ids, none, ids[:, None].expand(0, others), none[..., None].expand(draws, 0, others))
+
+
 @dataclass(frozen=True)
 class TokenPredictive:
     """Uncertainty at each place of a text, given what stands before it; entropies in nats.

@@ -53,7 +53,7 @@ def ask_command(
     ] = None,
     target_risk: Annotated[
         float | None,
-        typer.Option(min=0, max=1, show_default="always answer", help="Most of a task's questions to answer wrongly."),
+        typer.Option(min=0, max=1, show_default="always answer", help="Largest share of questions to answer wrongly."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest free-text answer, in tokens.")] = 32,
     stop: Annotated[

@@ -116,7 +116,7 @@ class Client:
         """Asks a question: which of ``options``, or free text without them.
 
         With automatic draws, ``tolerance`` is what further ones may move the confidence by. Below the confidence
-        ``abstain_below``, or one by which at most ``target_risk`` of a task's questions get a wrong answer, there is
+        ``abstain_below``, or one by which at most ``target_risk`` of questions get a wrong answer on average, there is
         none. ``tokens``: whether the answer tells a free text token by token.
         """
         return self._send(
@@ -296,7 +296,7 @@ class AsyncClient:
         """Asks a question: which of ``options``, or free text without them.
 
         With automatic draws, ``tolerance`` is what further ones may move the confidence by. Below the confidence
-        ``abstain_below``, or one by which at most ``target_risk`` of a task's questions get a wrong answer, there is
+        ``abstain_below``, or one by which at most ``target_risk`` of questions get a wrong answer on average, there is
         none. ``tokens``: whether the answer tells a free text token by token.
         """
         return await self._send(

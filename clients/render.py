@@ -30,7 +30,8 @@ def answer(reply: Answer, options: Sequence[str] | None) -> RenderableType:
     if reply.abstained is not None:
         headline = Text.assemble(("no answer", "bold yellow"), f": {reply.abstained.reason}")
         if not reply.probabilities:
-            headline = Text.assemble(headline, "\n\nit would have been: ", told)
+            likeliest = told if reply.tokens else Text(reply.abstained.candidates[0].answer)
+            headline = Text.assemble(headline, "\n\nit would have been: ", likeliest)
     parts: list[RenderableType] = [headline, Text()]
     if reply.tokens is not None:
         parts += [_doubtful(reply.tokens), Text()]
@@ -88,7 +89,7 @@ def _doubtful(tokens: Sequence[Token]) -> Table:
         token = tokens[at]
         likelier = [other for other in token.likeliest if other.probability > token.probability][:_LIKELIER]
         grid.add_row(
-            Text(repr(token.text) if token.text else "(end)"),
+            Text(repr(token.text) if token.text else "(end)" if at == len(tokens) - 1 else "(part)"),
             _percent(token.probability),
             f"{token.uncertainty.epistemic:.3f} nats",
             Text(", ".join(f"{other.text!r} {_percent(other.probability)}" for other in likelier)),

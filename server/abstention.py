@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,12 +32,13 @@ class Limit:
         """
         if confidence > self.threshold or (self.risk is None and confidence == self.threshold):
             return None
-        own, least = f"{100 * confidence:.1f} %", f"{100 * self.threshold:.1f} %"
+        # Rounded down, so that it never reads as the one that is needed.
+        own, least = f"{math.floor(1000 * confidence) / 10:g} %", f"{100 * self.threshold:.4g} %"
         reason = f"the likeliest answer has a confidence of {own}, below the {least} asked for"
         if self.risk is not None:
             reason = (
                 f"the likeliest answer has a confidence of {own}; only above {least} do wrong answers stay within "
-                f"{100 * self.risk:g} % of a task's questions"
+                f"{100 * self.risk:g} % of questions on average"
             )
         return Abstained(reason=reason, threshold=self.threshold, candidates=list(candidates))
 
@@ -60,7 +62,9 @@ def limit(request: GenerateRequest, entry: ShotCalibration | None) -> Limit | No
     if entry is None or not entry.risk:
         what = "free text" if request.options is None else "this posterior's confidence"
         raise InvalidRequest(
-            f"{what} is not calibrated for a risk to be promised; give abstain_below instead", field="target_risk"
+            f"{what} is not calibrated for a risk to be promised; give abstain_below, or calibrate anew "
+            "(abmll calibrate) and teach the task again",
+            field="target_risk",
         )
     threshold = entry.risk_threshold(request.target_risk)
     if threshold is None:

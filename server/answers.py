@@ -13,26 +13,25 @@ from typing import Any
 
 import torch
 
-from abmll.adaptive import Scatter, settled, stages
+from abmll.adaptive import settled, stages
 from abmll.calibration import ShotCalibration, prediction_set
-from abmll.errors import DeadlineExceeded, InvalidExamples, InvalidRequest, PromptTooLong
-from abmll.examples import Example, Template, check_options, resolve_answer
+from abmll.errors import DeadlineExceeded, InvalidRequest, PromptTooLong
+from abmll.examples import check_options
 from abmll.posterior import Normalize
 from abmll.predictive import predictive
 from abmll.scoring import Question, tokenize
 from abmll.sequences import TokenScores, sequence_predictive
 from abmll.store import StoredPosterior
-from server.abstention import limit
+from server.abstention import Limit, limit
 from server.admission import Admission
 from server.cache import ByteCache, tensor_bytes
 from server.clock import EngineTime, start_clock
 from server.engine import Engine, Served
 from server.feedback import Answered
+from server.inputs import check_prompt
 from server.schemas import (
-    MAX_EXAMPLES,
     MAX_TOKENS,
     Candidate,
-    ExampleIn,
     GenerateReply,
     GenerateRequest,
     PosteriorId,
@@ -80,41 +79,6 @@ class _Answer:
     standard_error: float
     draws: int
     tokens: list[TokenReply] | None = None
-
-
-def check_prompt(prompt: str, field: str = "prompt") -> None:
-    """Checks that a prompt says something.
-
-    Raises:
-        InvalidRequest: It is blank.
-    """
-    if not prompt.strip():
-        raise InvalidRequest(f"{field} is empty; give a question", field=field)
-
-
-def read_examples(given: Sequence[ExampleIn], tokenizer: Any, template: Template, context: int) -> list[Example]:
-    """Checks labelled examples; every error names the example and the field.
-
-    Raises:
-        InvalidExamples: Too few or too many, blank, or labelled with an answer outside the options.
-        PromptTooLong: One exceeds the model's context.
-    """
-    if not 1 <= len(given) <= MAX_EXAMPLES:
-        raise InvalidExamples(f"examples has {len(given)} entries; give 1 to {MAX_EXAMPLES}", field="examples")
-    examples: list[Example] = []
-    for number, example in enumerate(given):
-        where = f"examples[{number}]"
-        try:
-            check_prompt(example.prompt)
-            check_options(example.options)
-            tokenize(tokenizer, template, example.prompt, example.options, context)
-        except PromptTooLong as error:
-            raise PromptTooLong(f"{where}: {error.message}", field=f"{where}.prompt") from error
-        except InvalidRequest as error:
-            raise InvalidExamples(f"{where}: {error.message}", field=f"{where}.{error.field}") from error
-        answer = resolve_answer(example.answer, example.options, f"{where}.answer")
-        examples.append(Example(example.prompt, tuple(example.options), answer))
-    return examples
 
 
 class Answerer:
@@ -182,15 +146,21 @@ class Answerer:
         question = await self._tokenize(stored, request)
         options: list[str] | None = None
         scores: torch.Tensor | None = None
+        text: TokenScores | None = None
         with EngineTime(clock):
             async with self.admission.admitted(request.task):
                 if isinstance(request, ScoreRequest):
-                    answer = await self._given_text(stored, question, request, draws)
+                    answer, text = await self._given_text(stored, question, request, draws)
                 elif request.options is None:
-                    answer = await self._free_text(stored, question, request, draws)
+                    answer, text = await self._free_text(stored, question, request, draws)
                 else:
                     options = request.options
-                    answer, scores = await self._choose(stored, question, request, options, draws)
+                    answer, scores = await self._choose(stored, question, request, options, draws, least)
+        if text is not None and (isinstance(request, ScoreRequest) or request.tokens):
+            answer = replace(answer, tokens=await asyncio.to_thread(tell_tokens, self.tokenizer, text))
+        abstained = None if least is None else least.abstain(answer.confidence, _candidates(answer, options))
+        if abstained is not None:
+            answer = replace(answer, answer=None, answer_index=None)
         standard = isinstance(request, ScoreRequest) or request.normalize in (None, stored.posterior.config.normalize)
         self.note(
             Answered(
@@ -208,9 +178,6 @@ class Answerer:
                 begun=begun,
             )
         )
-        abstained = None if least is None else least.abstain(answer.confidence, _candidates(answer, options))
-        if abstained is not None:
-            answer = replace(answer, answer=None, answer_index=None)
         total = time.monotonic() - begun
         return GenerateReply(
             request_id=request_id,
@@ -234,21 +201,38 @@ class Answerer:
         return draws
 
     async def _tokenize(self, stored: StoredPosterior, request: GenerateRequest | ScoreRequest) -> Question:
-        template = stored.posterior.config.template
-        # A free-text answer, and its end, take part of the context.
         if isinstance(request, ScoreRequest):
-            options, taken = [request.answer], 0
-        else:
-            options, taken = request.options or [], 0 if request.options else request.max_tokens + 1
-        room = self.engine.context - taken
+            return await self._tokenize_answer(stored, request)
+        # A free-text answer, and its end, take part of the context.
+        room = self.engine.context - (request.max_tokens + 1 if request.options is None else 0)
         if room < 1:
             raise InvalidRequest(
-                f"max_tokens is {taken - 1}, but prompt and answer share {self.engine.context} tokens",
+                f"max_tokens is {request.max_tokens}, but prompt and answer share {self.engine.context} tokens",
                 field="max_tokens",
             )
-        if len(request.prompt) + sum(map(len, options)) < _LONG:
-            return tokenize(self.tokenizer, template, request.prompt, options, room)
-        return await asyncio.to_thread(tokenize, self.tokenizer, template, request.prompt, options, room)
+        return await self._encode(stored, request.prompt, request.options or [], room)
+
+    async def _tokenize_answer(self, stored: StoredPosterior, request: ScoreRequest) -> Question:
+        try:
+            # vLLM needs room for one token more than it is asked about.
+            question = await self._encode(stored, request.prompt, [request.answer], self.engine.context - 1)
+        except PromptTooLong as error:
+            longer = "answer" if len(request.answer) > len(request.prompt) else "prompt"
+            raise PromptTooLong(
+                f"prompt and answer together exceed the {self.engine.context - 1} tokens that can be scored: "
+                f"shorten the {longer}",
+                field=longer,
+            ) from error
+        count = len(question.options[0])
+        if count > MAX_TOKENS:
+            raise PromptTooLong(f"answer is {count} tokens; at most {MAX_TOKENS} are scored", field="answer")
+        return question
+
+    async def _encode(self, stored: StoredPosterior, prompt: str, options: Sequence[str], room: int) -> Question:
+        template = stored.posterior.config.template
+        if len(prompt) + sum(map(len, options)) < _LONG:
+            return tokenize(self.tokenizer, template, prompt, options, room)
+        return await asyncio.to_thread(tokenize, self.tokenizer, template, prompt, options, room)
 
     async def _choose(
         self,
@@ -257,12 +241,13 @@ class Answerer:
         request: GenerateRequest,
         options: list[str],
         draws: int,
+        least: Limit | None,
     ) -> tuple[_Answer, torch.Tensor]:
         """Chooses among options; gives the scores, shape (draws, options), too."""
         served, entry = Served(stored.digest, stored.posterior), _calibration(stored, request)
         normalize = request.normalize or stored.posterior.config.normalize
         if request.draws == "auto" and entry is not None and entry.scatter is not None:
-            scores = await self._adaptive(served, question, request, draws, entry, entry.scatter)
+            scores = await self._adaptive(served, question, request, draws, entry, least)
         else:
             scores = await self._score(served, question, range(draws), request.seed, normalize)
         temperature = 1.0 if entry is None else entry.temperature
@@ -303,20 +288,22 @@ class Answerer:
         request: GenerateRequest,
         most: int,
         entry: ShotCalibration,
-        scatter: Scatter,
+        least: Limit | None,
     ) -> torch.Tensor:
         """Scores under a pair of draws, and doubles them until they settle the answer or are all."""
+        assert entry.scatter is not None
+        threshold = None if least is None else least.threshold
         parts: list[torch.Tensor] = []
         for stage in stages(most):
             normalize = served.posterior.config.normalize
             parts.append(await self._score(served, question, stage, request.seed, normalize))
-            if settled(torch.cat(parts), entry.temperature, most, request.tolerance, scatter):
+            if settled(torch.cat(parts), entry.temperature, most, request.tolerance, entry.scatter, threshold):
                 break
         return torch.cat(parts)
 
     async def _free_text(
         self, stored: StoredPosterior, question: Question, request: GenerateRequest, draws: int
-    ) -> _Answer:
+    ) -> tuple[_Answer, TokenScores]:
         """Decodes under the posterior mean, and scores what was decoded, its end included, under the draws."""
         served = Served(stored.digest, stored.posterior)
         decoded = await self.engine.generate(served, question.prompt, request.max_tokens, request.stop)
@@ -326,34 +313,31 @@ class Answerer:
             tokens.append(end)
         others = LIKELY if request.tokens else 0
         scores = await self.engine.score_tokens(served, question.prompt, tokens, range(draws), request.seed, others)
-        return self._judged(text.strip(), scores, request.tokens)
+        return _judged(text.strip(), scores), scores
 
     async def _given_text(
         self, stored: StoredPosterior, question: Question, request: ScoreRequest, draws: int
-    ) -> _Answer:
+    ) -> tuple[_Answer, TokenScores]:
         """Scores a finished text under the draws: as an option is scored, whatever follows it."""
-        served = Served(stored.digest, stored.posterior)
-        tokens = question.options[0]
-        if len(tokens) > MAX_TOKENS:
-            raise PromptTooLong(f"answer is {len(tokens)} tokens; at most {MAX_TOKENS} are scored", field="answer")
+        served, tokens = Served(stored.digest, stored.posterior), question.options[0]
         scores = await self.engine.score_tokens(served, question.prompt, tokens, range(draws), request.seed, LIKELY)
-        return self._judged(request.answer, scores, True)
+        return _judged(request.answer, scores), scores
 
-    def _judged(self, text: str, scores: TokenScores, tell: bool) -> _Answer:
-        result = sequence_predictive(scores.log_probs)
-        return _Answer(
-            answer=text,
-            answer_index=None,
-            probabilities=None,
-            confidence=result.per_token,
-            raw_confidence=result.probability,
-            calibrated=False,
-            prediction_set=None,
-            uncertainty=Uncertainty(total=result.total, aleatoric=result.aleatoric, epistemic=result.epistemic),
-            standard_error=result.standard_error,
-            draws=len(scores.log_probs),
-            tokens=tell_tokens(self.tokenizer, scores) if tell else None,
-        )
+
+def _judged(text: str, scores: TokenScores) -> _Answer:
+    result = sequence_predictive(scores.log_probs)
+    return _Answer(
+        answer=text,
+        answer_index=None,
+        probabilities=None,
+        confidence=result.per_token,
+        raw_confidence=result.probability,
+        calibrated=False,
+        prediction_set=None,
+        uncertainty=Uncertainty(total=result.total, aleatoric=result.aleatoric, epistemic=result.epistemic),
+        standard_error=result.standard_error,
+        draws=len(scores.log_probs),
+    )
 
 
 def _lot(request: GenerateRequest | ScoreRequest) -> float:

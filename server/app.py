@@ -16,10 +16,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from abmll.errors import EngineFailure, TaskConflict, TaskNotFound
 from server.access import ANY, Access
-from server.answers import read_examples
 from server.body_limit import BodyLimit
 from server.connection import while_connected
 from server.errors import install
+from server.inputs import read_examples
 from server.keys import Keys
 from server.logs import Logged, audit, current_request
 from server.metrics import Measured, Metrics
@@ -120,7 +120,8 @@ def _add_questions(app: FastAPI, service: Service, access: Access, metrics: Metr
         if service.settings.log_prompts:
             logger.info("task %r is asked %r", asked.task, asked.prompt)
         reply = await while_connected(request, answer(asked, context.id))
-        metrics.observe(reply)
+        kind = "score" if isinstance(asked, ScoreRequest) else "text" if asked.options is None else "options"
+        metrics.observe(reply, kind)
         return reply
 
     @app.post(

@@ -57,7 +57,7 @@ class Answered:
         scores: Log-probabilities of the options in nats, shape (draws, options); None for free text.
         standard: Whether options were scored as the posterior was trained.
         draws: Draws used.
-        answer: Index of the answer in the options; None for free text.
+        answer: Index of the answer in the options; None for free text, or where none was given.
         probabilities: Of the options, as they were told; None for free text.
         confidence: As it was told.
         epistemic: Epistemic uncertainty in nats, as it was told.
@@ -257,8 +257,11 @@ class Feedback:
         begun = time.monotonic()
         with self._database.transaction() as db:
             row = _find(db, request_id)
+            withheld = row["options"] is not None and row["answer"] is None
+            if withheld and answer is None:
+                raise InvalidRequest("no answer was given to this question; say which option is right", field="correct")
             label = None if answer is None else _label(row, answer)
-            right = bool(correct) if answer is None else label == row["answer"]
+            right = bool(correct) if answer is None else label == _likeliest(row)
             # Of more than two, a no does not say which is right: to know only the yeses would be a biased sample.
             if label is None and row["options"] is not None and len(json.loads(row["options"])) == 2:
                 label = row["answer"] if right else 1 - row["answer"]
@@ -328,9 +331,18 @@ def _find(db: Connection, request_id: str) -> Row:
     row = db.execute("SELECT * FROM answers WHERE request_id = ?", (request_id,)).fetchone()
     if row is None:
         raise AnswerNotFound(
-            f"no answer {request_id[:40]!r} is kept; request_id stands in the reply to POST /generate", "request_id"
+            f"no answer {request_id[:40]!r} is kept; request_id is in the reply to POST /generate or /score",
+            "request_id",
         )
     return row
+
+
+def _likeliest(row: Row) -> int | None:
+    """The likeliest option, whether it was given as the answer or withheld; None for free text."""
+    if row["probabilities"] is None:
+        return None
+    probabilities: list[float] = json.loads(row["probabilities"])
+    return max(range(len(probabilities)), key=probabilities.__getitem__)
 
 
 def _label(row: Row, answer: str | int) -> int:

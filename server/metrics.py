@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Literal
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
@@ -82,9 +83,8 @@ class Metrics:
             "abmll_epistemic_nats", "Epistemic uncertainty of answers.", ["kind"], buckets=_NATS, registry=registry
         )
 
-    def observe(self, reply: GenerateReply) -> None:
-        """Counts an answer."""
-        kind = "text" if reply.probabilities is None else "options"
+    def observe(self, reply: GenerateReply, kind: Literal["options", "text", "score"]) -> None:
+        """Counts an answer, of our own or of others (``score``)."""
         self.engine_seconds.observe(reply.timing.engine_ms / 1e3)
         self.queue_seconds.observe(reply.timing.queue_ms / 1e3)
         self.draws.observe(reply.draws)

@@ -68,6 +68,13 @@ def _measured(probabilities: Tensor, answers: Tensor) -> Measured:
     )
 
 
+def _risk(confidence: Tensor, correct: Tensor) -> dict[str, float]:
+    """Thresholds for a risk in new questions of the same task; none under all that was judged: unknown there."""
+    least = confidence.min().item()
+    found = risk_thresholds(confidence.split(1), correct.split(1))
+    return {level: max(threshold, least) for level, threshold in found.items()}
+
+
 def refit(
     stored: StoredPosterior, labelled: Labelled, prior: Calibration | None
 ) -> tuple[Calibration, RecalibrationReply]:
@@ -113,7 +120,7 @@ def refit(
         temperature=after,
         support=len(labelled),
         conformal={coverage: conformal_threshold(nonconformity, float(coverage)) for coverage in coverages},
-        risk=risk_thresholds(confidence.split(1), (chosen == answers).split(1)),  # a new question of the same task
+        risk=_risk(confidence, chosen == answers),
         ece_before=measured_before.ece,
         ece_after=measured_after.ece,
         questions=len(labelled),

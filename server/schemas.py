@@ -66,8 +66,8 @@ class GenerateRequest(Request):
         None,
         gt=0,
         lt=1,
-        description="With options, in place of `abstain_below`: at most this share of a task's questions may get a "
-        "wrong answer; which confidence that takes is known from the validation tasks (conformal risk control).",
+        description="With options, in place of `abstain_below`: at most this share of questions has a wrong answer, on "
+        "average over tasks like the validation tasks, which tell what confidence that takes (conformal risk control).",
         examples=[None],
     )
     max_tokens: int = Field(32, ge=1, le=MAX_TOKENS, description="Longest free-text answer, in tokens.")
@@ -99,7 +99,8 @@ class ScoreRequest(Request):
 
     prompt: Text = Field(description="The question. Must not be blank.", examples=["What is the capital of France?"])
     answer: Text = Field(
-        description="The answer. Must not be blank. It is scored as an option is, whatever follows it.",
+        description=f"The answer, of at most {MAX_TOKENS} tokens. Must not be blank. It is scored as an option is, "
+        "whatever follows it.",
         examples=["Paris"],
     )
     task: str = Field(GLOBAL, description="Which posterior scores: `global`, or a task made by `POST /adapt`.")
@@ -136,8 +137,8 @@ class TokenReply(BaseModel):
     """One token of a free-text answer, given those before it; draws that foresaw them count more."""
 
     text: str = Field(
-        description="All tokens' texts together are the answer, and the stop string that ended it. Empty: the end of "
-        "the text, or part of a character.",
+        description="All tokens' texts together are the answer, with white space around it and the stop string that "
+        "ended it. Empty: the end of the text, or part of a character.",
         examples=[" Paris"],
     )
     probability: float = Field(
@@ -160,7 +161,9 @@ class Abstained(BaseModel):
     """Why there is no answer."""
 
     reason: str = Field(examples=["the likeliest answer has a confidence of 55.0 %, below the 80.0 % asked for"])
-    threshold: float = Field(description="The least confidence.", examples=[0.8])
+    threshold: float = Field(
+        description="The confidence that an answer must reach; with `target_risk`, pass.", examples=[0.8]
+    )
     candidates: list[Candidate] = Field(description="Likeliest first.")
 
 
@@ -298,10 +301,13 @@ class FeedbackRequest(Request):
     """What is said of an answer: the right one, or whether it was right."""
 
     request_id: str = Field(
-        max_length=64, description="As in the reply to `POST /generate`.", examples=["a1b2c3d4e5f60718"]
+        max_length=64, description="As in the reply to `POST /generate` or `/score`.", examples=["a1b2c3d4e5f60718"]
     )
     answer: Text | int | None = Field(None, description="The right option: its text, or its index.")
-    correct: bool | None = Field(None, description="Whether the answer was right; the only way for free text.")
+    correct: bool | None = Field(
+        None,
+        description="Whether the answer was right; the only way for free text, none for an answer that was withheld.",
+    )
 
 
 class FeedbackReply(BaseModel):

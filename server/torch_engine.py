@@ -20,9 +20,10 @@ from abmll.errors import AbmllError, EngineFailure
 from abmll.layers import Attached, attach
 from abmll.posterior import Posterior
 from abmll.scoring import Batch, Normalize, Question, likeliest_tokens, option_scores, pack, token_log_probs
-from abmll.sequences import TokenScores
+from abmll.sequences import TokenScores, no_tokens
 from server.cache import ByteCache, tensor_bytes
 from server.clock import Clock, current_clock
+from server.decoding import StopStrings, end_tokens, until_end
 from server.engine import EngineState, Served
 from server.shared_beginnings import SharedBeginnings
 from training.allocator import keep_freed_memory
@@ -184,6 +185,8 @@ class TorchEngine:
         others: int = 0,
     ) -> TokenScores:
         """Scores each token, and likely others in its place, under each draw; see ``Engine``."""
+        if not tokens:
+            return no_tokens(len(draws), others)
         question = Question(tuple(prompt), (tuple(tokens),))
         return await self._ask(_Kind("tokens", served.key, tuple(draws), seed, others=others), served, question)
 
@@ -295,16 +298,22 @@ class TorchEngine:
         assert self._attached is not None
         others = torch.zeros(len(packed.token), 0, dtype=torch.long, device=packed.token.device)
         if kind.others:
+            # Whole prompts: what is kept of a beginning is of draws, not of the mean.
+            at_once = max(1, self.pass_tokens // max(question.longest for question in questions))
             with self._attached.using(posterior) as model:
-                others = likeliest_tokens(model, pack(questions).to(self.device), kind.others)
+                parts = [
+                    likeliest_tokens(model, pack(questions[start : start + at_once]).to(self.device), kind.others)
+                    for start in range(0, len(questions), at_once)
+                ]
+            others = torch.cat(parts)
         values = self._draws(posterior, packed.also(others), kind, token_log_probs)
         values = values.view(len(kind.draws), len(others), -1)
         lengths = [len(question.options[0]) for question in questions]
-        parts = zip(packed.token.cpu().split(lengths), values.split(lengths, dim=1), others.cpu().split(lengths),
+        texts = zip(packed.token.cpu().split(lengths), values.split(lengths, dim=1), others.cpu().split(lengths),
                     strict=True)  # fmt: skip
         return [
             TokenScores(tokens.clone(), scores[..., 0].clone(), likely.clone(), scores[..., 1:].clone())
-            for tokens, scores, likely in parts
+            for tokens, scores, likely in texts
         ]
 
     @property
@@ -369,36 +378,24 @@ class TorchEngine:
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
-        stops = _stop_tokens(self._model, tokenizer)
+        ends = end_tokens(self._model, tokenizer)
         with self._attached.using(posterior):
             output = self._model.generate(
                 ids.to(self.device),
                 attention_mask=mask.to(self.device),
                 max_new_tokens=kind.max_tokens,
                 do_sample=False,
-                stop_strings=list(kind.stop) or None,
-                tokenizer=tokenizer,
+                stopping_criteria=[StopStrings(tokenizer, kind.stop, width)] if kind.stop else None,
                 pad_token_id=tokenizer.pad_token_id or 0,
-                eos_token_id=stops or None,
+                eos_token_id=ends or None,
                 temperature=None,
                 top_p=None,
                 top_k=None,
             )
-        return [_until(row, stops) for row in output[:, width:].tolist()]
+        return [until_end(row, ends) for row in output[:, width:].tolist()]
 
 
 def _tokens(question: Question, kind: _Kind) -> int:
     """Tokens of a question's row, as packed; those that are kept count for what they take of memory."""
     kept = len(kind.beginning)
     return len(question.prompt) - kept + kept // _KEPT + sum(max(0, len(option) - 1) for option in question.options)
-
-
-def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
-    given = getattr(model.generation_config, "eos_token_id", None)
-    stops = set(given if isinstance(given, list) else [given]) | {tokenizer.eos_token_id}
-    return sorted(stop for stop in stops if stop is not None)
-
-
-def _until(tokens: Sequence[int], stops: Sequence[int]) -> list[int]:
-    end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
-    return list(tokens[:end])

@@ -17,40 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abmll.errors import AbmllError, EngineFailure
+from abmll.errors import EngineFailure
 from abmll.posterior import LayerPosterior, Normalize, Posterior, PosteriorConfig
 from abmll.scoring import Question
-from abmll.sequences import TokenScores
+from abmll.sequences import TokenScores, no_tokens
 from server.adapters import Adapter, AdapterCache
 from server.clock import current_clock
 from server.engine import EngineState, Served
 from server.trie import Step, option_steps, token_steps
+from server.vllm_setup import adapter_rank, fused, set_environment, target_shapes
 
 logger = logging.getLogger(__name__)
 
-# vLLM builds its kernels for these ranks alone.
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-# vLLM runs these projections as one, and knows LoRA targets by the fused name.
-_FUSED = {
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-}
 _DEAD = "vLLM's engine process has died; ask again once it has been started anew"
-
-
-def adapter_rank(rank: int) -> int:
-    """Returns the smallest rank that vLLM supports and a draw fits in.
-
-    Raises:
-        AbmllError: The draw's rank is too large for any.
-    """
-    for supported in RANKS:
-        if supported >= rank:
-            return supported
-    raise AbmllError(f"draws have rank {rank}; vLLM takes at most {RANKS[-1]}: lower the posterior's rank")
 
 
 class VllmEngine:
@@ -106,7 +85,7 @@ class VllmEngine:
 
     async def start(self) -> None:
         """Loads the model and warms up every path, so that nothing is left to compile."""
-        _set_environment()
+        set_environment()
         self._building = asyncio.ensure_future(asyncio.to_thread(self._build))
         try:
             self._llm = await asyncio.shield(self._building)
@@ -138,7 +117,7 @@ class VllmEngine:
             "max_loras": self.slots,
             "max_cpu_loras": 4 * self.slots,
             # LoRA on what posteriors target alone: on a CPU 3.5 times faster than on every module.
-            "lora_target_modules": sorted({_FUSED.get(target, target) for target in self.targets}),
+            "lora_target_modules": sorted({fused(target) for target in self.targets}),
             "enable_prefix_caching": True,
             "max_logprobs": 128,
         }
@@ -154,7 +133,7 @@ class VllmEngine:
 
     async def _warm_up(self) -> None:
         config = PosteriorConfig(base_model=self.model, family="subspace", rank=1)
-        shapes = await asyncio.to_thread(_target_shapes, self.model, self.revision, self.targets, self.layers)
+        shapes = await asyncio.to_thread(target_shapes, self.model, self.revision, self.targets, self.layers)
         zero = {
             name: LayerPosterior(
                 torch.zeros(1, d_in), torch.zeros(d_out, 1), {"log_s": torch.zeros(1, 1)}, core=torch.zeros(1, 1)
@@ -197,11 +176,13 @@ class VllmEngine:
     ) -> Tensor:
         """Scores each option under each draw, see ``Engine.score``."""
         steps = option_steps(question)
+        step_of = {(step.before, token): number for number, step in enumerate(steps) for token in step.tokens}
         values = await self._ask_steps(served, question.prompt, steps, draws, seed)
         scores = torch.zeros(len(draws), len(question.options), dtype=torch.float64)
-        for row, found in enumerate(values):
-            for number, option in enumerate(question.options):
-                scores[row, number] = sum(found[option[:at], token] for at, token in enumerate(option))
+        for number, option in enumerate(question.options):
+            places = [(step_of[option[:at], token], token) for at, token in enumerate(option)]
+            for row, found in enumerate(values):
+                scores[row, number] = sum(found[step][token] for step, token in places)
         if normalize == "mean":
             scores /= torch.tensor([len(option) for option in question.options])
         return scores.float()
@@ -216,50 +197,54 @@ class VllmEngine:
         others: int = 0,
     ) -> TokenScores:
         """Scores given tokens one by one under each draw, see ``Engine.score_tokens``."""
-        steps = token_steps(tokens)
-        likely = await self._likeliest(served, tuple(prompt), steps, others) if others else [()] * len(steps)
-        asked = [
+        if not tokens:
+            return no_tokens(len(draws), others)
+        likely = await self._likeliest(served, tuple(prompt), tokens, others) if others else [()] * len(tokens)
+        steps = [
             Step(step.before, tuple(dict.fromkeys((*step.tokens, *more))))
-            for step, more in zip(steps, likely, strict=True)
+            for step, more in zip(token_steps(tokens), likely, strict=True)
         ]
-        values = await self._ask_steps(served, tuple(prompt), asked, draws, seed)
-        places = list(zip(steps, likely, strict=True))
+        values = await self._ask_steps(served, tuple(prompt), steps, draws, seed)
         return TokenScores(
             tokens=torch.tensor(tokens),
-            log_probs=torch.tensor([[found[step.before, step.tokens[0]] for step in steps] for found in values]),
+            log_probs=torch.tensor([[found[at][token] for at, token in enumerate(tokens)] for found in values]),
             others=torch.tensor(likely, dtype=torch.long),
             other_log_probs=torch.tensor(
-                [[[found[step.before, token] for token in more] for step, more in places] for found in values]
+                [[[found[at][token] for token in more] for at, more in enumerate(likely)] for found in values]
             ),
         )
 
     async def _likeliest(
-        self, served: Served, prompt: tuple[int, ...], steps: Sequence[Step], count: int
+        self, served: Served, prompt: tuple[int, ...], tokens: Sequence[int], count: int
     ) -> list[tuple[int, ...]]:
-        """The likeliest tokens at each step under the posterior mean, likeliest first."""
+        """The likeliest tokens in each token's place under the posterior mean, likeliest first.
+
+        By log-probabilities of the prompt: where a batch has rows that ask for chosen tokens, as ``_ask_steps`` does,
+        vLLM's sampler gives none of the likeliest to the others.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
-            logprobs=count,
+            prompt_logprobs=count,
             detokenize=False,
             ignore_eos=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         async with self._holding(served, 0, [None]) as adapters:
-            outputs = await self._gather([(prompt + step.before, params, adapters[0]) for step in steps])
-        found: list[tuple[int, ...]] = []
-        for output in outputs:
-            first = output.outputs[0].logprobs[0]
-            found.append(tuple(sorted(first, key=lambda token: first[token].rank)[:count]))
+            outputs = await self._gather([((*prompt, *tokens), params, adapters[0])])
+        places = outputs[0].prompt_logprobs[len(prompt) :]
+        found = [tuple(sorted(place, key=lambda token: place[token].rank)[:count]) for place in places]
+        if len(found) != len(tokens) or len(set(map(len, found))) > 1:
+            raise EngineFailure("vLLM gave no log-probabilities of likely tokens; ask again without tokens")
         return found
 
     async def _ask_steps(
         self, served: Served, prompt: tuple[int, ...], steps: Sequence[Step], draws: Sequence[int], seed: int
-    ) -> list[dict[tuple[tuple[int, ...], int], float]]:
-        """Asks all steps under all draws at once; log-probabilities by (what stands before, token)."""
+    ) -> list[list[dict[int, float]]]:
+        """Asks all steps under all draws at once; for each draw, each step's log-probabilities by token."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -282,14 +267,14 @@ class VllmEngine:
                     for step, sampling in zip(steps, params, strict=True)
                 ]
             )
-        results: list[dict[tuple[tuple[int, ...], int], float]] = []
-        for start in range(0, len(outputs), len(steps)):
-            found: dict[tuple[tuple[int, ...], int], float] = {}
-            for step, output in zip(steps, outputs[start : start + len(steps)], strict=True):
-                first = output.outputs[0].logprobs[0]
-                found |= {(step.before, token): first[token].logprob for token in step.tokens}
-            results.append(found)
-        return results
+        answers = iter(outputs)
+        return [
+            [
+                {token: first[token].logprob for token in step.tokens}
+                for step, first in ((step, next(answers).outputs[0].logprobs[0]) for step in steps)
+            ]
+            for _ in draws
+        ]
 
     async def generate(
         self, served: Served, prompt: Sequence[int], max_tokens: int, stop: Sequence[str] = ()
@@ -384,31 +369,3 @@ class VllmEngine:
         if cache is None:
             return EngineState(False, 0, 0, 0, 0, self._waiting)
         return EngineState(not self._dead, len(cache), cache.loads, cache.hits, cache.evictions, self._waiting)
-
-
-def _set_environment() -> None:
-    """Settings that vLLM reads from the environment; what the user has set stays."""
-    defaults = {
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-        "TOKENIZERS_PARALLELISM": "false",
-        # A fork of a process that has run torch on several threads can hang at its first parallel loop.
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    }
-    for key, value in defaults.items():
-        os.environ.setdefault(key, value)
-
-
-def _target_shapes(model: str, revision: str | None, targets: Sequence[str], layers: str) -> dict[str, tuple[int, int]]:
-    """Names and shapes (d_out, d_in) of the targeted layers, from the configuration alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from abmll.layers import target_layers
-
-    config = AutoConfig.from_pretrained(model, revision=revision)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
-    return {
-        name: (layer.out_features, layer.in_features) for name, layer in target_layers(empty, targets, layers).items()
-    }

@@ -60,6 +60,9 @@ def test_ties_and_single_draws_settle_nothing() -> None:
     assert not settled(clear[:1], 1.0, 16, 0.01, USUAL)
     assert not settled(clear[:2], 1.0, 16, 0.0, USUAL)
     assert fit_scatter([clear[:2, None]], [1.0]) is None
+    near = predictive(clear[:, None]).confidence.item()
+    assert not settled(clear, 1.0, 16, 0.01, USUAL, threshold=near)
+    assert settled(clear, 1.0, 16, 0.01, USUAL, threshold=0.5)
 
 
 def test_stages_double_up_to_all_draws_each_taken_once() -> None:

@@ -16,9 +16,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from abmll.calibration import TemperaturePrior, own_temperature, temperature_evidence
 from abmll.errors import AnswerNotFound, StoreFailure
 from abmll.metrics import brier, expected_calibration_error, negative_log_likelihood
+from abmll.predictive import predictive
+from abmll.store import StoredPosterior
 from clients.errors import RequestRejected
 from clients.http import Client
 from server.feedback import Answered, Feedback
+from server.recalibration import refit
 from tests.server.conftest import Server, wait_for
 from tests.server.test_http import QUESTION, adapt
 
@@ -40,6 +43,33 @@ def ask(server: Server, task: str, number: int) -> dict[str, Any]:
 
 def say(server: Server, request_id: str, **what: Any) -> Any:
     return server.http.post("/feedback", json={"request_id": request_id, **what})
+
+
+def test_a_withheld_answer_is_judged_by_the_right_option_alone(server: Server) -> None:
+    question = {"prompt": "a film", "options": OPTIONS, "abstain_below": 1}
+    reply = server.http.post("/generate", json=question).json()
+    assert reply["answer"] is None
+    refused = say(server, reply["request_id"], correct=False)
+    assert refused.status_code == 422
+    assert "which option is right" in refused.json()["error"]["message"]
+    candidates = [candidate["answer"] for candidate in reply["abstained"]["candidates"]]
+    assert say(server, reply["request_id"], answer=candidates[0]).json()["correct"]
+    assert not say(server, reply["request_id"], answer=candidates[1]).json()["correct"]
+
+
+def test_a_scored_answer_can_be_judged(server: Server) -> None:
+    reply = server.http.post("/score", json={"prompt": "a film", "answer": "good"}).json()
+    assert say(server, reply["request_id"], correct=True).json()["correct"]
+
+
+def test_no_risk_is_promised_below_what_was_judged(global_posterior: tuple[Path, StoredPosterior]) -> None:
+    """Of answers that were all right, but of which none unsure was judged."""
+    scores = torch.tensor([[3.0, 0.0]]).expand(4, 2)
+    calibration, _ = refit(global_posterior[1], [(scores, 0)] * 40, None)
+    entry = calibration.by_shots[0]
+    assert entry.risk
+    confidence = predictive(scores, entry.temperature).confidence.item()
+    assert list(entry.risk.values()) == pytest.approx([confidence] * len(entry.risk))
 
 
 @pytest.mark.slow

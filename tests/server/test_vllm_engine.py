@@ -22,6 +22,7 @@ from abmll.errors import EngineFailure
 from abmll.layers import Attached, attach
 from abmll.posterior import Posterior
 from abmll.scoring import Question, tokenize
+from abmll.sequences import TokenScores
 from server.engine import Served
 from server.local_server import processes_below
 from server.texts import until_stop
@@ -192,6 +193,30 @@ def test_free_text_is_the_torch_models_and_its_tokens_scores_too(
         before = (*question.prompt, *tokens[:at])
         likely = expected(attached, posterior, Question(before, tuple((token,) for token in others)), range(2), 0)
         assert_close(each.other_log_probs[:, at], likely)
+
+
+def test_likely_tokens_are_the_same_while_options_are_scored(
+    loop: Loop, engine: VllmEngine, reference: tuple[BaseModel, Attached], tiny_model_folder: Path
+) -> None:
+    base, _ = reference
+    posterior = random_posterior(tiny_model_folder, 1)
+    question = questions(base, posterior)[0]
+    text = question.options[-1]
+
+    async def look() -> TokenScores:
+        return await engine.score_tokens(served(posterior), question.prompt, text, range(2), 0, others=6)
+
+    async def together() -> list[Any]:
+        others = [engine.score(served(posterior), asked, range(4), 3) for asked in questions(base, posterior)]
+        return await asyncio.gather(look(), *others, look(), look())
+
+    alone = loop.run(look())
+    for found in loop.run(together()):
+        if isinstance(found, TokenScores):
+            assert found.others.tolist() == alone.others.tolist()
+            assert_close(found.other_log_probs, alone.other_log_probs)
+    nothing = loop.run(engine.score_tokens(served(posterior), question.prompt, [], range(2), 0, others=6))
+    assert nothing.log_probs.shape == (2, 0)
 
 
 def test_a_dead_engine_fails_its_requests_at_once_and_says_so(loop: Loop, tiny_model_folder: Path) -> None:
