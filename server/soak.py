@@ -146,9 +146,12 @@ class Soak:
             )  # fmt: skip
             if reply is not None and reply.status_code == 200:
                 self._compare(reply.json())
-        elif dice < 0.90:
-            free = {"prompt": question["prompt"], "task": task, "max_tokens": 8, "draws": 2}
+        elif dice < 0.88:
+            free = {"prompt": question["prompt"], "task": task, "max_tokens": 8, "draws": 2, "tokens": True}
             await self._send(client, "free text", (200,), "POST", "/generate", **free)
+        elif dice < 0.90:
+            given = {"prompt": question["prompt"], "task": task, "answer": self.random.choice(_OPTIONS), "draws": 2}
+            await self._send(client, "score", (200,), "POST", "/score", **given)
         elif dice < 0.93:
             wrong = self.random.choice(
                 [{"task": "nowhere"}, {"options": ["same", "same"]}, {"draws": 0}, {"prompt": ""}]
