@@ -22,7 +22,8 @@ TOLERANCE = 0.02
 # How many pairs what is usual counts for, beside a question's own: of d, and of the scatter between pairs.
 _USUAL_HALVES = 8
 _USUAL_PAIRS = 8
-_LEVEL = 0.975
+# A confidence may move either way; an answer changes only if its lead is lost.
+_TWO_SIDED, _ONE_SIDED = 0.975, 0.95
 _LEAST_VARIANCE = 1e-3
 
 
@@ -73,7 +74,8 @@ def settled(
     """Whether the draws that are left would change nothing, at 95 %.
 
     With k of K pairs drawn, the mean of all K differs from the mean of k by a deviation of s sqrt(1/k - 1/K). s is the
-    pairs' own, shrunk towards what is usual for this d (a scaled inverse chi-squared prior), hence Student's t.
+    pairs' own, shrunk towards what is usual for this d (a scaled inverse chi-squared prior), hence Student's t. The
+    lead over the next option scatters by up to twice as much; by how much is seen in its d, within pairs.
 
     Args:
         scores: Option scores of one question under the mirrored draws so far, shape (draws, options), in nats.
@@ -89,12 +91,17 @@ def settled(
     count, variance = len(pairs.means), pairs.variance.item()
     halves = _USUAL_HALVES * scatter.within**2 * variance + count * pairs.squared_half.item()
     usual = (scatter.curvature * halves / (_USUAL_HALVES + count) / variance) ** 2
-    own = pairs.means.var(dim=0).item() if count > 1 else 0.0
-    freedom = _USUAL_PAIRS + count - 1
-    pooled = (_USUAL_PAIRS * usual + (count - 1) * own) / freedom
-    reach = float(stdtrit(freedom, _LEVEL)) * (pooled * max(0.0, 1 / count - 2 / most)) ** 0.5
-    clear = threshold is None or abs(pairs.chance.item() - threshold) > reach
-    return clear and reach <= tolerance and 2 * reach < pairs.lead.item()
+    freedom, left = _USUAL_PAIRS + count - 1, max(0.0, 1 / count - 2 / most)
+
+    def reach(usual: float, means: Tensor, level: float) -> float:
+        own = means.var(dim=0).item() if count > 1 else 0.0
+        pooled = (_USUAL_PAIRS * usual + (count - 1) * own) / freedom
+        return float(stdtrit(freedom, level)) * (pooled * left) ** 0.5
+
+    moves = reach(usual, pairs.means, _TWO_SIDED)
+    loses = reach(pairs.lead_ratio**2 * usual, pairs.leads, _ONE_SIDED)
+    clear = threshold is None or abs(pairs.chance.item() - threshold) > moves
+    return clear and moves <= tolerance and loses < pairs.leads.mean().item()
 
 
 def draws_needed(scores: Tensor, temperature: float, tolerance: float, scatter: Scatter) -> int:
@@ -119,15 +126,31 @@ class _Pairs:
         squared_half: Mean of d^2, shape (n,).
         chance: The answer's probability, mean over draws, shape (n,).
         variance: v, shape (n,); of an answer that is all but certain, a little more.
-        lead: How far the answer's probability is above the next option's, shape (n,).
+        leads: Of each pair, how far the answer's probability is above the next option's, shape (pairs, n).
     """
 
     def __init__(self, scores: Tensor, temperature: float) -> None:
         each = option_log_probs(scores.double() / temperature).exp()
         best = each.mean(dim=0).topk(2, dim=-1)
-        top = each.gather(-1, best.indices[..., :1].expand(*each.shape[:-1], 1)).squeeze(-1)
-        self.means = pair_means(top)
-        self.squared_half = pair_means(top**2).sub(self.means**2).clamp_min(0).mean(dim=0)
+        top, second = each.gather(-1, best.indices.expand(*each.shape[:-1], 2)).unbind(dim=-1)
+        self.means, self.leads = pair_means(top), pair_means(top - second)
+        self.squared_half, self._lead_half = _squared_half(top), _squared_half(top - second)
         self.chance = best.values[..., 0]
         self.variance = (self.chance * (1 - self.chance)).clamp_min(_LEAST_VARIANCE)
-        self.lead = self.chance - best.values[..., 1]
+
+    @property
+    def lead_ratio(self) -> float:
+        """How many times as much as the answer's probability its lead scatters, of one question, at most 2.
+
+        From d of the pairs so far, and one pair more at the most.
+        """
+        own = self.squared_half.item()
+        if own == 0:
+            return 2.0
+        count = len(self.means)
+        return min(4.0, (4.0 + count * self._lead_half.item() / own) / (1 + count)) ** 0.5
+
+
+def _squared_half(values: Tensor) -> Tensor:
+    """Mean over pairs of d^2, shape (n,), of values of mirrored draws, shape (draws, n)."""
+    return pair_means(values**2).sub(pair_means(values) ** 2).clamp_min(0).mean(dim=0)

@@ -51,6 +51,27 @@ def test_a_question_that_scatters_more_than_others_takes_more_draws() -> None:
     assert means[1] > 2 * means[0]
 
 
+@pytest.mark.parametrize("options", [2, 8])
+def test_an_answer_that_leads_little_is_kept_as_often_as_promised(options: int) -> None:
+    """Questions on which two options are almost as likely: the answer is what further draws could change."""
+    generator = torch.Generator().manual_seed(options)
+    centre = torch.zeros(600, options)
+    centre[:, 0] = 0.04 * torch.rand(600, generator=generator)
+    half = 0.25 * torch.randn(MOST // 2, 600, options, generator=generator)
+    scores = centre + torch.stack([half, -half], dim=1).flatten(0, 1)
+    scatter = fit_scatter([scores[:, :200]], [1.0])
+    assert scatter is not None
+    whole = predictive(scores)
+    counts = [draws_needed(scores[:, n], 1.0, TOLERANCE, scatter) for n in range(200, 600)]
+    kept = [
+        bool(predictive(scores[:count, n]).answer == whole.answer[n])
+        for n, count in zip(range(200, 600), counts, strict=True)
+    ]
+    print(f"{options} options: {sum(counts) / 400:.1f} of {MOST} draws, {sum(kept) / 4:.1f} % same answer")
+    assert sum(kept) >= 0.95 * 400
+    assert sum(counts) / 400 < MOST
+
+
 def test_ties_and_single_draws_settle_nothing() -> None:
     tie = torch.tensor([[1.0, 1.0]]).expand(8, 2)
     assert not settled(tie, 1.0, 16, 0.1, USUAL)
