@@ -61,8 +61,9 @@ serve: $(SERVING) ## serve on PORT (8000), with the embedded model or MODEL
 test: lint types imports ## lint, types, import rules, then every test (ARGS go to pytest)
 	@$(BIN)/pytest $(ARGS)
 
-bench: $(SERVING) ## measure the server's speed, and training's against plain LoRA (ARGS go to server.bench)
+bench: $(SERVING) ## measure the speed of answers, of free text, and of training against plain LoRA (ARGS go to server.bench)
 	@$(BIN)/python -m server.bench $(ARGS)
+	@$(BIN)/python -m server.bench_text
 	@$(BIN)/python -m training.bench
 
 soak: $(SERVING) ## mixed traffic with faults for MINUTES (15): errors, lost jobs, memory (ARGS go to server.soak)
