@@ -50,6 +50,13 @@ def serve_command(
         Literal["float32", "bfloat16", "float16"],
         typer.Option(help="Base weights of the torch engine and of adaptation."),
     ] = "float32",
+    vllm_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="An argument of vLLM's engine, such as gpu_memory_utilization=0.5; may be given several times.",
+        ),
+    ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Questions in the engine at a time.")] = 32,
     queue: Annotated[int, typer.Option(min=0, help="Questions that may wait for it; 429 past that.")] = 512,
     job_queue: Annotated[int, typer.Option(min=1, help="Adaptation jobs that may wait; 429 past that.")] = 256,
@@ -78,6 +85,7 @@ def serve_command(
 
     from server.run import run
     from server.settings import Settings
+    from server.vllm_setup import parse_options
 
     try:
         settings = Settings.model_validate(
@@ -95,6 +103,7 @@ def serve_command(
                 "device": device,
                 "adapt_device": adapt_device,
                 "dtype": dtype,
+                "vllm_options": parse_options(vllm_option or []),
                 "concurrency": concurrency,
                 "queue": queue,
                 "job_queue": job_queue,

@@ -15,6 +15,7 @@ from server.app import create_app
 from server.keys import Keys
 from server.logs import configure
 from server.settings import Settings
+from server.vllm_setup import check_options
 from training.embedded import BASE, NAME
 
 logger = logging.getLogger("abmll")
@@ -24,7 +25,8 @@ def check(settings: Settings) -> None:
     """Finds what would fail after a long start.
 
     Raises:
-        AbmllError: The embedded model is not there, vLLM cannot be imported, or there are no keys.
+        AbmllError: The embedded model is not there, vLLM cannot be imported or has no such argument, or there are no
+            keys.
     """
     if settings.keys is not None:
         if not Keys(settings.keys).all():
@@ -41,6 +43,9 @@ def check(settings: Settings) -> None:
             import vllm  # noqa: F401 # pyright: ignore[reportUnusedImport] -- is it there?
         except ImportError as error:
             raise AbmllError(f"vLLM cannot be imported ({error}); install it, or use --engine torch") from error
+        check_options(settings.vllm_options)
+    elif settings.vllm_options:
+        raise AbmllError(f"--vllm-option is for --engine vllm; the engine is {settings.engine}")
 
 
 def bind(settings: Settings) -> socket.socket:

@@ -90,6 +90,7 @@ def make_engine(settings: Settings, prior: StoredPosterior) -> Engine:
             layers=prior.posterior.config.layers,
             max_rank=prior.posterior.config.draw_rank,
             cache_bytes=settings.cache,
+            options=settings.vllm_options,
         )
     import torch
 

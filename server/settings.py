@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -28,6 +28,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
         default="float32", description="base weights of the torch engine and of adaptation"
     )
     threads: int | None = Field(default=None, ge=1, description="CPU threads of the torch engine; None: torch's choice")
+    vllm_options: dict[str, Any] = Field(default={}, description="further arguments of vLLM's engine, by their names")
     adapt_device: str = Field(default="cpu", description="device that adaptation runs on")
     adapt_threads: int = Field(default=1, ge=1, description="CPU threads of adaptation, which runs at low priority")
     concurrency: int = Field(default=32, ge=1, description="questions in the engine at a time")

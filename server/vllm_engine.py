@@ -199,12 +199,18 @@ class VllmEngine:
         """Scores given tokens one by one under each draw, see ``Engine.score_tokens``."""
         if not tokens:
             return no_tokens(len(draws), others)
-        likely = await self._likeliest(served, tuple(prompt), tokens, others) if others else [()] * len(tokens)
+        asked = tuple(prompt)
+        if not others:
+            read = await self._read(served, asked, tokens, draws, seed, 0)
+            own = [[place[token].logprob for place, token in zip(places, tokens, strict=True)] for places in read]
+            none = torch.zeros(len(draws), len(tokens), 0)
+            return TokenScores(torch.tensor(tokens), torch.tensor(own), none[0].long(), none)
+        likely = await self._likeliest(served, asked, tokens, others)
         steps = [
             Step(step.before, tuple(dict.fromkeys((*step.tokens, *more))))
             for step, more in zip(token_steps(tokens), likely, strict=True)
         ]
-        values = await self._ask_steps(served, tuple(prompt), steps, draws, seed)
+        values = await self._ask_steps(served, asked, steps, draws, seed)
         return TokenScores(
             tokens=torch.tensor(tokens),
             log_probs=torch.tensor([[found[at][token] for at, token in enumerate(tokens)] for found in values]),
@@ -217,10 +223,27 @@ class VllmEngine:
     async def _likeliest(
         self, served: Served, prompt: tuple[int, ...], tokens: Sequence[int], count: int
     ) -> list[tuple[int, ...]]:
-        """The likeliest tokens in each token's place under the posterior mean, likeliest first.
+        """The likeliest tokens in each token's place under the posterior mean, likeliest first."""
+        (places,) = await self._read(served, prompt, tokens, [None], 0, count)
+        found = [tuple(sorted(place, key=lambda token: place[token].rank)[:count]) for place in places]
+        if len(set(map(len, found))) > 1:
+            raise EngineFailure("vLLM gave no log-probabilities of likely tokens; ask again without tokens")
+        return found
 
-        By log-probabilities of the prompt: where a batch has rows that ask for chosen tokens, as ``_ask_steps`` does,
-        vLLM's sampler gives none of the likeliest to the others.
+    async def _read(
+        self,
+        served: Served,
+        prompt: tuple[int, ...],
+        tokens: Sequence[int],
+        draws: Sequence[int | None],
+        seed: int,
+        count: int,
+    ) -> list[list[dict[int, Any]]]:
+        """Has prompt and tokens read in one pass a draw; what vLLM tells of each token's place, by token.
+
+        That is the log-probability of the token itself and of the ``count`` likeliest. They are told of the prompt, not
+        sampled: where a batch has rows that ask for chosen tokens, as ``_ask_steps`` does, vLLM's sampler gives none of
+        the likeliest to the others.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -233,13 +256,12 @@ class VllmEngine:
             ignore_eos=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        async with self._holding(served, 0, [None]) as adapters:
-            outputs = await self._gather([((*prompt, *tokens), params, adapters[0])])
-        places = outputs[0].prompt_logprobs[len(prompt) :]
-        found = [tuple(sorted(place, key=lambda token: place[token].rank)[:count]) for place in places]
-        if len(found) != len(tokens) or len(set(map(len, found))) > 1:
-            raise EngineFailure("vLLM gave no log-probabilities of likely tokens; ask again without tokens")
-        return found
+        async with self._holding(served, seed, draws) as adapters:
+            outputs = await self._gather([((*prompt, *tokens), params, adapter) for adapter in adapters])
+        read = [list(output.prompt_logprobs or ())[len(prompt) :] for output in outputs]
+        if any(len(places) != len(tokens) for places in read):
+            raise EngineFailure("vLLM gave no log-probabilities of given tokens; ask again")
+        return read
 
     async def _ask_steps(
         self, served: Served, prompt: tuple[int, ...], steps: Sequence[Step], draws: Sequence[int], seed: int

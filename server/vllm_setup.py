@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -11,6 +15,8 @@ from abmll.errors import AbmllError
 
 # vLLM builds its kernels for these ranks alone.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# Follow from the posterior, or from options of ``abmll serve``.
+_OURS = {"model", "revision", "max_model_len", "enable_lora", "max_lora_rank", "lora_target_modules", "max_logprobs"}
 # vLLM runs these projections as one, and knows LoRA targets by the fused name.
 _FUSED = {
     "q_proj": "qkv_proj",
@@ -38,6 +44,42 @@ def fused(target: str) -> str:
     return _FUSED.get(target, target)
 
 
+def parse_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Reads arguments of vLLM's engine: ``NAME=VALUE``, the value as JSON where it is JSON.
+
+    Raises:
+        AbmllError: One has no name or no value.
+    """
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise AbmllError(f"--vllm-option {text} is not NAME=VALUE, such as gpu_memory_utilization=0.5")
+        try:
+            options[name.replace("-", "_")] = json.loads(value)
+        except ValueError:
+            options[name.replace("-", "_")] = value
+    return options
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Checks the names of arguments of vLLM's engine.
+
+    Raises:
+        AbmllError: vLLM has no such argument, or it is not the user's to set.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    known = [field.name for field in dataclasses.fields(AsyncEngineArgs)]
+    for name in options:
+        if name in _OURS:
+            raise AbmllError(f"--vllm-option {name} is set by abmll itself; leave it out")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "see vLLM's engine arguments"
+            raise AbmllError(f"vLLM's engine has no argument {name}; {hint}")
+
+
 def set_environment() -> None:
     """Settings that vLLM reads from the environment; what the user has set stays."""
     defaults = {
@@ -45,6 +87,8 @@ def set_environment() -> None:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "TOKENIZERS_PARALLELISM": "false",
+        # The scores that tests hold against the torch engine's are those of this one.
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
         # A fork of a process that has run torch on several threads can hang at its first parallel loop.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
