@@ -61,19 +61,27 @@ def vllm_server(
 
 
 async def _load(url: str, path: str, bodies: Sequence[dict[str, Any]], clients: int) -> tuple[float, list[float]]:
-    """Sends all bodies; seconds altogether, and of each."""
-    queue, seconds = list(bodies), list[float]()
-    limits = httpx.Limits(max_connections=clients)
+    """Sends all bodies; seconds altogether, and of each.
+
+    The first ``clients`` of them are sent before and not counted: they open the connections.
+    """
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
 
-        async def work() -> None:
+        async def work(queue: list[dict[str, Any]], seconds: list[float]) -> None:
             while queue:
                 begin = time.perf_counter()
                 (await client.post(path, json=queue.pop())).raise_for_status()
                 seconds.append(time.perf_counter() - begin)
 
+        async def send(queue: list[dict[str, Any]]) -> list[float]:
+            seconds: list[float] = []
+            await asyncio.gather(*(work(queue, seconds) for _ in range(clients)))
+            return seconds
+
+        await send(list(bodies[:clients]))
         begin = time.perf_counter()
-        await asyncio.gather(*(work() for _ in range(clients)))
+        seconds = await send(list(bodies[clients:]))
         return time.perf_counter() - begin, seconds
 
 
@@ -100,8 +108,7 @@ class Measured:
         """Measures one kind of request for each number of clients; ``work`` is what one request counts for."""
         for clients in self.clients:
             count = clients * self.each
-            asyncio.run(_load(url, path, [body | {"prompt": p} for p in self._prompts(clients)], clients))
-            bodies = [body | {"prompt": p} for p in self._prompts(count)]
+            bodies = [body | {"prompt": p} for p in self._prompts(clients + count)]
             total, seconds = asyncio.run(_load(url, path, bodies, clients))
             p95 = statistics.quantiles(seconds, n=20)[-1] if len(seconds) > 1 else seconds[0]
             row = {"kind": kind, "name": name, "clients": clients, "rate": work * count / total, "p95": 1000 * p95}

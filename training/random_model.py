@@ -32,8 +32,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "tiny": {
         "vocab_size": 16384,
-        "hidden_size": 64,
-        "intermediate_size": 128,
+        "hidden_size": 256,
+        "intermediate_size": 512,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -59,7 +59,8 @@ def write_random_model(folder: Path, posterior: Path, shape: str, family: Family
     """
     torch.manual_seed(0)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(BASE)
-    config = LlamaConfig(**SHAPES[shape], bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    # No padding token: its embedding would be zero, at which RMSNorm's gradient explodes.
+    config = LlamaConfig(**SHAPES[shape], bos_token_id=0, eos_token_id=0)
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.lm_head.weight[len(tokenizer) :] = 0
