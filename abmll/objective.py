@@ -18,15 +18,13 @@ from abmll.scoring import Question, option_scores, pack
 
 def row_signs(posterior: Posterior, rows: int, generator: torch.Generator) -> dict[str, Signs]:
     """Returns fresh random signs for every batch row and layer."""
-
-    def signs(size: int, like: Tensor) -> Tensor:
-        flips = torch.randint(0, 2, (rows, size), generator=generator)
-        return (flips * 2 - 1).to(like.device, like.dtype)
-
-    return {
-        name: Signs(signs(layer.noise_shape[0], layer.b), signs(layer.noise_shape[1], layer.a))
-        for name, layer in posterior.layers.items()
-    }
+    shapes = [layer.noise_shape for layer in posterior.layers.values()]
+    like = next(iter(posterior.layers.values())).a
+    # Bytes, drawn at once: a large model has millions of signs a step, and a GPU would wait for them.
+    flips = torch.randint(0, 2, (rows * sum(map(sum, shapes)),), generator=generator, dtype=torch.int8)
+    parts = (flips.to(like.device).to(like.dtype) * 2 - 1).split([rows * size for shape in shapes for size in shape])
+    signs = iter([part.view(rows, -1) for part in parts])
+    return {name: Signs(next(signs), next(signs)) for name in posterior.layers}
 
 
 @dataclass(frozen=True)

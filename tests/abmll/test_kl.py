@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import abmll.kl
 from abmll.kl import kl, kl_layer
@@ -71,12 +74,39 @@ def test_kl_is_computed_in_float32_whatever_the_parameters_and_autocast(family: 
     assert result.item() == pytest.approx(of_distributions(*wide).item(), rel=1e-5)
 
 
-def test_layers_add_up_and_must_be_the_same() -> None:
+class Operations(TorchDispatchMode):
+    """Counts the operations that torch runs."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["kronecker", "subspace"])
+def test_many_layers_take_few_more_operations_than_one(family: Family) -> None:
+    config = PosteriorConfig(base_model="x", family=family)
+    counts: list[int] = []
+    for layers in (1, 16):
+        q, p = (
+            Posterior(config, {str(n): random_layer(family, 4, 5, seed + n) for n in range(layers)}) for seed in (0, 50)
+        )
+        with Operations() as operations:
+            kl(q, p)
+        counts.append(operations.count)
+    assert counts[1] < 4 * counts[0]
+
+
+def test_layers_add_up_and_must_be_the_same(family: Family) -> None:
     config = PosteriorConfig(base_model="x")
-    q, p = (Posterior(config, {n: random_layer("kronecker", 4, 5, s + ord(n)) for n in "ab"}) for s in (0, 50))
-    expected = sum(of_distributions(q.layers[n], p.layers[n]) for n in "ab")
+    shapes = {"a": (4, 5), "b": (4, 5), "c": (5, 4), "d": (4, 5)}
+    q, p = (
+        Posterior(config, {n: random_layer(family, *shape, s + ord(n)) for n, shape in shapes.items()}) for s in (0, 50)
+    )
+    expected = sum(of_distributions(q.layers[n], p.layers[n]) for n in shapes)
     torch.testing.assert_close(kl(q, p), torch.as_tensor(expected))
     with pytest.raises(ValueError, match="same layers"):
         kl(q, Posterior(config, {"a": p.layers["a"]}))
     with pytest.raises(ValueError, match="one scale family"):
-        kl_layer(*(random_layer(family, 4, 5, 1) for family in FAMILIES[:2]))
+        kl_layer(*(random_layer(each, 4, 5, 1) for each in FAMILIES[:2]))
