@@ -12,6 +12,8 @@ MODEL ?=
 STORE ?=
 TASKS ?=
 MINUTES ?= 15
+# Where bench-llama puts 16 GB of random weights.
+LLAMA ?= /dev/shm/llama
 ARGS ?=
 
 # cpu or gpu: which build of vLLM and torch is installed.
@@ -47,7 +49,7 @@ FLAGS += --torch-backend cpu
 endif
 endif
 
-.PHONY: help serve test bench soak eval lint types imports format clean install install-dev
+.PHONY: help serve test bench bench-llama soak eval lint types imports format clean install install-dev
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +67,12 @@ bench: $(SERVING) ## measure the speed of answers, of free text, and of training
 	@$(BIN)/python -m server.bench $(ARGS)
 	@$(BIN)/python -m server.bench_text
 	@$(BIN)/python -m training.bench
+
+bench-llama: $(SERVING) ## on a GPU: training steps, and draws beside vLLM alone, with random weights in Llama-3-8B's shape
+	@$(BIN)/python -m training.random_model '$(LLAMA)'
+	@$(BIN)/python -m training.bench --model '$(LLAMA)/base' --device cuda --dtype bfloat16
+	@$(BIN)/python -m server.bench_draws --model '$(LLAMA)/base' --posterior '$(LLAMA)/posterior' \
+		--vllm gpu_memory_utilization=0.55 --serve --dtype bfloat16 --adapt-device cuda:0
 
 soak: $(SERVING) ## mixed traffic with faults for MINUTES (15): errors, lost jobs, memory (ARGS go to server.soak)
 	@$(BIN)/python -m server.soak $(MINUTES) $(ARGS)

@@ -258,7 +258,7 @@ class VllmEngine:
         )
         async with self._holding(served, seed, draws) as adapters:
             outputs = await self._gather([((*prompt, *tokens), params, adapter) for adapter in adapters])
-        read = [list(output.prompt_logprobs or ())[len(prompt) :] for output in outputs]
+        read: list[list[dict[int, Any]]] = [output.prompt_logprobs[len(prompt) :] for output in outputs]
         if any(len(places) != len(tokens) for places in read):
             raise EngineFailure("vLLM gave no log-probabilities of given tokens; ask again")
         return read

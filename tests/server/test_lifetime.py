@@ -125,6 +125,7 @@ def test_servers_that_cannot_start_say_why_in_a_line(
         "choose another --port": {"port": server.settings.port, "store": tmp_path / "store"},
         "another server uses the store": {"store": server.settings.store},
         "cannot make the store": {"store": tmp_path / "file" / "store"},
+        "--vllm-option is for --engine vllm": {"vllm_options": {"tensor_parallel_size": 2}},
     }
     usable = {"model": str(tiny_model_folder), "posterior": global_posterior[0], "port": 0}
     for reason, wrong in cases.items():
