@@ -47,6 +47,9 @@ def generate(
     target_risk: float | None,
     max_tokens: int,
     stop: Sequence[str],
+    temperature: float,
+    top_p: float,
+    samples: int,
     tokens: bool,
     normalize: Normalize | None,
 ) -> Call[Answer]:
@@ -63,6 +66,9 @@ def generate(
         "target_risk": target_risk,
         "max_tokens": max_tokens,
         "stop": list(stop),
+        "temperature": temperature,
+        "top_p": top_p,
+        "samples": samples,
         "tokens": tokens,
         "normalize": normalize,
     }

@@ -59,6 +59,15 @@ def ask_command(
     stop: Annotated[
         list[str] | None, typer.Option(help="Where a free-text answer ends; repeat. \\n is a line's end.")
     ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=2, help="Of a free-text answer: 0 takes the likeliest token each time.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.001, max=1, help="Free text of the likeliest tokens with this probability.")
+    ] = 1.0,
+    samples: Annotated[
+        int, typer.Option(min=0, max=32, help="Further free-text answers: does the model agree with itself?")
+    ] = 0,
     normalize: Annotated[
         Literal["sum", "mean"] | None,
         typer.Option(
@@ -85,6 +94,9 @@ def ask_command(
             target_risk=target_risk,
             max_tokens=max_tokens,
             stop=[text.replace("\\n", "\n") for text in stop or []],
+            temperature=temperature,
+            top_p=top_p,
+            samples=samples,
             tokens=not option,
             normalize=normalize,
         )

@@ -110,6 +110,9 @@ class Client:
         target_risk: float | None = None,
         max_tokens: int = 32,
         stop: Sequence[str] = (),
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        samples: int = 0,
         tokens: bool = False,
         normalize: Normalize | None = None,
     ) -> Answer:
@@ -117,7 +120,9 @@ class Client:
 
         With automatic draws, ``tolerance`` is what further ones may move the confidence by. Below the confidence
         ``abstain_below``, or one by which at most ``target_risk`` of questions get a wrong answer on average, there is
-        none. ``tokens``: whether the answer tells a free text token by token.
+        none. A free text takes the likeliest tokens, or at a ``temperature`` above 0 chooses them by ``seed``;
+        ``samples`` more of them tell how far the model agrees with itself; ``tokens``: whether the answer tells it
+        token by token.
         """
         return self._send(
             calls.generate(
@@ -132,6 +137,9 @@ class Client:
                 target_risk=target_risk,
                 max_tokens=max_tokens,
                 stop=stop,
+                temperature=temperature,
+                top_p=top_p,
+                samples=samples,
                 tokens=tokens,
                 normalize=normalize,
             )
@@ -290,6 +298,9 @@ class AsyncClient:
         target_risk: float | None = None,
         max_tokens: int = 32,
         stop: Sequence[str] = (),
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        samples: int = 0,
         tokens: bool = False,
         normalize: Normalize | None = None,
     ) -> Answer:
@@ -297,7 +308,9 @@ class AsyncClient:
 
         With automatic draws, ``tolerance`` is what further ones may move the confidence by. Below the confidence
         ``abstain_below``, or one by which at most ``target_risk`` of questions get a wrong answer on average, there is
-        none. ``tokens``: whether the answer tells a free text token by token.
+        none. A free text takes the likeliest tokens, or at a ``temperature`` above 0 chooses them by ``seed``;
+        ``samples`` more of them tell how far the model agrees with itself; ``tokens``: whether the answer tells it
+        token by token.
         """
         return await self._send(
             calls.generate(
@@ -312,6 +325,9 @@ class AsyncClient:
                 target_risk=target_risk,
                 max_tokens=max_tokens,
                 stop=stop,
+                temperature=temperature,
+                top_p=top_p,
+                samples=samples,
                 tokens=tokens,
                 normalize=normalize,
             )

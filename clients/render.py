@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clients.examples import LabelledExample
-from clients.replies import Answer, TaskInfo, Token
+from clients.replies import Answer, Semantics, TaskInfo, Token
 
 _BAR_WIDTH = 32
 _OPTION_WIDTH = 40
@@ -20,6 +20,7 @@ _OPTION_WIDTH = 40
 _COLOURS = ((0.8, "green"), (0.4, "yellow"), (0.0, "red"))
 _DOUBTFUL = 5
 _LIKELIER = 3
+_MEANINGS = 5
 
 
 def answer(reply: Answer, options: Sequence[str] | None) -> RenderableType:
@@ -35,6 +36,8 @@ def answer(reply: Answer, options: Sequence[str] | None) -> RenderableType:
     parts: list[RenderableType] = [headline, Text()]
     if reply.tokens is not None:
         parts += [_doubtful(reply.tokens), Text()]
+    if reply.semantics is not None:
+        parts += [_meanings(reply.semantics), Text()]
     if options and reply.probabilities is not None:
         parts += [_bars(options, reply.probabilities, reply.answer), Text()]
     if reply.prediction_set is not None:
@@ -94,6 +97,21 @@ def _doubtful(tokens: Sequence[Token]) -> Table:
             f"{token.uncertainty.epistemic:.3f} nats",
             Text(", ".join(f"{other.text!r} {_percent(other.probability)}" for other in likelier)),
         )
+    return grid
+
+
+def _meanings(found: Semantics) -> Table:
+    """What else the model would have said, and how likely it finds that."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(overflow="ellipsis", no_wrap=True, max_width=_OPTION_WIDTH)
+    for _ in range(2):
+        grid.add_column(justify="right")
+    grid.add_row(*(Text(head, "dim") for head in ("it might have said", "", "samples")))
+    for meaning in found.meanings[:_MEANINGS]:
+        grid.add_row(Text(meaning.answer or "(nothing)"), _percent(meaning.probability), str(meaning.samples))
+    more = len(found.meanings) - _MEANINGS
+    if more > 0:
+        grid.add_row(Text(f"and {more} more", "dim"))
     return grid
 
 

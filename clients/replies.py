@@ -67,6 +67,30 @@ class Token(Reply):
     likeliest: list[OtherToken]
 
 
+class Meaning(Reply):
+    """Free-text answers that say the same: the likeliest wording, its probability, and how many samples mean it."""
+
+    answer: str
+    probability: float
+    samples: int
+
+
+class Semantics(Reply):
+    """How far the model agrees with itself on what the answer is, however worded.
+
+    Attributes:
+        meanings: Likeliest first.
+        answer_probability: Of the answer's meaning among those found.
+        consistency: Share of the samples that mean what the answer means.
+        uncertainty: Semantic entropy in nats; aleatoric within a draw, epistemic between draws.
+    """
+
+    meanings: list[Meaning]
+    answer_probability: float
+    consistency: float
+    uncertainty: Uncertainty
+
+
 class Candidate(Reply):
     """What might have been the answer, with its probability."""
 
@@ -93,6 +117,7 @@ class Answer(Reply):
         standard_error: Monte Carlo standard error of the answer's probability.
         prediction_set: Options that together hold the right one at the server's coverage, if it says.
         tokens: Of a free text, where they were asked for.
+        semantics: Of a free text, where samples were asked for.
     """
 
     request_id: str
@@ -110,6 +135,7 @@ class Answer(Reply):
     standard_error: float
     draws: int
     tokens: list[Token] | None = None
+    semantics: Semantics | None = None
     timing: Timing
 
 

@@ -28,6 +28,7 @@ from server.cache import ByteCache, tensor_bytes
 from server.clock import EngineTime, start_clock
 from server.engine import Engine, Served
 from server.feedback import Answered
+from server.free_text import check_sampling, free_text
 from server.inputs import check_prompt
 from server.schemas import (
     MAX_TOKENS,
@@ -36,13 +37,14 @@ from server.schemas import (
     GenerateRequest,
     PosteriorId,
     ScoreRequest,
+    Semantics,
     Timing,
     TokenReply,
     Uncertainty,
 )
 from server.settings import Settings
 from server.store import TaskStore
-from server.texts import LIKELY, tell_tokens, until_stop
+from server.texts import LIKELY, tell_tokens
 
 COVERAGE = "0.9"
 # Longer texts are tokenized beside the event loop: a tokenizer reads about a million characters a second.
@@ -79,6 +81,7 @@ class _Answer:
     standard_error: float
     draws: int
     tokens: list[TokenReply] | None = None
+    semantics: Semantics | None = None
 
 
 class Answerer:
@@ -195,6 +198,7 @@ class Answerer:
             check_prompt(request.answer, "answer")
         elif request.options is not None:
             check_options(request.options)
+            check_sampling(request)
         draws = self.settings.draws if request.draws == "auto" else request.draws
         if not 1 <= draws <= self.settings.max_draws:
             raise InvalidRequest(f"draws is {draws}; give 1 to {self.settings.max_draws}, or 'auto'", field="draws")
@@ -304,16 +308,9 @@ class Answerer:
     async def _free_text(
         self, stored: StoredPosterior, question: Question, request: GenerateRequest, draws: int
     ) -> tuple[_Answer, TokenScores]:
-        """Decodes under the posterior mean, and scores what was decoded, its end included, under the draws."""
         served = Served(stored.digest, stored.posterior)
-        decoded = await self.engine.generate(served, question.prompt, request.max_tokens, request.stop)
-        tokens, text, stopped = until_stop(self.tokenizer, decoded, request.stop)
-        end: int | None = self.tokenizer.eos_token_id
-        if not stopped and len(tokens) < request.max_tokens and end is not None:
-            tokens.append(end)
-        others = LIKELY if request.tokens else 0
-        scores = await self.engine.score_tokens(served, question.prompt, tokens, range(draws), request.seed, others)
-        return _judged(text.strip(), scores), scores
+        found = await free_text(self.engine, self.tokenizer, served, question, request, range(draws))
+        return replace(_judged(found.text, found.scores), semantics=found.semantics), found.scores
 
     async def _given_text(
         self, stored: StoredPosterior, question: Question, request: ScoreRequest, draws: int

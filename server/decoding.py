@@ -1,4 +1,4 @@
-"""Where a text that transformers decodes ends."""
+"""How transformers decodes a text: which token comes next, and where the text ends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
+
+from server.engine import Sampling
+from training.base_model import BaseModel
 
 # A stop string of so many characters lies in so many of the last tokens: four bytes each, a token each.
 _TOKENS_OF_CHARACTER = 4
@@ -32,6 +35,80 @@ class StopStrings(StoppingCriteria):
         texts = self.tokenizer.batch_decode(input_ids[:, first:], skip_special_tokens=True)
         ended = [any(string in text for string in self.stop) for text in texts]
         return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)
+
+
+class GumbelNoise(LogitsProcessor):
+    """Makes greedy decoding sample, each row by a seed of its own, whatever else is in the batch.
+
+    The token with the largest sum of logit and Gumbel noise is a sample of the softmax (Maddison et al. 2014).
+
+    Args:
+        sampling: Temperature, above 0, and top_p.
+        seeds: One a row.
+        device: Where the logits are.
+    """
+
+    def __init__(self, sampling: Sampling, seeds: Sequence[int], device: Any) -> None:
+        self.sampling = sampling
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Any:
+        """Returns logits plus noise, shape (rows, vocabulary); -inf for tokens that are not to be chosen."""
+        logits = scores.float() / self.sampling.temperature
+        if self.sampling.top_p < 1:
+            ordered, places = logits.sort(dim=-1, descending=True)
+            each = ordered.softmax(dim=-1)
+            outside = each.cumsum(dim=-1) - each >= self.sampling.top_p
+            logits = logits.scatter(-1, places, ordered.masked_fill(outside, float("-inf")))
+        noise = [
+            torch.empty_like(row).exponential_(generator=g) for row, g in zip(logits, self.generators, strict=True)
+        ]
+        return logits - torch.stack(noise).log()
+
+
+def decode(
+    base: BaseModel,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    stop: Sequence[str],
+    sampling: Sampling,
+    draws: Sequence[int | None],
+) -> list[list[int]]:
+    """Decodes prompts in one batch, padded on the left; each text ends before a token that ends texts.
+
+    Args:
+        base: The model, with what is attached to it.
+        prompts: Token ids of each row's prompt.
+        max_tokens: Of a text.
+        stop: A text ends at the token that ends one of these strings.
+        sampling: How tokens are chosen.
+        draws: The draw that each row is under, for its seed.
+    """
+    model, tokenizer, device = base.model, base.tokenizer, base.device
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    ends = end_tokens(model, tokenizer)
+    noise = LogitsProcessorList()
+    if sampling.temperature > 0:
+        noise.append(GumbelNoise(sampling, [sampling.seed_of(draw) for draw in draws], device))
+    output = model.generate(
+        ids.to(device),
+        attention_mask=mask.to(device),
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        logits_processor=noise,
+        stopping_criteria=[StopStrings(tokenizer, stop, width)] if stop else None,
+        pad_token_id=tokenizer.pad_token_id or 0,
+        eos_token_id=ends or None,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+    )
+    return [until_end(row, ends) for row in output[:, width:].tolist()]
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,6 +26,28 @@ class Served:
 
     key: str
     posterior: Posterior
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_p: Only the likeliest tokens that together have this probability are chosen from (Holtzman et al. 2020).
+        seed: Of the choice; the same seed makes the same text, as far as rounding goes.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def seed_of(self, draw: int | None) -> int:
+        """Seed of the text under one draw, or under the mean."""
+        return int.from_bytes(hashlib.sha256(f"{self.seed}:{draw}".encode()).digest()[:7], "big")
+
+
+GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
@@ -73,13 +96,31 @@ class Engine(Protocol):
         ...
 
     async def generate(
-        self, served: Served, prompt: Sequence[int], max_tokens: int, stop: Sequence[str] = ()
+        self,
+        served: Served,
+        prompt: Sequence[int],
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        sampling: Sampling = GREEDY,
     ) -> list[int]:
-        """Decodes greedily under the posterior mean.
+        """Decodes under the posterior mean.
 
         Ends before an end-of-text token, at ``max_tokens``, or at the token whose text holds (the end of) one of
         ``stop``; more tokens may follow that.
         """
+        ...
+
+    async def sample(
+        self,
+        served: Served,
+        prompt: Sequence[int],
+        max_tokens: int,
+        stop: Sequence[str],
+        sampling: Sampling,
+        draws: Sequence[int],
+        seed: int,
+    ) -> list[list[int]]:
+        """Decodes one text under each draw, each as ``generate`` does under the mean."""
         ...
 
     async def score_tokens(

@@ -77,6 +77,23 @@ class GenerateRequest(Request):
         description="A free-text answer ends before the first of these strings.",
         examples=[["\n"]],
     )
+    temperature: float = Field(
+        0.0,
+        ge=0,
+        le=2,
+        description="Of a free-text answer: 0 takes the likeliest token each time, 1 chooses as the model finds them "
+        "likely. The same seed chooses the same.",
+    )
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="A free text is made of the likeliest tokens that together have this probability."
+    )
+    samples: int = Field(
+        0,
+        ge=0,
+        le=32,
+        description="As many further free-text answers, each under a draw of its own, tell how far the model agrees "
+        "with itself (`semantics`); at `temperature`, or at 1 where that is 0.",
+    )
     tokens: bool = Field(False, description="Whether the reply tells a free-text answer token by token.")
     normalize: Literal["sum", "mean"] | None = Field(
         None,
@@ -150,6 +167,25 @@ class TokenReply(BaseModel):
     likeliest: list[OtherToken] = Field(description="The likeliest tokens in this place.")
 
 
+class Meaning(BaseModel):
+    """Free-text answers that say the same: equal without case, punctuation and articles."""
+
+    answer: str = Field(description="Its likeliest wording.", examples=["Paris"])
+    probability: float = Field(description="Predictive probability among the meanings found.", examples=[0.9])
+    samples: int = Field(description="How many samples mean this.", examples=[7])
+
+
+class Semantics(BaseModel):
+    """How far the model agrees with itself on what the answer is, however worded."""
+
+    meanings: list[Meaning] = Field(description="Likeliest first.")
+    answer_probability: float = Field(description="Of the answer's meaning among those found.", examples=[0.9])
+    consistency: float = Field(description="Share of the samples that mean what the answer means.", examples=[0.875])
+    uncertainty: Uncertainty = Field(
+        description="Semantic entropy, in nats: `aleatoric` within a draw, `epistemic` between draws."
+    )
+
+
 class Candidate(BaseModel):
     """What might have been the answer."""
 
@@ -207,6 +243,7 @@ class GenerateReply(BaseModel):
     )
     draws: int = Field(description="Draws used.", examples=[8])
     tokens: list[TokenReply] | None = Field(description="Of a free text, where it was asked to tell them.")
+    semantics: Semantics | None = Field(description="Of a free text, where `samples` were asked for.")
     timing: Timing
 
 

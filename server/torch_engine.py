@@ -23,8 +23,8 @@ from abmll.scoring import Batch, Normalize, Question, likeliest_tokens, option_s
 from abmll.sequences import TokenScores, no_tokens
 from server.cache import ByteCache, tensor_bytes
 from server.clock import Clock, current_clock
-from server.decoding import StopStrings, end_tokens, until_end
-from server.engine import EngineState, Served
+from server.decoding import decode
+from server.engine import GREEDY, EngineState, Sampling, Served
 from server.shared_beginnings import SharedBeginnings
 from training.allocator import keep_freed_memory
 from training.base_model import BaseModel, load_base
@@ -49,6 +49,7 @@ class _Kind:
     seed: int = 0
     max_tokens: int = 0
     stop: tuple[str, ...] = ()
+    sampling: Sampling = GREEDY
     others: int = 0
     beginning: tuple[int, ...] = ()
 
@@ -169,10 +170,30 @@ class TorchEngine:
         return await self._ask(_Kind(normalize, served.key, tuple(draws), seed), served, question)
 
     async def generate(
-        self, served: Served, prompt: Sequence[int], max_tokens: int, stop: Sequence[str] = ()
+        self,
+        served: Served,
+        prompt: Sequence[int],
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        sampling: Sampling = GREEDY,
     ) -> list[int]:
-        """Decodes greedily under the posterior mean; see ``Engine``."""
-        kind = _Kind("generate", served.key, max_tokens=max_tokens, stop=tuple(stop))
+        """Decodes under the posterior mean; see ``Engine``."""
+        kind = _Kind("generate", served.key, max_tokens=max_tokens, stop=tuple(stop), sampling=sampling)
+        (text,) = await self._ask(kind, served, Question(tuple(prompt), ()))
+        return text
+
+    async def sample(
+        self,
+        served: Served,
+        prompt: Sequence[int],
+        max_tokens: int,
+        stop: Sequence[str],
+        sampling: Sampling,
+        draws: Sequence[int],
+        seed: int,
+    ) -> list[list[int]]:
+        """Decodes one text under each draw, all in one batch; see ``Engine``."""
+        kind = _Kind("generate", served.key, tuple(draws), seed, max_tokens, tuple(stop), sampling)
         return await self._ask(kind, served, Question(tuple(prompt), ()))
 
     async def score_tokens(
@@ -368,31 +389,24 @@ class TorchEngine:
             [self._signs.get((shape, seed, i), lambda i=i: draw_signs(posterior, seed, i)) for i in draws]
         )
 
-    def _decode(self, posterior: Posterior, prompts: Sequence[Sequence[int]], kind: _Kind) -> list[list[int]]:
-        """Decodes prompts together, padded on the left, under the mean."""
+    def _decode(self, posterior: Posterior, prompts: Sequence[Sequence[int]], kind: _Kind) -> list[list[list[int]]]:
+        """Decodes prompts together: each prompt's texts, one a draw, or one under the mean."""
         assert self._base is not None
         assert self._attached is not None
-        tokenizer, width = self._base.tokenizer, max(map(len, prompts))
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        ends = end_tokens(self._model, tokenizer)
-        with self._attached.using(posterior):
-            output = self._model.generate(
-                ids.to(self.device),
-                attention_mask=mask.to(self.device),
-                max_new_tokens=kind.max_tokens,
-                do_sample=False,
-                stopping_criteria=[StopStrings(tokenizer, kind.stop, width)] if kind.stop else None,
-                pad_token_id=tokenizer.pad_token_id or 0,
-                eos_token_id=ends or None,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-            )
-        return [until_end(row, ends) for row in output[:, width:].tolist()]
+        signs = None
+        if kind.draws:
+            rows = len(prompts)
+            signs = {
+                name: Signs(one.u.repeat_interleave(rows, dim=0), one.v.repeat_interleave(rows, dim=0))
+                for name, one in self._stacked(posterior, kind.seed, kind.draws).items()
+            }
+        draws = kind.draws or (None,)
+        with self._attached.using(posterior, signs):
+            texts = decode(
+                self._base, list(prompts) * len(draws), kind.max_tokens, kind.stop, kind.sampling,
+                [draw for draw in draws for _ in prompts],
+            )  # fmt: skip
+        return [texts[row :: len(prompts)] for row in range(len(prompts))]
 
 
 def _tokens(question: Question, kind: _Kind) -> int:

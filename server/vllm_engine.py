@@ -23,8 +23,9 @@ from abmll.scoring import Question
 from abmll.sequences import TokenScores, no_tokens
 from server.adapters import Adapter, AdapterCache
 from server.clock import current_clock
-from server.engine import EngineState, Served
+from server.engine import GREEDY, EngineState, Sampling, Served
 from server.trie import Step, option_steps, token_steps
+from server.vllm_requests import ask_params, decode_params, decoded, read_params
 from server.vllm_setup import adapter_rank, fused, set_environment, target_shapes
 
 logger = logging.getLogger(__name__)
@@ -245,17 +246,7 @@ class VllmEngine:
         sampled: where a batch has rows that ask for chosen tokens, as ``_ask_steps`` does, vLLM's sampler gives none of
         the likeliest to the others.
         """
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        params = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            prompt_logprobs=count,
-            detokenize=False,
-            ignore_eos=True,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        params = read_params(count)
         async with self._holding(served, seed, draws) as adapters:
             outputs = await self._gather([((*prompt, *tokens), params, adapter) for adapter in adapters])
         read: list[list[dict[int, Any]]] = [output.prompt_logprobs[len(prompt) :] for output in outputs]
@@ -267,20 +258,7 @@ class VllmEngine:
         self, served: Served, prompt: tuple[int, ...], steps: Sequence[Step], draws: Sequence[int], seed: int
     ) -> list[list[dict[int, float]]]:
         """Asks all steps under all draws at once; for each draw, each step's log-probabilities by token."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        params = [
-            SamplingParams(
-                max_tokens=1,
-                temperature=0.0,
-                logprob_token_ids=list(step.tokens),
-                detokenize=False,
-                ignore_eos=True,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            for step in steps
-        ]
+        params = [ask_params(step.tokens) for step in steps]
         async with self._holding(served, seed, list(draws)) as adapters:
             outputs = await self._gather(
                 [
@@ -299,25 +277,46 @@ class VllmEngine:
         ]
 
     async def generate(
-        self, served: Served, prompt: Sequence[int], max_tokens: int, stop: Sequence[str] = ()
+        self,
+        served: Served,
+        prompt: Sequence[int],
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        sampling: Sampling = GREEDY,
     ) -> list[int]:
-        """Decodes greedily under the posterior mean, see ``Engine.generate``."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        """Decodes under the posterior mean, see ``Engine.generate``."""
+        (text,) = await self._decode(served, prompt, max_tokens, stop, sampling, [None], 0)
+        return text
 
-        params = SamplingParams(
-            max_tokens=max_tokens,
-            temperature=0.0,
-            stop=list(stop),
-            detokenize=bool(stop),
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        async with self._holding(served, 0, [None]) as adapters:
-            outputs = await self._gather([(tuple(prompt), params, adapters[0])])
-        completion = outputs[0].outputs[0]
-        tokens = list(completion.token_ids)
-        ended = completion.finish_reason == "stop" and not isinstance(completion.stop_reason, str)
-        return tokens[:-1] if ended else tokens
+    async def sample(
+        self,
+        served: Served,
+        prompt: Sequence[int],
+        max_tokens: int,
+        stop: Sequence[str],
+        sampling: Sampling,
+        draws: Sequence[int],
+        seed: int,
+    ) -> list[list[int]]:
+        """Decodes one text under each draw, see ``Engine.sample``."""
+        return await self._decode(served, prompt, max_tokens, stop, sampling, draws, seed)
+
+    async def _decode(
+        self,
+        served: Served,
+        prompt: Sequence[int],
+        max_tokens: int,
+        stop: Sequence[str],
+        sampling: Sampling,
+        draws: Sequence[int | None],
+        seed: int,
+    ) -> list[list[int]]:
+        params = [decode_params(max_tokens, stop, sampling, draw) for draw in draws]
+        async with self._holding(served, seed, draws) as adapters:
+            outputs = await self._gather(
+                [(tuple(prompt), one, adapter) for one, adapter in zip(params, adapters, strict=True)]
+            )
+        return [decoded(output) for output in outputs]
 
     @asynccontextmanager
     async def _holding(

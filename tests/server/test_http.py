@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from abmll.meanings import normalized
 from abmll.store import StoredPosterior
 from tests.server.conftest import Server
 
@@ -128,6 +129,31 @@ def test_a_free_text_is_told_token_by_token_where_it_is_asked_for(server: Server
         ordered = [other["probability"] for other in token["likeliest"]]
         assert ordered == sorted(ordered, reverse=True)
         assert ordered[0] + 1e-6 >= token["probability"]
+
+
+def test_samples_tell_whether_the_model_agrees_with_itself(server: Server) -> None:
+    request = {"prompt": "please set an alarm", "max_tokens": 3, "samples": 6, "draws": 4}
+    reply = server.http.post("/generate", json=request).json()
+    found = reply["semantics"]
+    assert sum(meaning["samples"] for meaning in found["meanings"]) == 6
+    probabilities = [meaning["probability"] for meaning in found["meanings"]]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert sum(probabilities) == pytest.approx(1)
+    own = next(m for m in found["meanings"] if normalized(m["answer"]) == normalized(reply["answer"]))
+    assert own["probability"] == pytest.approx(found["answer_probability"])
+    assert own["samples"] / 6 == found["consistency"]
+    split = found["uncertainty"]
+    assert split["total"] == pytest.approx(split["aleatoric"] + split["epistemic"])
+    assert 0 < split["total"] <= math.log(len(probabilities)) + 1e-9
+    assert without_times(server.http.post("/generate", json=request).json()) == without_times(reply)
+    greedy = server.http.post("/generate", json=request | {"samples": 0}).json()
+    assert greedy["semantics"] is None
+    assert greedy["answer"] == reply["answer"]
+    assert greedy["confidence"] == pytest.approx(reply["confidence"], abs=1e-6)
+
+    warm = {"prompt": "please set an alarm", "max_tokens": 8, "temperature": 1.5, "top_p": 0.9}
+    said = [server.http.post("/generate", json=warm | {"seed": seed}).json()["answer"] for seed in (1, 1, 2)]
+    assert said[0] == said[1] != said[2]
 
 
 def test_a_free_text_ends_before_a_stop_string(server: Server) -> None:
@@ -255,10 +281,16 @@ GENERATE_ERRORS: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"prompt": "q", "draws": True}, 422, "InvalidRequest", "draws"),
     ({"prompt": "q", "seed": -1}, 422, "InvalidRequest", "seed"),
     ({"prompt": "q", "max_tokens": 0}, 422, "InvalidRequest", "max_tokens"),
+    ({"prompt": "q", "temperature": -0.1}, 422, "InvalidRequest", "temperature"),
+    ({"prompt": "q", "top_p": 0.0}, 422, "InvalidRequest", "top_p"),
+    ({"prompt": "q", "samples": 33}, 422, "InvalidRequest", "samples"),
+    (QUESTION | {"temperature": 0.5}, 422, "InvalidRequest", "temperature"),
+    (QUESTION | {"top_p": 0.5}, 422, "InvalidRequest", "top_p"),
+    (QUESTION | {"samples": 2}, 422, "InvalidRequest", "samples"),
     ({"prompt": "q", "max_tokens": 513}, 422, "InvalidRequest", "max_tokens"),
     ({"prompt": "q", "max_tokens": 300}, 422, "InvalidRequest", "max_tokens"),
     ({"prompt": "q", "normalize": "max"}, 422, "InvalidRequest", "normalize"),
-    ({"prompt": "q", "temperature": 1.0}, 422, "InvalidRequest", "temperature"),
+    ({"prompt": "q", "creativity": 1.0}, 422, "InvalidRequest", "creativity"),
 ]
 
 

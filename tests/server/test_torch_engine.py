@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from abmll.layers import attach
 from abmll.posterior import Posterior
 from abmll.scoring import Question, option_scores, pack, tokenize
 from abmll.sequences import TokenScores
-from server.engine import Served
+from server.engine import Sampling, Served
 from server.torch_engine import TorchEngine
 from tests.server.conftest import TARGETS, random_posterior
 from training.base_model import BaseModel, load_base
@@ -262,3 +263,43 @@ def test_a_posterior_over_other_layers_is_refused_and_the_engine_goes_on(
         return await engine.score(served(posterior), question, [0], 0)
 
     assert torch.isfinite(with_engine(tiny_model_folder, use)).all()
+
+
+def test_a_text_under_each_draw_is_that_draws_own_whatever_shares_the_batch(
+    tiny_model_folder: Path, base: BaseModel
+) -> None:
+    posterior = random_posterior(tiny_model_folder, 1)
+    asked = questions(base, posterior)
+    cold, warm = Sampling(temperature=1e-4), Sampling(temperature=1.5, seed=3)
+
+    async def use(engine: TorchEngine) -> list[Any]:
+        def sample(question: Question, sampling: Sampling) -> Any:
+            return engine.sample(served(posterior), question.prompt, 6, [], sampling, range(3), 0)
+
+        greedy = await asyncio.gather(*(sample(question, cold) for question in asked))
+        together = await asyncio.gather(*(sample(question, warm) for question in asked))
+        alone = [await sample(question, warm) for question in asked]
+        other = await sample(asked[0], replace(warm, seed=4))
+        mean = [
+            await engine.generate(served(posterior), asked[0].prompt, 6, [], sampling)
+            for sampling in (warm, warm, replace(warm, seed=4))
+        ]
+        return [greedy, together, alone, other, mean]
+
+    greedy, together, alone, other, mean = with_engine(tiny_model_folder, use)
+    assert together == alone
+    assert other != alone[0]
+    assert mean[0] == mean[1] != mean[2]
+    attached = attach(load_base(str(tiny_model_folder)).model, TARGETS)
+    for question, texts in zip(asked, greedy, strict=True):
+        for index, tokens in enumerate(texts):
+            signs = stack_signs([draw_signs(posterior, 0, index)])
+            ids = list(question.prompt)
+            with attached.using(posterior, signs) as model, torch.inference_mode():
+                for _ in range(6):
+                    step: Any = model(input_ids=torch.tensor([ids]))
+                    best = int(step.logits[0, -1].argmax())
+                    if best == base.tokenizer.eos_token_id:
+                        break
+                    ids.append(best)
+            assert tokens == ids[len(question.prompt) :]

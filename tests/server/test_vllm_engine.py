@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from abmll.draw_scores import score_draws
+from abmll.draws import draw_signs, stack_signs
 from abmll.errors import EngineFailure
 from abmll.layers import Attached, attach
 from abmll.posterior import Posterior
 from abmll.scoring import Question, tokenize
 from abmll.sequences import TokenScores
-from server.engine import Served
+from server.engine import Sampling, Served
 from server.local_server import processes_below
 from server.texts import until_stop
 from server.vllm_engine import VllmEngine
@@ -193,6 +194,31 @@ def test_free_text_is_the_torch_models_and_its_tokens_scores_too(
         before = (*question.prompt, *tokens[:at])
         likely = expected(attached, posterior, Question(before, tuple((token,) for token in others)), range(2), 0)
         assert_close(each.other_log_probs[:, at], likely)
+
+
+def test_texts_under_draws_are_the_torch_models_and_come_again_by_their_seed(
+    loop: Loop, engine: VllmEngine, reference: tuple[BaseModel, Attached], tiny_model_folder: Path
+) -> None:
+    base, attached = reference
+    posterior = random_posterior(tiny_model_folder, 6)
+    question = questions(base, posterior)[0]
+
+    def sample(sampling: Sampling) -> list[list[int]]:
+        return loop.run(engine.sample(served(posterior), question.prompt, 6, [], sampling, range(2), 0))
+
+    for index, tokens in enumerate(sample(Sampling())):
+        signs = stack_signs([draw_signs(posterior, 0, index)])
+        ids = list(question.prompt)
+        with attached.using(posterior, signs) as model, torch.inference_mode():
+            for _ in range(6):
+                step: Any = model(input_ids=torch.tensor([ids]))
+                best = int(step.logits[0, -1].argmax())
+                if best == base.tokenizer.eos_token_id:
+                    break
+                ids.append(best)
+        assert tokens == ids[len(question.prompt) :]
+    warm = Sampling(temperature=1.5, top_p=0.95, seed=3)
+    assert sample(warm) == sample(warm) != sample(Sampling(temperature=1.5, top_p=0.95, seed=4))
 
 
 def test_likely_tokens_are_the_same_while_options_are_scored(

@@ -1,0 +1,50 @@
+"""Uncertainty over what free-text answers mean, not over how they are worded (semantic entropy)."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from abmll.predictive import Predictive, predictive
+
+_ARTICLES = {"a", "an", "the"}
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalized(text: str) -> str:
+    """A text without case, punctuation, English articles and spare white space (as in Rajpurkar et al. 2016)."""
+    words = text.casefold().translate(_WITHOUT_PUNCTUATION).split()
+    return " ".join(word for word in words if word not in _ARTICLES) or " ".join(text.split())
+
+
+def group_meanings(texts: Sequence[str]) -> list[int]:
+    """Numbers the meanings of texts in the order of their first appearance; equal once normalized is equal in meaning.
+
+    Args:
+        texts: Answers to one question.
+
+    Returns:
+        For each text the number of its meaning, from 0.
+    """
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(normalized(text), len(numbers)) for text in texts]
+
+
+def meaning_predictive(log_probs: Tensor, meanings: Sequence[int]) -> Predictive:
+    """The predictive distribution over meanings, each with the probability of all its wordings that were found.
+
+    With the texts found in place of all texts, a draw's p(meaning) is the sum of p(text | x, phi_s) over the meaning's
+    texts, divided by that over all (Farquhar et al. 2024, eq. 5: semantic entropy by the probabilities of sampled
+    texts). Entropies are then split over draws as those of options are: aleatoric is the entropy within a draw,
+    epistemic what lies between draws.
+
+    Args:
+        log_probs: log p(text | x, phi_s) in nats, shape (draws, texts); draws 2k and 2k + 1 are mirrored.
+        meanings: Number of each text's meaning; every number from 0 to the largest occurs. No text stands twice.
+    """
+    index = torch.tensor(meanings, device=log_probs.device)
+    of_meaning = [log_probs.double()[:, index == number].logsumexp(dim=1) for number in range(max(meanings) + 1)]
+    return predictive(torch.stack(of_meaning, dim=1), mirrored=True)

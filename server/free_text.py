@@ -1,0 +1,112 @@
+"""Free-text answers: decoded, scored under the draws, and told apart by what they mean."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from abmll.errors import InvalidRequest
+from abmll.meanings import group_meanings, meaning_predictive
+from abmll.scoring import Question
+from abmll.sequences import TokenScores
+from server.engine import Engine, Sampling, Served
+from server.schemas import GenerateRequest, Meaning, Semantics, Uncertainty
+from server.texts import LIKELY, until_stop
+
+# Of samples, where the request says none: as the model puts it.
+_TEMPERATURE = 1.0
+
+
+@dataclass(frozen=True)
+class FreeText:
+    """A decoded answer.
+
+    Attributes:
+        text: The answer.
+        scores: Of its tokens, its end included.
+        semantics: What other samples say, where there are any.
+    """
+
+    text: str
+    scores: TokenScores
+    semantics: Semantics | None
+
+
+def check_sampling(request: GenerateRequest) -> None:
+    """Checks that what is said of sampling is said of a free text.
+
+    Raises:
+        InvalidRequest: There are options.
+    """
+    if request.options is None:
+        return
+    for name, given in (("temperature", request.temperature > 0), ("top_p", request.top_p < 1)):
+        if given:
+            raise InvalidRequest(f"{name} is for free text; options are scored, not sampled: leave it out", field=name)
+    if request.samples:
+        raise InvalidRequest("samples is for free text; with options, ask for more draws", field="samples")
+
+
+async def free_text(
+    engine: Engine, tokenizer: Any, served: Served, question: Question, request: GenerateRequest, draws: Sequence[int]
+) -> FreeText:
+    """Decodes an answer under the posterior mean and scores it under the draws; likewise samples, if asked for."""
+
+    def finished(decoded: Sequence[int]) -> tuple[tuple[int, ...], str]:
+        tokens, text, stopped = until_stop(tokenizer, decoded, request.stop)
+        end: int | None = tokenizer.eos_token_id
+        if not stopped and len(tokens) < request.max_tokens and end is not None:
+            tokens.append(end)
+        return tuple(tokens), text.strip()
+
+    async def scored(tokens: Sequence[int], others: int = 0) -> TokenScores:
+        return await engine.score_tokens(served, question.prompt, tokens, draws, request.seed, others)
+
+    sampling = Sampling(request.temperature, request.top_p, request.seed)
+    decoded = await engine.generate(served, question.prompt, request.max_tokens, request.stop, sampling)
+    tokens, text = finished(decoded)
+    scores = await scored(tokens, LIKELY if request.tokens else 0)
+    if not request.samples:
+        return FreeText(text, scores, None)
+    sampling = Sampling(request.temperature or _TEMPERATURE, request.top_p, request.seed)
+    samples = await engine.sample(
+        served, question.prompt, request.max_tokens, request.stop, sampling, range(request.samples), request.seed
+    )
+    sampled = [finished(sample) for sample in samples]
+    wordings = {tokens: text} | dict(sampled)
+    rest = [wording for wording in wordings if wording != tokens]
+    log_probs = [scores.log_probs] + [one.log_probs for one in await asyncio.gather(*map(scored, rest))]
+    of_texts = torch.stack([one.double().sum(dim=1) for one in log_probs], dim=1)
+    return FreeText(text, scores, _semantics(wordings, of_texts, [wording for wording, _ in sampled]))
+
+
+def _semantics(
+    wordings: dict[tuple[int, ...], str], log_probs: torch.Tensor, samples: Sequence[tuple[int, ...]]
+) -> Semantics:
+    """Groups wordings, the answer's first, by what they mean; their scores are of shape (draws, wordings)."""
+    groups = group_meanings(list(wordings.values()))
+    meaning_of = dict(zip(wordings, groups, strict=True))
+    result = meaning_predictive(log_probs, groups)
+    counts = [0] * (max(groups) + 1)
+    for sample in samples:
+        counts[meaning_of[sample]] += 1
+    mean = log_probs.logsumexp(dim=0)
+    likeliest = dict.fromkeys(groups, "")
+    for at in mean.argsort().tolist():
+        likeliest[groups[at]] = list(wordings.values())[at]
+    probabilities = result.probabilities.tolist()
+    order = sorted(range(len(counts)), key=lambda group: -probabilities[group])
+    return Semantics(
+        meanings=[
+            Meaning(answer=likeliest[group], probability=probabilities[group], samples=counts[group]) for group in order
+        ],
+        answer_probability=probabilities[0],
+        consistency=counts[0] / len(samples),
+        uncertainty=Uncertainty(
+            total=result.total.item(), aleatoric=result.aleatoric.item(), epistemic=result.epistemic.item()
+        ),
+    )

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from abmll.meanings import group_meanings, meaning_predictive, normalized
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("  The Eiffel  Tower. ", "eiffel tower"),
+        ("It's A.", "its"),
+        ("an", "an"),
+        ("...", "..."),
+        ("", ""),
+        ("STRASSE", "strasse"),
+        ("Straße", "strasse"),
+    ],
+)
+def test_texts_without_what_does_not_change_their_meaning(text: str, plain: str) -> None:
+    assert normalized(text) == plain
+
+
+def test_meanings_are_numbered_as_they_appear() -> None:
+    assert group_meanings(["Paris", "the paris!", "Rome", "paris", ""]) == [0, 0, 1, 0, 2]
+
+
+def test_the_predictive_over_meanings_is_that_of_their_summed_wordings() -> None:
+    p = torch.tensor([[0.2, 0.1, 0.1], [0.05, 0.05, 0.3]])  # draws, wordings; the first two mean the same
+    result = meaning_predictive(p.log(), [0, 0, 1])
+    each = [[0.3 / 0.4, 0.1 / 0.4], [0.1 / 0.4, 0.3 / 0.4]]
+    torch.testing.assert_close(result.probabilities, torch.tensor([0.5, 0.5], dtype=torch.float64))
+
+    def entropy(q: list[float]) -> float:
+        return -sum(x * math.log(x) for x in q)
+
+    assert result.total.item() == pytest.approx(math.log(2))
+    assert result.aleatoric.item() == pytest.approx(sum(map(entropy, each)) / 2)
+    assert result.epistemic.item() == pytest.approx(math.log(2) - sum(map(entropy, each)) / 2)
+    assert meaning_predictive(p.log(), [0, 0, 0]).total.item() == pytest.approx(0.0, abs=1e-12)
