@@ -34,17 +34,23 @@ def group_meanings(texts: Sequence[str]) -> list[int]:
 
 
 def meaning_predictive(log_probs: Tensor, meanings: Sequence[int]) -> Predictive:
-    """The predictive distribution over meanings, each with the probability of all its wordings that were found.
+    """The predictive distribution over the meanings of the texts that were found, and over the rest as one more.
 
-    With the texts found in place of all texts, a draw's p(meaning) is the sum of p(text | x, phi_s) over the meaning's
-    texts, divided by that over all (Farquhar et al. 2024, eq. 5: semantic entropy by the probabilities of sampled
-    texts). Entropies are then split over draws as those of options are: aleatoric is the entropy within a draw,
-    epistemic what lies between draws.
+    A draw's p(meaning) is the sum of p(text | x, phi_s) over the meaning's texts, at least; entropies are split over
+    draws as those of options are: aleatoric is within a draw, epistemic between draws. Semantic entropy (Farquhar et
+    al. 2024, eq. 5) divides by the probability of all found texts instead; that makes the likeliest of a few texts look
+    certain where nearly all that the model might say was not found. To take the rest as one can only lower entropies.
 
     Args:
         log_probs: log p(text | x, phi_s) in nats, shape (draws, texts); draws 2k and 2k + 1 are mirrored.
-        meanings: Number of each text's meaning; every number from 0 to the largest occurs. No text stands twice.
+        meanings: Number of each text's meaning; every number from 0 to the largest occurs. No text stands twice or is
+            the beginning of another.
+
+    Returns:
+        Probabilities of the meanings by their numbers, and of the rest last.
     """
     index = torch.tensor(meanings, device=log_probs.device)
-    of_meaning = [log_probs.double()[:, index == number].logsumexp(dim=1) for number in range(max(meanings) + 1)]
-    return predictive(torch.stack(of_meaning, dim=1), mirrored=True)
+    each = log_probs.double()
+    of_meaning = [each[:, index == number].logsumexp(dim=1) for number in range(max(meanings) + 1)]
+    rest = torch.log1p(-each.exp().sum(dim=1).clamp(max=1.0))
+    return predictive(torch.stack([*of_meaning, rest], dim=1), mirrored=True)

@@ -109,9 +109,11 @@ def _meanings(found: Semantics) -> Table:
     grid.add_row(*(Text(head, "dim") for head in ("it might have said", "", "samples")))
     for meaning in found.meanings[:_MEANINGS]:
         grid.add_row(Text(meaning.answer or "(nothing)"), _percent(meaning.probability), str(meaning.samples))
-    more = len(found.meanings) - _MEANINGS
-    if more > 0:
-        grid.add_row(Text(f"and {more} more", "dim"))
+    more = found.meanings[_MEANINGS:]
+    if more:
+        told = _percent(sum(meaning.probability for meaning in more))
+        grid.add_row(Text(f"{len(more)} more", "dim"), told, str(sum(meaning.samples for meaning in more)))
+    grid.add_row(Text("anything else", "dim"), _percent(found.unseen))
     return grid
 
 

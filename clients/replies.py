@@ -80,12 +80,14 @@ class Semantics(Reply):
 
     Attributes:
         meanings: Likeliest first.
-        answer_probability: Of the answer's meaning among those found.
+        unseen: Probability of all that was not found.
+        answer_probability: Of the answer's meaning.
         consistency: Share of the samples that mean what the answer means.
         uncertainty: Semantic entropy in nats; aleatoric within a draw, epistemic between draws.
     """
 
     meanings: list[Meaning]
+    unseen: float
     answer_probability: float
     consistency: float
     uncertainty: Uncertainty

@@ -104,6 +104,7 @@ def _semantics(
         meanings=[
             Meaning(answer=likeliest[group], probability=probabilities[group], samples=counts[group]) for group in order
         ],
+        unseen=probabilities[-1],
         answer_probability=probabilities[0],
         consistency=counts[0] / len(samples),
         uncertainty=Uncertainty(

@@ -171,7 +171,9 @@ class Meaning(BaseModel):
     """Free-text answers that say the same: equal without case, punctuation and articles."""
 
     answer: str = Field(description="Its likeliest wording.", examples=["Paris"])
-    probability: float = Field(description="Predictive probability among the meanings found.", examples=[0.9])
+    probability: float = Field(
+        description="Predictive probability of the wordings that were found, together.", examples=[0.6]
+    )
     samples: int = Field(description="How many samples mean this.", examples=[7])
 
 
@@ -179,10 +181,12 @@ class Semantics(BaseModel):
     """How far the model agrees with itself on what the answer is, however worded."""
 
     meanings: list[Meaning] = Field(description="Likeliest first.")
-    answer_probability: float = Field(description="Of the answer's meaning among those found.", examples=[0.9])
+    unseen: float = Field(description="Probability of all that was not found.", examples=[0.3])
+    answer_probability: float = Field(description="Of the answer's meaning.", examples=[0.6])
     consistency: float = Field(description="Share of the samples that mean what the answer means.", examples=[0.875])
     uncertainty: Uncertainty = Field(
-        description="Semantic entropy, in nats: `aleatoric` within a draw, `epistemic` between draws."
+        description="Semantic entropy, in nats, of the meanings found and all else as one: `aleatoric` within a draw, "
+        "`epistemic` between draws."
     )
 
 

@@ -28,16 +28,21 @@ def test_meanings_are_numbered_as_they_appear() -> None:
     assert group_meanings(["Paris", "the paris!", "Rome", "paris", ""]) == [0, 0, 1, 0, 2]
 
 
-def test_the_predictive_over_meanings_is_that_of_their_summed_wordings() -> None:
+def test_the_predictive_over_meanings_is_that_of_their_summed_wordings_and_the_rest() -> None:
     p = torch.tensor([[0.2, 0.1, 0.1], [0.05, 0.05, 0.3]])  # draws, wordings; the first two mean the same
     result = meaning_predictive(p.log(), [0, 0, 1])
-    each = [[0.3 / 0.4, 0.1 / 0.4], [0.1 / 0.4, 0.3 / 0.4]]
-    torch.testing.assert_close(result.probabilities, torch.tensor([0.5, 0.5], dtype=torch.float64))
+    torch.testing.assert_close(result.probabilities, torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64))
 
-    def entropy(q: list[float]) -> float:
+    def entropy(*q: float) -> float:
         return -sum(x * math.log(x) for x in q)
 
-    assert result.total.item() == pytest.approx(math.log(2))
-    assert result.aleatoric.item() == pytest.approx(sum(map(entropy, each)) / 2)
-    assert result.epistemic.item() == pytest.approx(math.log(2) - sum(map(entropy, each)) / 2)
-    assert meaning_predictive(p.log(), [0, 0, 0]).total.item() == pytest.approx(0.0, abs=1e-12)
+    within = (entropy(0.3, 0.1, 0.6) + entropy(0.1, 0.3, 0.6)) / 2
+    assert result.total.item() == pytest.approx(entropy(0.2, 0.2, 0.6))
+    assert result.aleatoric.item() == pytest.approx(within)
+    assert result.epistemic.item() == pytest.approx(entropy(0.2, 0.2, 0.6) - within)
+
+
+def test_texts_that_are_all_there_is_leave_no_rest() -> None:
+    p = torch.tensor([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1000001]])  # rounding may pass 1
+    assert meaning_predictive(p.log(), [0, 1, 0]).probabilities.tolist() == pytest.approx([0.75, 0.25, 0.0], abs=1e-6)
+    assert meaning_predictive(p.log(), [0, 0, 0]).total.item() == pytest.approx(0.0, abs=1e-5)

@@ -138,13 +138,14 @@ def test_samples_tell_whether_the_model_agrees_with_itself(server: Server) -> No
     assert sum(meaning["samples"] for meaning in found["meanings"]) == 6
     probabilities = [meaning["probability"] for meaning in found["meanings"]]
     assert probabilities == sorted(probabilities, reverse=True)
-    assert sum(probabilities) == pytest.approx(1)
+    assert sum(probabilities) + found["unseen"] == pytest.approx(1)
+    assert found["answer_probability"] == pytest.approx(reply["raw_confidence"], rel=1e-3)  # no other wording of it
     own = next(m for m in found["meanings"] if normalized(m["answer"]) == normalized(reply["answer"]))
     assert own["probability"] == pytest.approx(found["answer_probability"])
     assert own["samples"] / 6 == found["consistency"]
     split = found["uncertainty"]
     assert split["total"] == pytest.approx(split["aleatoric"] + split["epistemic"])
-    assert 0 < split["total"] <= math.log(len(probabilities)) + 1e-9
+    assert 0 < split["total"] <= math.log(len(probabilities) + 1) + 1e-9
     assert without_times(server.http.post("/generate", json=request).json()) == without_times(reply)
     greedy = server.http.post("/generate", json=request | {"samples": 0}).json()
     assert greedy["semantics"] is None
