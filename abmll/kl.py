@@ -98,7 +98,7 @@ def kl(q: Posterior, p: Posterior) -> Tensor:
         raise ValueError("KL needs posteriors over the same layers")
     alike: dict[object, list[str]] = {}
     for name, layer in q.layers.items():
-        key = name if layer.family == "lowrank" else (layer.family, layer.a.shape, layer.b.shape, p.layers[name].family)
+        key = name if layer.family == "lowrank" else (layer.a.shape, layer.b.shape, layer.family, p.layers[name].family)
         alike.setdefault(key, []).append(name)
     stacks = [(_stacked(q, names), _stacked(p, names)) for names in alike.values()]
     return torch.stack([kl_layer(*stack) for stack in stacks]).sum()

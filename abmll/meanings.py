@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import string
+import re
 from collections.abc import Sequence
 
 import torch
@@ -11,13 +11,19 @@ from torch import Tensor
 from abmll.predictive import Predictive, predictive
 
 _ARTICLES = {"a", "an", "the"}
-_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+# Before a digit a point or a minus is part of a number.
+_PUNCTUATION = re.compile(r"[^\w\s](?!\d)")
 
 
 def normalized(text: str) -> str:
-    """A text without case, punctuation, English articles and spare white space (as in Rajpurkar et al. 2016)."""
-    words = text.casefold().translate(_WITHOUT_PUNCTUATION).split()
-    return " ".join(word for word in words if word not in _ARTICLES) or " ".join(text.split())
+    """A text without case, punctuation, English articles and spare white space (after Rajpurkar et al. 2016).
+
+    A mark before a digit stays, as in -5 and 3.5, and what is an article alone or punctuation alone; C++ and C# become
+    equal.
+    """
+    plain = text.casefold()
+    words = _PUNCTUATION.sub("", plain).split()
+    return " ".join([word for word in words if word not in _ARTICLES] or words or plain.split())
 
 
 def group_meanings(texts: Sequence[str]) -> list[int]:

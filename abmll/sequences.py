@@ -44,8 +44,8 @@ def sequence_predictive(log_probs: Tensor) -> SequencePredictive:
         epistemic  I[y; phi]           ~ sum_s w_s log(p_s / pbar) = KL(w || uniform)
 
     so that epistemic = total - aleatoric >= 0, as for answer options, and at most log S. The estimates
-    are unbiased for y sampled from pbar; y here is the greedy answer, so they speak of that answer
-    alone. All are divided by the number of tokens.
+    are unbiased for y sampled from pbar; y here is one answer, greedy as a rule, so they speak of that
+    answer alone. All are divided by the number of tokens.
 
     Args:
         log_probs: log p of each token under each draw, shape (draws, tokens), at least one token; draws 2k and

@@ -199,6 +199,10 @@ class Answerer:
         elif request.options is not None:
             check_options(request.options)
             check_sampling(request)
+        elif request.samples > self.settings.max_draws:
+            raise InvalidRequest(
+                f"samples is {request.samples}, each of a draw; give at most {self.settings.max_draws}", field="samples"
+            )
         draws = self.settings.draws if request.draws == "auto" else request.draws
         if not 1 <= draws <= self.settings.max_draws:
             raise InvalidRequest(f"draws is {draws}; give 1 to {self.settings.max_draws}, or 'auto'", field="draws")

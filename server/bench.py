@@ -33,10 +33,10 @@ WORKLOADS = {
 }
 
 
-def prompts(count: int, seed: int) -> list[str]:
-    """Returns made-up questions of about 64 tokens; only their length matters here."""
+def prompts(count: int, seed: int, words: int = 60) -> list[str]:
+    """Returns made-up questions, of about 64 tokens by default; only their length matters here."""
     rng = random.Random(seed)
-    return [" ".join(rng.choices(_WORDS, k=60)) for _ in range(count)]
+    return [" ".join(rng.choices(_WORDS, k=words)) for _ in range(count)]
 
 
 def zipf(names: Sequence[str], count: int, rng: random.Random) -> list[str]:

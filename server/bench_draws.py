@@ -1,7 +1,9 @@
 """What draws cost beside vLLM alone, over HTTP: ``python -m server.bench_draws``.
 
 The same base model behind vLLM's own server, asked without an adapter and with one, and behind ``abmll serve --engine
-vllm`` with more and more draws. Every question is new, so that no prefix cache helps either.
+vllm`` with more and more draws. Every question is new, so that no prefix cache helps either. The model must not end its
+texts before they have all their tokens, as one of ``training.random_model`` does not: vLLM can be told to go on, abmll
+cannot.
 """
 
 from __future__ import annotations
@@ -57,7 +59,10 @@ def vllm_server(
             yield url
         finally:
             process.terminate()
-            process.wait(120)
+            try:
+                process.wait(120)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 async def _load(url: str, path: str, bodies: Sequence[dict[str, Any]], clients: int) -> tuple[float, list[float]]:
@@ -102,7 +107,7 @@ class Measured:
 
     def _prompts(self, count: int) -> list[str]:
         self._seed += 1
-        return [prompt[: 6 * self.words] for prompt in prompts(count, self._seed)]
+        return prompts(count, self._seed, self.words)
 
     def measure(self, name: str, url: str, path: str, body: dict[str, Any], kind: str, work: int) -> None:
         """Measures one kind of request for each number of clients; ``work`` is what one request counts for."""
@@ -110,7 +115,7 @@ class Measured:
             count = clients * self.each
             bodies = [body | {"prompt": p} for p in self._prompts(clients + count)]
             total, seconds = asyncio.run(_load(url, path, bodies, clients))
-            p95 = statistics.quantiles(seconds, n=20)[-1] if len(seconds) > 1 else seconds[0]
+            p95 = statistics.quantiles(seconds, n=20, method="inclusive")[-1] if len(seconds) > 1 else seconds[0]
             row = {"kind": kind, "name": name, "clients": clients, "rate": work * count / total, "p95": 1000 * p95}
             self.rows.append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)
@@ -150,29 +155,28 @@ def main() -> None:
     """Prints the tables."""
     from abmll.draws import draw, save_adapter
     from abmll.store import load_posterior
-    from server.vllm_setup import adapter_rank, fused, set_environment
-    from training.embedded import POSTERIOR, resolve
+    from server.vllm_setup import adapter_rank, fused, parse_options, set_environment
     from training.provenance import provenance
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=None, help="base model; default: the embedded one")
-    parser.add_argument("--posterior", type=Path, default=POSTERIOR, help="its global posterior")
+    parser.add_argument("--model", required=True, help="base model, such as training.random_model makes")
+    parser.add_argument("--posterior", type=Path, required=True, help="its global posterior")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--draws", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--each", type=int, default=4, help="requests of each client")
     parser.add_argument("--tokens", type=int, default=64, help="of a text")
     parser.add_argument("--words", type=int, default=60, help="of a prompt, about")
-    parser.add_argument("--vllm", nargs="*", default=[], metavar="NAME=VALUE", help="arguments of vLLM's engine, both")
+    parser.add_argument("--vllm", nargs="*", default=[], metavar="NAME=VALUE", help="numbers for both engines")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="the rest: options of abmll serve")
     given = parser.parse_args()
     set_environment()
-    model, posterior = resolve(given.model), load_posterior(given.posterior).posterior
+    model, posterior = given.model, load_posterior(given.posterior).posterior
     measured = Measured(given.clients, given.each, given.tokens, given.words)
     with tempfile.TemporaryDirectory() as folder:
         adapter = Path(folder) / "draw"
         save_adapter(draw(posterior, 0, 0), posterior, adapter)
         targets = sorted({fused(target) for target in posterior.config.targets})
-        extra = [f"--{name.replace('_', '-')}={value}" for name, value in (text.split("=", 1) for text in given.vllm)]
+        extra = [f"--{name.replace('_', '-')}={json.dumps(value)}" for name, value in parse_options(given.vllm).items()]
         with vllm_server(model, adapter, adapter_rank(posterior.config.draw_rank), targets, extra) as url:
             measured.vllm("vLLM, no adapter", url, "base")
             measured.vllm("vLLM, one adapter", url, "draw")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Coroutine, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -33,6 +38,27 @@ def start_clock() -> Clock:
 def current_clock() -> Clock | None:
     """The clock of the request at hand; None outside of one."""
     return _CURRENT.get()
+
+
+async def together(asked: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """Awaits several questions of one request at once; the longest of their waits is the request's.
+
+    One that fails, or the request's end, ends the others.
+    """
+    clock, clocks = current_clock(), list[Clock]()
+
+    async def one(question: Coroutine[Any, Any, _T]) -> _T:
+        clocks.append(start_clock())  # in a task of its own, hence seen by this question alone
+        return await question
+
+    tasks = [asyncio.ensure_future(one(question)) for question in asked]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        if clock is not None:
+            clock.queued += max((each.queued for each in clocks), default=0.0)
 
 
 class EngineTime:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
-from server.engine import Sampling
+from server.engine import COLDEST, Sampling
 from training.base_model import BaseModel
 
 # A stop string of so many characters lies in so many of the last tokens: four bytes each, a token each.
@@ -54,7 +54,7 @@ class GumbelNoise(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Any:
         """Returns logits plus noise, shape (rows, vocabulary); -inf for tokens that are not to be chosen."""
-        logits = scores.float() / self.sampling.temperature
+        logits = scores.float() / max(self.sampling.temperature, COLDEST)
         if self.sampling.top_p < 1:
             ordered, places = logits.sort(dim=-1, descending=True)
             each = ordered.softmax(dim=-1)
@@ -75,6 +75,8 @@ def decode(
     draws: Sequence[int | None],
 ) -> list[list[int]]:
     """Decodes prompts in one batch, padded on the left; each text ends before a token that ends texts.
+
+    After a stop string more tokens may follow, until the longest text is done.
 
     Args:
         base: The model, with what is attached to it.

@@ -28,12 +28,16 @@ class Served:
     posterior: Posterior
 
 
+# As vLLM has it: colder ones overflow.
+COLDEST = 0.01
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        temperature: Divides the logits; 0 takes the likeliest token.
+        temperature: Divides the logits; 0 takes the likeliest token, and what lies between is taken for ``COLDEST``.
         top_p: Only the likeliest tokens that together have this probability are chosen from (Holtzman et al. 2020).
         seed: Of the choice; the same seed makes the same text, as far as rounding goes.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from abmll.errors import InvalidRequest
 from abmll.meanings import group_meanings, meaning_predictive
 from abmll.scoring import Question
 from abmll.sequences import TokenScores
+from server.clock import together
 from server.engine import Engine, Sampling, Served
 from server.schemas import GenerateRequest, Meaning, Semantics, Uncertainty
 from server.texts import LIKELY, until_stop
@@ -37,13 +37,11 @@ class FreeText:
 
 
 def check_sampling(request: GenerateRequest) -> None:
-    """Checks that what is said of sampling is said of a free text.
+    """Checks that what is said of sampling is not said of a question with options.
 
     Raises:
-        InvalidRequest: There are options.
+        InvalidRequest: It is.
     """
-    if request.options is None:
-        return
     for name, given in (("temperature", request.temperature > 0), ("top_p", request.top_p < 1)):
         if given:
             raise InvalidRequest(f"{name} is for free text; options are scored, not sampled: leave it out", field=name)
@@ -79,15 +77,21 @@ async def free_text(
     sampled = [finished(sample) for sample in samples]
     wordings = {tokens: text} | dict(sampled)
     rest = [wording for wording in wordings if wording != tokens]
-    log_probs = [scores.log_probs] + [one.log_probs for one in await asyncio.gather(*map(scored, rest))]
+    log_probs = [scores.log_probs] + [one.log_probs for one in await together(map(scored, rest))]
     of_texts = torch.stack([one.double().sum(dim=1) for one in log_probs], dim=1)
-    return FreeText(text, scores, _semantics(wordings, of_texts, [wording for wording, _ in sampled]))
+    return FreeText(text, scores, semantics(wordings, of_texts, [wording for wording, _ in sampled]))
 
 
-def _semantics(
+def semantics(
     wordings: dict[tuple[int, ...], str], log_probs: torch.Tensor, samples: Sequence[tuple[int, ...]]
 ) -> Semantics:
-    """Groups wordings, the answer's first, by what they mean; their scores are of shape (draws, wordings)."""
+    """Groups wordings by what they mean.
+
+    Args:
+        wordings: Tokens and text of each; the answer's first.
+        log_probs: Of the wordings, shape (draws, wordings), nats.
+        samples: Tokens of each sample.
+    """
     groups = group_meanings(list(wordings.values()))
     meaning_of = dict(zip(wordings, groups, strict=True))
     result = meaning_predictive(log_probs, groups)

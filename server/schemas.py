@@ -51,7 +51,9 @@ class GenerateRequest(Request):
         le=1,
         description="With `draws: auto`: what further draws may move the confidence by, at 95 %. 0: all draws.",
     )
-    seed: int = Field(0, ge=0, lt=2**53, description="Seed of the draws: the same request gives the same reply.")
+    seed: int = Field(
+        0, ge=0, lt=2**53, description="Seed of draws and of free text: the same request gives the same reply."
+    )
     timeout: float | None = Field(
         None,
         gt=0,
@@ -92,7 +94,7 @@ class GenerateRequest(Request):
         ge=0,
         le=32,
         description="As many further free-text answers, each under a draw of its own, tell how far the model agrees "
-        "with itself (`semantics`); at `temperature`, or at 1 where that is 0.",
+        "with itself (`semantics`); at `temperature`, or at 1 where that is 0. Each wording is scored under `draws`.",
     )
     tokens: bool = Field(False, description="Whether the reply tells a free-text answer token by token.")
     normalize: Literal["sum", "mean"] | None = Field(

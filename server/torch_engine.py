@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from abmll.beginnings import Beginning, read_beginning, reuses_beginnings
-from abmll.draw_scores import under_draws
+from abmll.draw_scores import rows_of_draws, under_draws
 from abmll.draws import Signs, draw_signs, stack_signs
 from abmll.errors import AbmllError, EngineFailure
 from abmll.layers import Attached, attach
@@ -337,11 +337,6 @@ class TorchEngine:
             for tokens, scores, likely in texts
         ]
 
-    @property
-    def _model(self) -> Any:
-        assert self._base is not None
-        return self._base.model
-
     def _place(self, posterior: Posterior) -> Posterior:
         return posterior.map(lambda tensor: tensor.to(self.device, torch.float32))
 
@@ -393,20 +388,22 @@ class TorchEngine:
         """Decodes prompts together: each prompt's texts, one a draw, or one under the mean."""
         assert self._base is not None
         assert self._attached is not None
-        signs = None
-        if kind.draws:
-            rows = len(prompts)
-            signs = {
-                name: Signs(one.u.repeat_interleave(rows, dim=0), one.v.repeat_interleave(rows, dim=0))
-                for name, one in self._stacked(posterior, kind.seed, kind.draws).items()
-            }
-        draws = kind.draws or (None,)
-        with self._attached.using(posterior, signs):
-            texts = decode(
-                self._base, list(prompts) * len(draws), kind.max_tokens, kind.stop, kind.sampling,
-                [draw for draw in draws for _ in prompts],
-            )  # fmt: skip
-        return [texts[row :: len(prompts)] for row in range(len(prompts))]
+        rows, width = len(prompts), max(map(len, prompts))
+        draws: tuple[int | None, ...] = kind.draws or (None,)
+        at_once = max(1, self.pass_tokens // (rows * (width + kind.max_tokens)))
+        texts: list[list[int]] = []
+        for start in range(0, len(draws), at_once):
+            some = draws[start : start + at_once]
+            drawn = [draw for draw in some if draw is not None]
+            signs = (
+                rows_of_draws(self._stacked(posterior, kind.seed, drawn), rows, self._base.device) if drawn else None
+            )
+            with self._attached.using(posterior, signs):
+                of_rows = [draw for draw in some for _ in prompts]
+                texts += decode(
+                    self._base, list(prompts) * len(some), kind.max_tokens, kind.stop, kind.sampling, of_rows
+                )
+        return [texts[row::rows] for row in range(rows)]
 
 
 def _tokens(question: Question, kind: _Kind) -> int:

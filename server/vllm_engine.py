@@ -30,6 +30,8 @@ from server.vllm_setup import adapter_rank, fused, set_environment, target_shape
 
 logger = logging.getLogger(__name__)
 
+# Longer texts are scored place by place: reading one, vLLM holds logits of all its tokens, a megabyte each for Llama-3.
+_READ_TOKENS = 1024
 _DEAD = "vLLM's engine process has died; ask again once it has been started anew"
 
 
@@ -145,7 +147,9 @@ class VllmEngine:
         question = Question((1, 2, 3), ((4,), (5, 6)))
         await self.score(served, question, range(2), 0)
         await self.score_tokens(served, question.prompt, [4, 5], range(2), 0, others=4)
+        await self.score_tokens(served, question.prompt, [4, 5], range(2), 0)
         await self.generate(served, question.prompt, 4)
+        await self.sample(served, question.prompt, 4, [], Sampling(1.0, 0.9), range(2), 0)
         await self.release(served.key)
 
     async def close(self) -> None:
@@ -201,12 +205,12 @@ class VllmEngine:
         if not tokens:
             return no_tokens(len(draws), others)
         asked = tuple(prompt)
-        if not others:
+        if not others and len(prompt) + len(tokens) <= _READ_TOKENS:
             read = await self._read(served, asked, tokens, draws, seed, 0)
             own = [[place[token].logprob for place, token in zip(places, tokens, strict=True)] for places in read]
             none = torch.zeros(len(draws), len(tokens), 0)
             return TokenScores(torch.tensor(tokens), torch.tensor(own), none[0].long(), none)
-        likely = await self._likeliest(served, asked, tokens, others)
+        likely = await self._likeliest(served, asked, tokens, others) if others else [()] * len(tokens)
         steps = [
             Step(step.before, tuple(dict.fromkeys((*step.tokens, *more))))
             for step, more in zip(token_steps(tokens), likely, strict=True)

@@ -16,7 +16,17 @@ from abmll.errors import AbmllError
 # vLLM builds its kernels for these ranks alone.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Follow from the posterior, or from options of ``abmll serve``.
-_OURS = {"model", "revision", "max_model_len", "enable_lora", "max_lora_rank", "lora_target_modules", "max_logprobs"}
+_OURS = {
+    "model",
+    "revision",
+    "max_model_len",
+    "enable_lora",
+    "max_lora_rank",
+    "lora_target_modules",
+    "max_logprobs",
+    "logprobs_mode",
+    "worker_extension_cls",
+}
 # vLLM runs these projections as one, and knows LoRA targets by the fused name.
 _FUSED = {
     "q_proj": "qkv_proj",
@@ -48,17 +58,20 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
     """Reads arguments of vLLM's engine: ``NAME=VALUE``, the value as JSON where it is JSON.
 
     Raises:
-        AbmllError: One has no name or no value.
+        AbmllError: One has no name or no value, or is given twice.
     """
     options: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not name or not equals:
             raise AbmllError(f"--vllm-option {text} is not NAME=VALUE, such as gpu_memory_utilization=0.5")
+        name = name.replace("-", "_")
+        if name in options:
+            raise AbmllError(f"--vllm-option {name} is given twice")
         try:
-            options[name.replace("-", "_")] = json.loads(value)
+            options[name] = json.loads(value)
         except ValueError:
-            options[name.replace("-", "_")] = value
+            options[name] = value
     return options
 
 

@@ -1,4 +1,4 @@
-"""Cost of a training step beside plain PEFT LoRA: ``python -m training.bench``.
+"""Cost of a training step beside plain PEFT LoRA, or the first method named: ``python -m training.bench``.
 
 All train the same targets of the same base model on the same number of tokens, each in a process of its own. On a CPU,
 whose speed wanders, they take turns; on a GPU, which would not hold all of them, one comes after the other.
@@ -81,7 +81,11 @@ def _abmll_step(setup: Setup, family: Family) -> Callable[[], None]:
     generator = torch.Generator().manual_seed(0)
     data = setup.data(base.model.config.vocab_size)
     loop = InnerLoop(attached, theta, AdaptConfig())
-    return lambda: void(loop.step(data, len(data), generator))
+
+    def step() -> None:
+        loop.step(data, len(data), generator)
+
+    return step
 
 
 def _maml_step(setup: Setup) -> Callable[[], None]:
@@ -108,10 +112,6 @@ def _maml_step(setup: Setup) -> Callable[[], None]:
     return step
 
 
-def void(_: object) -> None:
-    """Drops a result."""
-
-
 def make_step(method: str, setup: Setup) -> Callable[[], None]:
     """Returns a function that takes one training step of a method."""
     if method == "peft-lora":
@@ -131,9 +131,9 @@ def _work(pipe: Connection, method: str, setup: Setup) -> None:
             begin = time.perf_counter()
             step()
             if cuda:
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(setup.device)
             seconds = time.perf_counter() - begin
-            pipe.send((seconds, torch.cuda.max_memory_allocated() / 2**20 if cuda else _peak_mib()))
+            pipe.send((seconds, torch.cuda.max_memory_allocated(setup.device) / 2**20 if cuda else _peak_mib()))
     except torch.OutOfMemoryError:
         pipe.send(None)
 
@@ -157,10 +157,13 @@ class Worker:
         """Takes one step; its seconds and the process's peak of memory in MiB, None if it does not fit.
 
         Raises:
-            EOFError: The process failed; it has printed why.
+            RuntimeError: The process failed; it has printed why.
         """
-        self._pipe.send(True)
-        return self._pipe.recv()
+        try:
+            self._pipe.send(True)
+            return self._pipe.recv()
+        except (EOFError, OSError) as error:
+            raise RuntimeError("a method's process failed; what it said stands above") from error
 
     def close(self) -> None:
         """Ends the process."""

@@ -17,7 +17,7 @@ from abmll.posterior import Family, PosteriorConfig
 from abmll.store import Record, load_posterior, save_posterior
 from training.embedded import BASE, POSTERIOR
 
-# As the models' own configurations on the hub say.
+# As the model's own configuration on the hub says; tiny is for tests.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
         "vocab_size": 128256,

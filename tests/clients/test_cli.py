@@ -98,6 +98,22 @@ def test_a_free_text_shows_where_in_it_the_doubt_lies(scripted: Scripted, comman
     assert "(end)" in result.output
 
 
+def test_samples_show_what_else_might_have_been_said(scripted: Scripted):
+    meanings = [{"answer": f"city {n}", "probability": 0.4 / 2**n, "samples": 7 - n} for n in range(7)]
+    semantics = {"meanings": meanings, "unseen": 0.206, "answer_probability": 0.4, "consistency": 0.25,
+                 "uncertainty": {"total": 0.9, "aleatoric": 0.8, "epistemic": 0.1}}  # fmt: skip
+    scripted.reply(200, _body(ANSWER | {"answer": "city 0", "probabilities": None, "semantics": semantics}))
+    sampling = ["--samples", "28", "--temperature", "0.7", "--top-p", "0.9"]
+    result = _run("ask", "where?", *sampling, "--url", scripted.url)
+    assert result.exit_code == 0, result.output
+    rows = [line.split() for line in result.output.splitlines()]
+    assert ["city", "0", "40.0", "%", "7"] in rows
+    assert ["2", "more", "1.9", "%", "3"] in rows
+    assert ["anything", "else", "20.6", "%"] in rows
+    body = json.loads(scripted.asked[0][2])
+    assert (body["samples"], body["temperature"], body["top_p"]) == (28, 0.7, 0.9)
+
+
 def test_score_reads_a_long_answer_from_the_standard_input(scripted: Scripted):
     scripted.reply(200, _body(ANSWER | {"probabilities": None}))
     result = _run("score", "why?", "-", "--draws", "4", "--json", "--url", scripted.url, stdin="because")

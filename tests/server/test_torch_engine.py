@@ -127,7 +127,8 @@ def test_a_beginning_that_questions_share_is_read_once(tiny_model_folder: Path, 
         return await engine.score(served(posterior), question, range(4), 0)
 
     async def together(engine: TorchEngine) -> list[Tensor]:
-        model: Any = engine._model  # pyright: ignore[reportPrivateUsage]
+        loaded: Any = engine._base  # pyright: ignore[reportPrivateUsage]
+        model = loaded.model
         model.get_input_embeddings().register_forward_hook(lambda module, given, out: read.append(given[0].numel()))
         found = [await score(engine, posterior, question) for question in asked[:2]]
         del read[:]

@@ -22,6 +22,8 @@ def test_arguments_of_the_engine_are_read_as_json_where_they_are_json() -> None:
     for wrong in ("tensor_parallel_size", "=2"):
         with pytest.raises(AbmllError, match="is not NAME=VALUE"):
             parse_options([wrong])
+    with pytest.raises(AbmllError, match="seed is given twice"):
+        parse_options(["seed=1", "seed=2"])
 
 
 @needs_vllm
@@ -29,8 +31,9 @@ def test_arguments_that_vllm_does_not_have_or_abmll_sets() -> None:
     check_options({"gpu_memory_utilization": 0.5, "tensor_parallel_size": 2})
     with pytest.raises(AbmllError, match="no argument tensor_paralel_size; did you mean tensor_parallel_size"):
         check_options({"tensor_paralel_size": 2})
-    with pytest.raises(AbmllError, match="enable_lora is set by abmll itself"):
-        check_options({"enable_lora": False})
+    for name in ("enable_lora", "logprobs_mode", "worker_extension_cls"):
+        with pytest.raises(AbmllError, match=f"{name} is set by abmll itself"):
+            check_options({name: False})
 
 
 def test_ranks_and_names_as_vllm_knows_them() -> None:
