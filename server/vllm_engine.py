@@ -31,7 +31,7 @@ from server.vllm_setup import adapter_rank, fused, set_environment, target_shape
 logger = logging.getLogger(__name__)
 
 # Longer texts are scored place by place: reading one, vLLM holds logits of all its tokens, a megabyte each for Llama-3.
-_READ_TOKENS = 1024
+READ_TOKENS = 1024
 _DEAD = "vLLM's engine process has died; ask again once it has been started anew"
 
 
@@ -205,7 +205,7 @@ class VllmEngine:
         if not tokens:
             return no_tokens(len(draws), others)
         asked = tuple(prompt)
-        if not others and len(prompt) + len(tokens) <= _READ_TOKENS:
+        if not others and len(prompt) + len(tokens) <= READ_TOKENS:
             read = await self._read(served, asked, tokens, draws, seed, 0)
             own = [[place[token].logprob for place, token in zip(places, tokens, strict=True)] for places in read]
             none = torch.zeros(len(draws), len(tokens), 0)

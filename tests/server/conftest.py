@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,18 @@ def random_posterior(
     posterior = init_posterior(attach(model, config.targets, layers), config, seed)
     generator = torch.Generator().manual_seed(seed)
     return posterior.map(lambda t: t + noise * torch.randn(t.shape, generator=generator))
+
+
+def greedy(model: Any, prompt: Sequence[int], count: int, end: int) -> list[int]:
+    """The likeliest tokens after a prompt, one pass a token; ``end`` ends them."""
+    ids = list(prompt)
+    with torch.inference_mode():
+        for _ in range(count):
+            best = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+            if best == end:
+                break
+            ids.append(best)
+    return ids[len(prompt) :]
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from abmll.scoring import Question, option_scores, pack, tokenize
 from abmll.sequences import TokenScores
 from server.engine import Sampling, Served
 from server.torch_engine import TorchEngine
-from tests.server.conftest import TARGETS, random_posterior
+from tests.server.conftest import TARGETS, greedy, random_posterior
 from training.base_model import BaseModel, load_base
 
 T = TypeVar("T")
@@ -205,15 +205,8 @@ def test_decoding_is_the_argmax_at_each_step_whatever_shares_the_batch(
     fresh = load_base(str(tiny_model_folder))
     attached = attach(fresh.model, posterior.config.targets)
     for question, tokens in zip(asked, with_engine(tiny_model_folder, use), strict=True):
-        ids = list(question.prompt)
-        with attached.using(posterior) as model, torch.inference_mode():
-            for _ in range(6):
-                step: Any = model(input_ids=torch.tensor([ids]))
-                best = int(step.logits[0, -1].argmax())
-                if best == base.tokenizer.eos_token_id:
-                    break
-                ids.append(best)
-        assert tokens == ids[len(question.prompt) :]
+        with attached.using(posterior) as model:
+            assert tokens == greedy(model, question.prompt, 6, base.tokenizer.eos_token_id)
 
 
 def test_the_mean_of_a_zero_posterior_is_the_base_model(tiny_model_folder: Path, base: BaseModel) -> None:
@@ -277,7 +270,7 @@ def test_a_text_under_each_draw_is_that_draws_own_whatever_shares_the_batch(
         def sample(question: Question, sampling: Sampling) -> Any:
             return engine.sample(served(posterior), question.prompt, 6, [], sampling, range(3), 0)
 
-        greedy = await asyncio.gather(*(sample(question, cold) for question in asked))
+        likeliest = await asyncio.gather(*(sample(question, cold) for question in asked))
         together = await asyncio.gather(*(sample(question, warm) for question in asked))
         alone = [await sample(question, warm) for question in asked]
         other = await sample(asked[0], replace(warm, seed=4))
@@ -285,22 +278,15 @@ def test_a_text_under_each_draw_is_that_draws_own_whatever_shares_the_batch(
             await engine.generate(served(posterior), asked[0].prompt, 6, [], sampling)
             for sampling in (warm, warm, replace(warm, seed=4))
         ]
-        return [greedy, together, alone, other, mean]
+        return [likeliest, together, alone, other, mean]
 
-    greedy, together, alone, other, mean = with_engine(tiny_model_folder, use)
+    likeliest, together, alone, other, mean = with_engine(tiny_model_folder, use)
     assert together == alone
     assert other != alone[0]
     assert mean[0] == mean[1] != mean[2]
     attached = attach(load_base(str(tiny_model_folder)).model, TARGETS)
-    for question, texts in zip(asked, greedy, strict=True):
+    for question, texts in zip(asked, likeliest, strict=True):
         for index, tokens in enumerate(texts):
             signs = stack_signs([draw_signs(posterior, 0, index)])
-            ids = list(question.prompt)
-            with attached.using(posterior, signs) as model, torch.inference_mode():
-                for _ in range(6):
-                    step: Any = model(input_ids=torch.tensor([ids]))
-                    best = int(step.logits[0, -1].argmax())
-                    if best == base.tokenizer.eos_token_id:
-                        break
-                    ids.append(best)
-            assert tokens == ids[len(question.prompt) :]
+            with attached.using(posterior, signs) as model:
+                assert tokens == greedy(model, question.prompt, 6, base.tokenizer.eos_token_id)

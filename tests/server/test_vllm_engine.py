@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import server.vllm_engine
 from abmll.draw_scores import score_draws
 from abmll.draws import draw_signs, stack_signs
 from abmll.errors import EngineFailure
@@ -28,7 +29,7 @@ from server.engine import Sampling, Served
 from server.local_server import processes_below
 from server.texts import until_stop
 from server.vllm_engine import VllmEngine
-from tests.server.conftest import TARGETS, random_posterior
+from tests.server.conftest import TARGETS, greedy, random_posterior
 from training.base_model import BaseModel, load_base
 
 pytestmark = [
@@ -161,21 +162,18 @@ def test_scores_stay_right_when_adapters_are_given_up_and_made_again(
 
 
 def test_free_text_is_the_torch_models_and_its_tokens_scores_too(
-    loop: Loop, engine: VllmEngine, reference: tuple[BaseModel, Attached], tiny_model_folder: Path
+    loop: Loop,
+    engine: VllmEngine,
+    reference: tuple[BaseModel, Attached],
+    tiny_model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base, attached = reference
     posterior = random_posterior(tiny_model_folder, 5)
     question = questions(base, posterior)[0]
     tokens = loop.run(engine.generate(served(posterior), question.prompt, 6))
-    ids = list(question.prompt)
-    with attached.using(posterior) as model, torch.inference_mode():
-        for _ in range(6):
-            step: Any = model(input_ids=torch.tensor([ids]))
-            best = int(step.logits[0, -1].argmax())
-            if best == base.tokenizer.eos_token_id:
-                break
-            ids.append(best)
-    assert tokens == ids[len(question.prompt) :]
+    with attached.using(posterior) as model:
+        assert tokens == greedy(model, question.prompt, 6, base.tokenizer.eos_token_id)
     assert tokens
     said = base.tokenizer.decode(tokens)
     stop = said[len(said) // 2 :][:2]
@@ -188,6 +186,12 @@ def test_free_text_is_the_torch_models_and_its_tokens_scores_too(
     each = loop.run(engine.score_tokens(served(posterior), question.prompt, tokens, range(2), 0, others=7))
     whole = expected(attached, posterior, Question(question.prompt, (tuple(tokens), (1,))), range(2), 0)[:, 0]
     assert_close(each.log_probs.sum(1), whole)
+    for longest in (server.vllm_engine.READ_TOKENS, 0):  # read in one pass a draw, or asked place by place
+        monkeypatch.setattr(server.vllm_engine, "READ_TOKENS", longest)
+        plain = loop.run(engine.score_tokens(served(posterior), question.prompt, tokens, range(2), 0))
+        assert_close(plain.log_probs, each.log_probs)
+        assert plain.tokens.tolist() == tokens
+        assert (plain.others.shape, plain.other_log_probs.shape) == ((len(tokens), 0), (2, len(tokens), 0))
     assert each.others.shape == (len(tokens), 7)
     assert each.others[:, 0].tolist() == tokens  # decoding was greedy
     for at, others in enumerate(each.others.tolist()):
@@ -208,15 +212,8 @@ def test_texts_under_draws_are_the_torch_models_and_come_again_by_their_seed(
 
     for index, tokens in enumerate(sample(Sampling())):
         signs = stack_signs([draw_signs(posterior, 0, index)])
-        ids = list(question.prompt)
-        with attached.using(posterior, signs) as model, torch.inference_mode():
-            for _ in range(6):
-                step: Any = model(input_ids=torch.tensor([ids]))
-                best = int(step.logits[0, -1].argmax())
-                if best == base.tokenizer.eos_token_id:
-                    break
-                ids.append(best)
-        assert tokens == ids[len(question.prompt) :]
+        with attached.using(posterior, signs) as model:
+            assert tokens == greedy(model, question.prompt, 6, base.tokenizer.eos_token_id)
     warm = Sampling(temperature=1.5, top_p=0.95, seed=3)
     assert sample(warm) == sample(warm) != sample(Sampling(temperature=1.5, top_p=0.95, seed=4))
 
