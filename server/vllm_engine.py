@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 # Longer texts are scored place by place: reading one, vLLM holds logits of all its tokens, a megabyte each for Llama-3.
 READ_TOKENS = 1024
+_LOOK_SECONDS = 1.0
 _DEAD = "vLLM's engine process has died; ask again once it has been started anew"
 
 
@@ -341,15 +342,27 @@ class VllmEngine:
         self._waiting += 1
         tasks = [asyncio.ensure_future(self._one(*request)) for request in requests]
         try:
-            outputs = await asyncio.gather(*tasks)
+            outputs = await self._unless_dead(tasks)
         finally:
             self._waiting -= 1
             for task in tasks:
+                task.add_done_callback(lambda task: task.cancelled() or task.exception())  # one failure is told
                 task.cancel()
         clock, metrics = current_clock(), outputs[0].metrics
         if clock is not None and metrics is not None:
             clock.queued += max(0.0, getattr(metrics, "scheduled_ts", 0.0) - getattr(metrics, "queued_ts", 0.0))
         return outputs
+
+    async def _unless_dead(self, tasks: Sequence[asyncio.Future[Any]]) -> list[Any]:
+        """Awaits requests, or the engine's death: vLLM does not tell it to one that it takes in at that moment."""
+        waiting = set(tasks)
+        while waiting:
+            done, waiting = await asyncio.wait(waiting, timeout=_LOOK_SECONDS, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+            if waiting and self._dead:
+                raise EngineFailure(_DEAD)
+        return [task.result() for task in tasks]
 
     async def _one(self, prompt: tuple[int, ...], params: Any, adapter: Adapter) -> Any:
         from vllm.lora.request import LoRARequest

@@ -8,7 +8,7 @@ import importlib.util
 import os
 import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -242,12 +242,28 @@ def test_likely_tokens_are_the_same_while_options_are_scored(
     assert nothing.log_probs.shape == (2, 0)
 
 
-def test_a_dead_engine_fails_its_requests_at_once_and_says_so(loop: Loop, tiny_model_folder: Path) -> None:
+def test_a_dead_engine_fails_its_requests_at_once_and_says_so(
+    loop: Loop, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = processes_below(os.getpid())
     engine = start(loop, tiny_model_folder)
     posterior = random_posterior(tiny_model_folder, 1)
     question = Question((1, 2, 3), ((4,), (5,)))
     loop.run(engine.score(served(posterior), question, range(2), 0))
+
+    async def forgotten(*_: Any, **__: Any) -> AsyncIterator[Any]:
+        """What vLLM does with a request that it takes in while its engine dies."""
+        await asyncio.Event().wait()
+        yield
+
+    async def ask() -> Tensor:
+        return await engine.score(served(posterior), question, range(2), 0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._llm, "generate", forgotten)  # pyright: ignore[reportPrivateUsage]
+        waiting = asyncio.run_coroutine_threadsafe(ask(), loop.loop)
+        with pytest.raises(TimeoutError):
+            waiting.result(3)  # a living engine may take its time
     for process in processes_below(os.getpid()):
         if process not in before:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -255,6 +271,8 @@ def test_a_dead_engine_fails_its_requests_at_once_and_says_so(loop: Loop, tiny_m
     begin = time.monotonic()
     with pytest.raises(EngineFailure):
         loop.run(engine.score(served(posterior), question, range(2, 4), 0))
+    with pytest.raises(EngineFailure):
+        waiting.result(30)
     assert time.monotonic() - begin < 30
     assert not engine.state().healthy
     loop.run(engine.close())
