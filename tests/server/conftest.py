@@ -6,7 +6,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -144,33 +145,48 @@ class Server:
         raise AssertionError(f"job {job} is not done after {seconds} s: {self.log.read_text()}")
 
 
-@pytest.fixture(scope="session")
-def start_server(
-    tiny_model_folder: Path, global_posterior: tuple[Path, StoredPosterior], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[..., Server]]:
+@contextmanager
+def servers(
+    model: Path, posterior: tuple[Path, StoredPosterior], folders: pytest.TempPathFactory
+) -> Generator[Callable[..., Server], None, None]:
+    """Yields what starts servers; ends them all after it."""
     started: list[Server] = []
 
     def start(store: Path | None = None, *, wait: bool = True, **options: Any) -> Server:
         settings = Settings(
             port=free_port(),
             engine="torch",
-            model=str(tiny_model_folder),
-            posterior=global_posterior[0],
-            store=store or tmp_path_factory.mktemp("server") / "store",
+            model=str(model),
+            posterior=posterior[0],
+            store=store or folders.mktemp("server") / "store",
         ).model_copy(update=options)
-        server = Server(settings, tmp_path_factory.mktemp("log") / "server.log")
+        server = Server(settings, folders.mktemp("log") / "server.log")
         started.append(server)
         if wait:
             server.wait_ready()
         return server
 
-    yield start
-    for server in started:
-        server.http.close()
-        if server.process.poll() is None:
-            server.stop()
+    try:
+        yield start
+    finally:
+        for server in started:
+            server.http.close()
+            if server.process.poll() is None:
+                server.stop()
+
+
+@pytest.fixture(scope="module")
+def start_server(
+    tiny_model_folder: Path, global_posterior: tuple[Path, StoredPosterior], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Server]]:
+    """Servers of one file of tests: with its worker each takes 0.7 GB, and vLLM's 4."""
+    with servers(tiny_model_folder, global_posterior, tmp_path_factory) as start:
+        yield start
 
 
 @pytest.fixture(scope="session")
-def server(start_server: Callable[..., Server]) -> Server:
-    return start_server()
+def server(
+    tiny_model_folder: Path, global_posterior: tuple[Path, StoredPosterior], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    with servers(tiny_model_folder, global_posterior, tmp_path_factory) as start:
+        yield start()
