@@ -73,7 +73,7 @@ bench-llama: $(SERVING) ## on a GPU: training steps, and draws beside vLLM alone
 	@$(BIN)/python -m training.bench --model '$(LLAMA)/base' --device cuda --dtype bfloat16
 	@$(BIN)/python -m server.bench_draws --model '$(LLAMA)/base' --posterior '$(LLAMA)/posterior' \
 		--vllm gpu_memory_utilization=0.55 --serve --dtype bfloat16 --adapt-device cuda:0
-	@rm -rf '$(LLAMA)'
+	@rm -rf '$(LLAMA)/base' '$(LLAMA)/posterior'
 
 soak: $(SERVING) ## mixed traffic with faults for MINUTES (15): errors, lost jobs, memory (ARGS go to server.soak)
 	@$(BIN)/python -m server.soak $(MINUTES) $(ARGS)

@@ -290,7 +290,7 @@ class VllmEngine:
         sampling: Sampling = GREEDY,
     ) -> list[int]:
         """Decodes under the posterior mean, see ``Engine.generate``."""
-        (text,) = await self._decode(served, prompt, max_tokens, stop, sampling, [None], 0)
+        (text,) = await self.sample(served, prompt, max_tokens, stop, sampling, [None], 0)
         return text
 
     async def sample(
@@ -300,22 +300,10 @@ class VllmEngine:
         max_tokens: int,
         stop: Sequence[str],
         sampling: Sampling,
-        draws: Sequence[int],
-        seed: int,
-    ) -> list[list[int]]:
-        """Decodes one text under each draw, see ``Engine.sample``."""
-        return await self._decode(served, prompt, max_tokens, stop, sampling, draws, seed)
-
-    async def _decode(
-        self,
-        served: Served,
-        prompt: Sequence[int],
-        max_tokens: int,
-        stop: Sequence[str],
-        sampling: Sampling,
         draws: Sequence[int | None],
         seed: int,
     ) -> list[list[int]]:
+        """Decodes one text under each draw, None the mean; see ``Engine.sample``."""
         params = [decode_params(max_tokens, stop, sampling, draw) for draw in draws]
         async with self._holding(served, seed, draws) as adapters:
             outputs = await self._gather(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -210,14 +211,10 @@ def main() -> None:
     print("| method | step ms | time ratio | peak MiB | memory ratio |\n|---|---|---|---|---|")
     first = found[given.methods[0]]
     for method, result in found.items():
-        if result is None or first is None:
-            print(
-                f"| {method} | does not fit | | | |"
-                if result is None
-                else f"| {method} | {1000 * result[0]:.0f} | | | |"
-            )
+        if result is None:
+            print(f"| {method} | does not fit | | | |")
             continue
-        (seconds, peak), (reference, least) = result, first
+        (seconds, peak), (reference, least) = result, first or (math.nan, math.nan)
         print(f"| {method} | {1000 * seconds:.0f} | {seconds / reference:.2f} | {peak:.0f} | {peak / least:.2f} |")
 
 
