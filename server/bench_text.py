@@ -8,6 +8,7 @@ import statistics
 import time
 from typing import Literal
 
+from abmll.sampling import Sampling
 from server.bench import DRAWS, prompts
 from server.engine import Served
 from server.service import make_engine
@@ -40,7 +41,7 @@ async def measure(engine_name: Literal["torch", "vllm"], count: int) -> dict[str
             template = stored.posterior.config.template
             asked = tokenize(tokenizer, template, prompt, [], engine.context - TOKENS - 1).prompt
             begin = time.perf_counter()
-            tokens = await engine.generate(served, asked, TOKENS)
+            tokens = await engine.generate(served, asked, Sampling(TOKENS))
             plain = time.perf_counter() - begin
             found["rate"].append(len(tokens) / plain)
             for kind, others in (("scored", 0), ("told", LIKELY)):

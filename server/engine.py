@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from abmll.posterior import Normalize, Posterior
+from abmll.sampling import Sampling
 from abmll.scoring import Question
 from abmll.sequences import TokenScores
 
@@ -28,30 +28,8 @@ class Served:
     posterior: Posterior
 
 
-# As vLLM has it: colder ones overflow.
-COLDEST = 0.01
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        temperature: Divides the logits; 0 takes the likeliest token, and what lies between is taken for ``COLDEST``.
-        top_p: Only the likeliest tokens that together have this probability are chosen from (Holtzman et al. 2020).
-        seed: Of the choice; the same seed makes the same text, as far as rounding goes.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def seed_of(self, draw: int | None) -> int:
-        """Seed of the text under one draw, or under the mean."""
-        return int.from_bytes(hashlib.sha256(f"{self.seed}:{draw}".encode()).digest()[:7], "big")
-
-
-GREEDY = Sampling()
+# A token of a text that is being decoded, and its log-probability under the mean, in nats before temperature.
+Tell = Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
@@ -103,14 +81,13 @@ class Engine(Protocol):
         self,
         served: Served,
         prompt: Sequence[int],
-        max_tokens: int,
-        stop: Sequence[str] = (),
-        sampling: Sampling = GREEDY,
+        sampling: Sampling,
+        tell: Tell | None = None,
     ) -> list[int]:
         """Decodes under the posterior mean.
 
-        Ends before an end-of-text token, at ``max_tokens``, or at the token whose text holds (the end of) one of
-        ``stop``; more tokens may follow that.
+        Ends before an end-of-text token, or as ``sampling`` says; more tokens may follow the end of a stop string.
+        ``tell`` is told of each token as it comes, in the event loop.
         """
         ...
 
@@ -118,8 +95,6 @@ class Engine(Protocol):
         self,
         served: Served,
         prompt: Sequence[int],
-        max_tokens: int,
-        stop: Sequence[str],
         sampling: Sampling,
         draws: Sequence[int],
         seed: int,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from abmll.errors import InvalidRequest
 from abmll.meanings import group_meanings, meaning_predictive
+from abmll.sampling import Sampling
 from abmll.scoring import Question
 from abmll.sequences import TokenScores
 from server.clock import together
-from server.engine import Engine, Sampling, Served
+from server.engine import Engine, Served
 from server.schemas import GenerateRequest, Meaning, Semantics, Uncertainty
 from server.texts import LIKELY, until_stop
 
@@ -64,16 +65,14 @@ async def free_text(
     async def scored(tokens: Sequence[int], others: int = 0) -> TokenScores:
         return await engine.score_tokens(served, question.prompt, tokens, draws, request.seed, others)
 
-    sampling = Sampling(request.temperature, request.top_p, request.seed)
-    decoded = await engine.generate(served, question.prompt, request.max_tokens, request.stop, sampling)
+    sampling = Sampling(request.max_tokens, tuple(request.stop), request.temperature, request.top_p, request.seed)
+    decoded = await engine.generate(served, question.prompt, sampling)
     tokens, text = finished(decoded)
     scores = await scored(tokens, LIKELY if request.tokens else 0)
     if not request.samples:
         return FreeText(text, scores, None)
-    sampling = Sampling(request.temperature or _TEMPERATURE, request.top_p, request.seed)
-    samples = await engine.sample(
-        served, question.prompt, request.max_tokens, request.stop, sampling, range(request.samples), request.seed
-    )
+    sampling = replace(sampling, temperature=request.temperature or _TEMPERATURE)
+    samples = await engine.sample(served, question.prompt, sampling, range(request.samples), request.seed)
     sampled = [finished(sample) for sample in samples]
     wordings = {tokens: text} | dict(sampled)
     rest = [wording for wording in wordings if wording != tokens]

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from abmll.beginnings import Beginning, read_beginning, reuses_beginnings
+from abmll.decoding import decode
 from abmll.draw_scores import rows_of_draws, under_draws
 from abmll.draws import Signs, draw_signs, stack_signs
 from abmll.errors import AbmllError, EngineFailure
 from abmll.layers import Attached, attach
 from abmll.posterior import Posterior
+from abmll.sampling import Sampling
 from abmll.scoring import Batch, Normalize, Question, likeliest_tokens, option_scores, pack, token_log_probs
 from abmll.sequences import TokenScores, no_tokens
 from server.cache import ByteCache, tensor_bytes
 from server.clock import Clock, current_clock
-from server.decoding import decode
-from server.engine import GREEDY, EngineState, Sampling, Served
+from server.engine import EngineState, Served, Tell
 from server.shared_beginnings import SharedBeginnings
 from training.allocator import keep_freed_memory
 from training.base_model import BaseModel, load_base
@@ -47,11 +48,14 @@ class _Kind:
     key: str
     draws: tuple[int, ...] = ()
     seed: int = 0
-    max_tokens: int = 0
-    stop: tuple[str, ...] = ()
-    sampling: Sampling = GREEDY
+    sampling: Sampling | None = None
     others: int = 0
     beginning: tuple[int, ...] = ()
+
+    @property
+    def new_tokens(self) -> int:
+        """The most tokens that are decoded."""
+        return 0 if self.sampling is None else self.sampling.max_tokens
 
 
 @dataclass
@@ -63,6 +67,7 @@ class _Item:
     question: Question
     result: asyncio.Future[Any]
     clock: Clock | None
+    tell: Tell | None = None
     arrived: float = field(default_factory=time.perf_counter)
 
 
@@ -173,27 +178,24 @@ class TorchEngine:
         self,
         served: Served,
         prompt: Sequence[int],
-        max_tokens: int,
-        stop: Sequence[str] = (),
-        sampling: Sampling = GREEDY,
+        sampling: Sampling,
+        tell: Tell | None = None,
     ) -> list[int]:
         """Decodes under the posterior mean; see ``Engine``."""
-        kind = _Kind("generate", served.key, max_tokens=max_tokens, stop=tuple(stop), sampling=sampling)
-        (text,) = await self._ask(kind, served, Question(tuple(prompt), ()))
+        kind = _Kind("generate", served.key, sampling=sampling)
+        (text,) = await self._ask(kind, served, Question(tuple(prompt), ()), tell)
         return text
 
     async def sample(
         self,
         served: Served,
         prompt: Sequence[int],
-        max_tokens: int,
-        stop: Sequence[str],
         sampling: Sampling,
         draws: Sequence[int],
         seed: int,
     ) -> list[list[int]]:
         """Decodes one text under each draw, all in one batch; see ``Engine``."""
-        kind = _Kind("generate", served.key, tuple(draws), seed, max_tokens, tuple(stop), sampling)
+        kind = _Kind("generate", served.key, tuple(draws), seed, sampling)
         return await self._ask(kind, served, Question(tuple(prompt), ()))
 
     async def score_tokens(
@@ -224,13 +226,13 @@ class TorchEngine:
         healthy = self._loop is not None and not self._loop.done()
         return EngineState(healthy, len(signs), signs.loads, signs.hits, signs.evictions, len(self._waiting))
 
-    async def _ask(self, kind: _Kind, served: Served, question: Question) -> Any:
+    async def _ask(self, kind: _Kind, served: Served, question: Question, tell: Tell | None = None) -> Any:
         if self._loop is None or self._loop.done():
             raise EngineFailure("the engine is not running; wait until GET /readyz says 200")
         if kind.work != "generate" and self._reuses is not False:
             shared = self._shared.shared((kind.key, kind.seed, kind.draws), question.prompt)
             kind = replace(kind, beginning=question.prompt[:shared])
-        item = _Item(kind, served, question, asyncio.get_running_loop().create_future(), current_clock())
+        item = _Item(kind, served, question, asyncio.get_running_loop().create_future(), current_clock(), tell)
         self._waiting.append(item)
         self._wake.set()
         return await item.result
@@ -280,7 +282,7 @@ class TorchEngine:
         taken: list[_Item] = []
         longest = 0
         for item in same:
-            longest = max(longest, _tokens(item.question, oldest.kind) + oldest.kind.max_tokens)
+            longest = max(longest, _tokens(item.question, oldest.kind) + oldest.kind.new_tokens)
             if taken and (len(taken) + 1) * times * longest > self.pass_tokens:
                 break
             taken.append(item)
@@ -298,7 +300,7 @@ class TorchEngine:
             self._reuses = reuses_beginnings(self._attached, posterior)
         kind, questions = batch[0].kind, [item.question for item in batch]
         if kind.work == "generate":
-            return self._decode(posterior, [question.prompt for question in questions], kind)
+            return self._decode(posterior, batch, kind)
         if kind.beginning and not self._reuses:
             kind = replace(kind, beginning=())
         read = len(kind.beginning)
@@ -384,13 +386,15 @@ class TorchEngine:
             [self._signs.get((shape, seed, i), lambda i=i: draw_signs(posterior, seed, i)) for i in draws]
         )
 
-    def _decode(self, posterior: Posterior, prompts: Sequence[Sequence[int]], kind: _Kind) -> list[list[list[int]]]:
+    def _decode(self, posterior: Posterior, batch: Sequence[_Item], kind: _Kind) -> list[list[list[int]]]:
         """Decodes prompts together: each prompt's texts, one a draw, or one under the mean."""
         assert self._base is not None
         assert self._attached is not None
+        assert kind.sampling is not None
+        prompts = [item.question.prompt for item in batch]
         rows, width = len(prompts), max(map(len, prompts))
         draws: tuple[int | None, ...] = kind.draws or (None,)
-        at_once = max(1, self.pass_tokens // (rows * (width + kind.max_tokens)))
+        at_once = max(1, self.pass_tokens // (rows * (width + kind.new_tokens)))
         texts: list[list[int]] = []
         for start in range(0, len(draws), at_once):
             some = draws[start : start + at_once]
@@ -401,9 +405,22 @@ class TorchEngine:
             with self._attached.using(posterior, signs):
                 of_rows = [draw for draw in some for _ in prompts]
                 texts += decode(
-                    self._base, list(prompts) * len(some), kind.max_tokens, kind.stop, kind.sampling, of_rows
+                    self._base.model, self._base.tokenizer, prompts * len(some), kind.sampling, of_rows, _teller(batch)
                 )
         return [texts[row::rows] for row in range(rows)]
+
+
+def _teller(batch: Sequence[_Item]) -> Callable[[int, int, float], None] | None:
+    """Tells those of a batch who want to know of each token as it comes, in their event loop; None if nobody does."""
+    if all(item.tell is None for item in batch):
+        return None
+
+    def tell(row: int, token: int, log_prob: float) -> None:
+        item = batch[row]
+        if item.tell is not None:
+            item.result.get_loop().call_soon_threadsafe(item.tell, token, log_prob)
+
+    return tell
 
 
 def _tokens(question: Question, kind: _Kind) -> int:

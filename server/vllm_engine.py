@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from torch import Tensor
 
 from abmll.errors import EngineFailure
 from abmll.posterior import LayerPosterior, Normalize, Posterior, PosteriorConfig
+from abmll.sampling import Sampling
 from abmll.scoring import Question
 from abmll.sequences import TokenScores, no_tokens
 from server.adapters import Adapter, AdapterCache
 from server.clock import current_clock
-from server.engine import GREEDY, EngineState, Sampling, Served
+from server.engine import EngineState, Served, Tell
 from server.trie import Step, option_steps, token_steps
-from server.vllm_requests import ask_params, decode_params, decoded, read_params
+from server.vllm_requests import Following, ask_params, decode_params, decoded, read_params
 from server.vllm_setup import adapter_rank, fused, set_environment, target_shapes
 
 logger = logging.getLogger(__name__)
@@ -149,8 +150,8 @@ class VllmEngine:
         await self.score(served, question, range(2), 0)
         await self.score_tokens(served, question.prompt, [4, 5], range(2), 0, others=4)
         await self.score_tokens(served, question.prompt, [4, 5], range(2), 0)
-        await self.generate(served, question.prompt, 4)
-        await self.sample(served, question.prompt, 4, [], Sampling(1.0, 0.9), range(2), 0)
+        await self.generate(served, question.prompt, Sampling(4))
+        await self.sample(served, question.prompt, Sampling(4, temperature=1.0, top_p=0.9), range(2), 0)
         await self.release(served.key)
 
     async def close(self) -> None:
@@ -285,29 +286,37 @@ class VllmEngine:
         self,
         served: Served,
         prompt: Sequence[int],
-        max_tokens: int,
-        stop: Sequence[str] = (),
-        sampling: Sampling = GREEDY,
+        sampling: Sampling,
+        tell: Tell | None = None,
     ) -> list[int]:
         """Decodes under the posterior mean, see ``Engine.generate``."""
-        (text,) = await self.sample(served, prompt, max_tokens, stop, sampling, [None], 0)
-        return text
+        return (await self._decode(served, prompt, sampling, [None], 0, tell))[0]
 
     async def sample(
         self,
         served: Served,
         prompt: Sequence[int],
-        max_tokens: int,
-        stop: Sequence[str],
+        sampling: Sampling,
+        draws: Sequence[int],
+        seed: int,
+    ) -> list[list[int]]:
+        """Decodes one text under each draw, see ``Engine.sample``."""
+        return await self._decode(served, prompt, sampling, draws, seed)
+
+    async def _decode(
+        self,
+        served: Served,
+        prompt: Sequence[int],
         sampling: Sampling,
         draws: Sequence[int | None],
         seed: int,
+        tell: Tell | None = None,
     ) -> list[list[int]]:
-        """Decodes one text under each draw, None the mean; see ``Engine.sample``."""
-        params = [decode_params(max_tokens, stop, sampling, draw) for draw in draws]
+        params = [decode_params(sampling, draw, told=tell is not None) for draw in draws]
+        follow = None if tell is None else Following(tell)
         async with self._holding(served, seed, draws) as adapters:
             outputs = await self._gather(
-                [(tuple(prompt), one, adapter) for one, adapter in zip(params, adapters, strict=True)]
+                [(tuple(prompt), one, adapter) for one, adapter in zip(params, adapters, strict=True)], follow
             )
         return [decoded(output) for output in outputs]
 
@@ -326,9 +335,11 @@ class VllmEngine:
                 raise EngineFailure(_DEAD) from error
             raise
 
-    async def _gather(self, requests: Sequence[tuple[tuple[int, ...], Any, Adapter]]) -> list[Any]:
+    async def _gather(
+        self, requests: Sequence[tuple[tuple[int, ...], Any, Adapter]], follow: Callable[[Any], None] | None = None
+    ) -> list[Any]:
         self._waiting += 1
-        tasks = [asyncio.ensure_future(self._one(*request)) for request in requests]
+        tasks = [asyncio.ensure_future(self._one(*request, follow)) for request in requests]
         try:
             outputs = await self._unless_dead(tasks)
         finally:
@@ -352,7 +363,9 @@ class VllmEngine:
                 raise EngineFailure(_DEAD)
         return [task.result() for task in tasks]
 
-    async def _one(self, prompt: tuple[int, ...], params: Any, adapter: Adapter) -> Any:
+    async def _one(
+        self, prompt: tuple[int, ...], params: Any, adapter: Adapter, follow: Callable[[Any], None] | None
+    ) -> Any:
         from vllm.lora.request import LoRARequest
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
@@ -366,6 +379,8 @@ class VllmEngine:
             stream = llm.generate({"prompt_token_ids": list(prompt)}, params, request_id=request_id, lora_request=lora)
             async for output in stream:
                 last = output
+                if follow is not None:
+                    follow(output)
         except EngineDeadError as error:
             raise EngineFailure(_DEAD) from error
         except EngineGenerateError as error:

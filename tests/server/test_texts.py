@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from abmll.decoding import StopStrings, until_end
 from abmll.sequences import TokenScores
-from server.decoding import StopStrings, until_end
 from server.texts import pieces, tell_tokens, until_stop
 from training.embedded import resolve
 

@@ -17,9 +17,10 @@ from abmll.draws import draw, draw_signs, save_adapter, stack_signs
 from abmll.errors import EngineFailure, PosteriorMismatch
 from abmll.layers import attach
 from abmll.posterior import Posterior
+from abmll.sampling import Sampling
 from abmll.scoring import Question, option_scores, pack, tokenize
 from abmll.sequences import TokenScores
-from server.engine import Sampling, Served
+from server.engine import Served
 from server.torch_engine import TorchEngine
 from tests.server.conftest import TARGETS, greedy, random_posterior
 from training.base_model import BaseModel, load_base
@@ -198,7 +199,7 @@ def test_decoding_is_the_argmax_at_each_step_whatever_shares_the_batch(
     asked = questions(base, posterior)
 
     async def use(engine: TorchEngine) -> list[list[int]]:
-        return await asyncio.gather(*(engine.generate(served(posterior), q.prompt, 6) for q in asked))
+        return await asyncio.gather(*(engine.generate(served(posterior), q.prompt, Sampling(6)) for q in asked))
 
     from abmll.layers import attach
 
@@ -264,18 +265,18 @@ def test_a_text_under_each_draw_is_that_draws_own_whatever_shares_the_batch(
 ) -> None:
     posterior = random_posterior(tiny_model_folder, 1)
     asked = questions(base, posterior)
-    cold, warm = Sampling(temperature=1e-4), Sampling(temperature=1.5, seed=3)
+    cold, warm = Sampling(6, temperature=1e-4), Sampling(6, temperature=1.5, seed=3)
 
     async def use(engine: TorchEngine) -> list[Any]:
         def sample(question: Question, sampling: Sampling) -> Any:
-            return engine.sample(served(posterior), question.prompt, 6, [], sampling, range(3), 0)
+            return engine.sample(served(posterior), question.prompt, sampling, range(3), 0)
 
         likeliest = await asyncio.gather(*(sample(question, cold) for question in asked))
         together = await asyncio.gather(*(sample(question, warm) for question in asked))
         alone = [await sample(question, warm) for question in asked]
         other = await sample(asked[0], replace(warm, seed=4))
         mean = [
-            await engine.generate(served(posterior), asked[0].prompt, 6, [], sampling)
+            await engine.generate(served(posterior), asked[0].prompt, sampling)
             for sampling in (warm, warm, replace(warm, seed=4))
         ]
         return [likeliest, together, alone, other, mean]

@@ -23,9 +23,10 @@ from abmll.draws import draw_signs, stack_signs
 from abmll.errors import EngineFailure
 from abmll.layers import Attached, attach
 from abmll.posterior import Posterior
+from abmll.sampling import Sampling
 from abmll.scoring import Question, tokenize
 from abmll.sequences import TokenScores
-from server.engine import Sampling, Served
+from server.engine import Served
 from server.local_server import processes_below
 from server.texts import until_stop
 from server.vllm_engine import VllmEngine
@@ -171,14 +172,14 @@ def test_free_text_is_the_torch_models_and_its_tokens_scores_too(
     base, attached = reference
     posterior = random_posterior(tiny_model_folder, 5)
     question = questions(base, posterior)[0]
-    tokens = loop.run(engine.generate(served(posterior), question.prompt, 6))
+    tokens = loop.run(engine.generate(served(posterior), question.prompt, Sampling(6)))
     with attached.using(posterior) as model:
         assert tokens == greedy(model, question.prompt, 6, base.tokenizer.eos_token_id)
     assert tokens
     said = base.tokenizer.decode(tokens)
     stop = said[len(said) // 2 :][:2]
     cut, text, stopped = until_stop(
-        base.tokenizer, loop.run(engine.generate(served(posterior), question.prompt, 6, [stop])), [stop]
+        base.tokenizer, loop.run(engine.generate(served(posterior), question.prompt, Sampling(6, (stop,)))), [stop]
     )
     assert stopped
     assert cut == tokens[: len(cut)]
@@ -208,14 +209,14 @@ def test_texts_under_draws_are_the_torch_models_and_come_again_by_their_seed(
     question = questions(base, posterior)[0]
 
     def sample(sampling: Sampling) -> list[list[int]]:
-        return loop.run(engine.sample(served(posterior), question.prompt, 6, [], sampling, range(2), 0))
+        return loop.run(engine.sample(served(posterior), question.prompt, sampling, range(2), 0))
 
-    for index, tokens in enumerate(sample(Sampling())):
+    for index, tokens in enumerate(sample(Sampling(6))):
         signs = stack_signs([draw_signs(posterior, 0, index)])
         with attached.using(posterior, signs) as model:
             assert tokens == greedy(model, question.prompt, 6, base.tokenizer.eos_token_id)
-    warm = Sampling(temperature=1.5, top_p=0.95, seed=3)
-    assert sample(warm) == sample(warm) != sample(Sampling(temperature=1.5, top_p=0.95, seed=4))
+    warm = Sampling(6, temperature=1.5, top_p=0.95, seed=3)
+    assert sample(warm) == sample(warm) != sample(Sampling(6, temperature=1.5, top_p=0.95, seed=4))
 
 
 def test_likely_tokens_are_the_same_while_options_are_scored(

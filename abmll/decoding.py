@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 
-from server.engine import COLDEST, Sampling
-from training.base_model import BaseModel
+from abmll.sampling import COLDEST, Sampling
 
 # A stop string of so many characters lies in so many of the last tokens: four bytes each, a token each.
 _TOKENS_OF_CHARACTER = 4
+
+Tell = Callable[[int, int, float], None]
 
 
 class StopStrings(StoppingCriteria):
@@ -66,27 +68,70 @@ class GumbelNoise(LogitsProcessor):
         return logits - torch.stack(noise).log()
 
 
+class _Teller(LogitsProcessor):
+    """Keeps each step's log-probabilities until the tokens are chosen, then tells both; a row that has ended no more.
+
+    Args:
+        tell: Told of row, token and log-probability.
+        ends: Tokens that end a text; they are not told.
+    """
+
+    def __init__(self, tell: Tell, ends: Sequence[int]) -> None:
+        self.tell, self.ends = tell, set(ends)
+        self.ended: set[int] = set()
+        self.log_probs = torch.zeros(0)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Any:
+        """Keeps what ``scores``, shape (rows, vocabulary), say and returns them as they are."""
+        self.log_probs = scores.float().log_softmax(dim=-1)
+        return scores
+
+    def chosen(self, tokens: Sequence[int]) -> None:
+        """Tells one step's tokens, one a row."""
+        for row, token in enumerate(tokens):
+            if token in self.ends:
+                self.ended.add(row)
+            if row not in self.ended:
+                self.tell(row, token, self.log_probs[row, token].item())
+
+
+class _Stream(BaseStreamer):
+    """Hands a teller what transformers has chosen; the prompts, which come first, are left out."""
+
+    def __init__(self, teller: _Teller) -> None:
+        self.teller, self.prompts = teller, True
+
+    def put(self, value: Tensor) -> None:
+        """Takes one step's tokens, shape (rows,)."""
+        if not self.prompts:
+            self.teller.chosen(value.tolist())
+        self.prompts = False
+
+    def end(self) -> None:
+        """Decoding has ended."""
+
+
 def decode(
-    base: BaseModel,
+    model: Any,
+    tokenizer: Any,
     prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    stop: Sequence[str],
     sampling: Sampling,
-    draws: Sequence[int | None],
+    draws: Sequence[int | None] = (),
+    tell: Tell | None = None,
 ) -> list[list[int]]:
     """Decodes prompts in one batch, padded on the left; each text ends before a token that ends texts.
 
     After a stop string more tokens may follow, until the longest text is done.
 
     Args:
-        base: The model, with what is attached to it.
+        model: A causal language model of transformers, perhaps with a posterior attached.
+        tokenizer: Its tokenizer.
         prompts: Token ids of each row's prompt.
-        max_tokens: Of a text.
-        stop: A text ends at the token that ends one of these strings.
-        sampling: How tokens are chosen.
-        draws: The draw that each row is under, for its seed.
+        sampling: How tokens are chosen, and where a text ends.
+        draws: The draw that each row is under, for its seed; not needed at temperature 0.
+        tell: Told of each token of a text as it comes: row, token, and its log-probability in nats before temperature.
     """
-    model, tokenizer, device = base.model, base.tokenizer, base.device
+    device = next(model.parameters()).device
     width = max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -94,16 +139,20 @@ def decode(
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     ends = end_tokens(model, tokenizer)
-    noise = LogitsProcessorList()
+    processors = LogitsProcessorList()
+    teller = None if tell is None else _Teller(tell, ends)
+    if teller is not None:
+        processors.append(teller)
     if sampling.temperature > 0:
-        noise.append(GumbelNoise(sampling, [sampling.seed_of(draw) for draw in draws], device))
+        processors.append(GumbelNoise(sampling, [sampling.seed_of(draw) for draw in draws], device))
     output = model.generate(
         ids.to(device),
         attention_mask=mask.to(device),
-        max_new_tokens=max_tokens,
+        max_new_tokens=sampling.max_tokens,
         do_sample=False,
-        logits_processor=noise,
-        stopping_criteria=[StopStrings(tokenizer, stop, width)] if stop else None,
+        logits_processor=processors,
+        stopping_criteria=[StopStrings(tokenizer, sampling.stop, width)] if sampling.stop else None,
+        streamer=None if teller is None else _Stream(teller),
         pad_token_id=tokenizer.pad_token_id or 0,
         eos_token_id=ends or None,
         temperature=None,
