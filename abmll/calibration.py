@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from abmll.adaptive import Scatter
 from abmll.predictive import predictive
+from abmll.risk import lenient_threshold
+from abmll.text_calibration import TextCalibration
 
 # Option scores of support examples, each by a posterior that has not seen it, shape (draws, n, options) in nats,
 # and the right options, shape (n,).
@@ -180,38 +183,6 @@ def prediction_set(probabilities: Tensor, threshold: float) -> Tensor:
     return inside | (probabilities == probabilities.amax(dim=-1, keepdim=True))
 
 
-def risk_thresholds(confidence: Sequence[Tensor], correct: Sequence[Tensor]) -> dict[str, float]:
-    """Confidence that answers must pass, so that few questions of a new task get a wrong answer.
-
-    Conformal risk control (Angelopoulos et al. 2022, arXiv 2208.02814, eq. 4): with L_i(t) the share of task i's
-    questions whose answer is wrong and has a confidence above t, the smallest t at which
-
-        (sum_i L_i(t) + 1) / (n + 1) <= risk
-
-    bounds the expected L of a new task exchangeable with these n by ``risk``. Questions that get no answer count as
-    not wrong.
-
-    Args:
-        confidence: Of each task's answers, shape (questions,).
-        correct: Whether they were right, shape (questions,).
-
-    Returns:
-        Risk ("0.01" to "0.50") to threshold; risks that so few tasks cannot bound are left out.
-    """
-    n = len(confidence)
-    wrong = torch.cat([each[~right].double() for each, right in zip(confidence, correct, strict=True)])
-    share = torch.cat([torch.full((int((~right).sum()),), 1 / len(right), dtype=torch.float64) for right in correct])
-    thresholds, order = torch.cat([wrong.new_zeros(1), wrong]).sort()
-    above = share.sum() - torch.cat([share.new_zeros(1), share])[order].cumsum(dim=0)
-    bound = (above.clamp_min(0) + 1) / (n + 1)
-    found: dict[str, float] = {}
-    for percent in range(1, 51):
-        (enough,) = torch.nonzero(bound <= percent / 100 + 1e-12, as_tuple=True)
-        if len(enough):
-            found[f"{percent / 100:.2f}"] = thresholds[enough[0]].item()
-    return found
-
-
 class ShotCalibration(BaseModel, frozen=True):
     """Calibration after adaptation with a number of shots.
 
@@ -245,8 +216,7 @@ class ShotCalibration(BaseModel, frozen=True):
 
     def risk_threshold(self, risk: float) -> float | None:
         """Returns the confidence that answers must pass for a risk of at most this; None where none is known."""
-        known = [float(level) for level in self.risk if float(level) <= risk + 1e-9]
-        return self.risk[f"{max(known):.2f}"] if known else None
+        return lenient_threshold(self.risk, risk)
 
     def for_task(self, held_out: HeldOut | None) -> ShotCalibration:
         """Returns the calibration of one task with its own temperature; ``held_out`` as in ``task_temperature``."""
@@ -257,24 +227,53 @@ class ShotCalibration(BaseModel, frozen=True):
         )
 
 
+_Entry = TypeVar("_Entry", ShotCalibration, TextCalibration)
+
+
 class Calibration(BaseModel, frozen=True):
     """How a posterior's confidence is made from its predictive distribution.
 
     Attributes:
-        by_shots: One entry a number of shots, ascending.
+        by_shots: For questions with options, one entry a number of shots, ascending; none for a task taught without.
+        texts: For free text, likewise; none for a task taught with options.
         fitted_on: Names of the validation tasks.
         draws: Draws used in fitting.
     """
 
-    by_shots: list[ShotCalibration] = Field(min_length=1)
+    by_shots: list[ShotCalibration]
+    texts: list[TextCalibration] = Field(default_factory=list)
     fitted_on: list[str]
     draws: int
 
-    def nearest(self, shots: int) -> ShotCalibration:
-        """Returns the entry whose number of shots is nearest on a log scale."""
-        return min(self.by_shots, key=lambda entry: abs(math.log1p(entry.shots) - math.log1p(shots)))
+    @model_validator(mode="after")
+    def _of_something(self) -> Calibration:
+        if not self.by_shots and not self.texts:
+            raise ValueError("by_shots and texts are both empty: a calibration needs at least one entry")
+        return self
 
-    def for_task(self, shots: int, held_out: HeldOut | None) -> Calibration:
-        """Returns the calibration of one task after adaptation; ``held_out`` as in ``task_temperature``."""
-        entry = self.nearest(shots).for_task(held_out).model_copy(update={"shots": shots})
-        return self.model_copy(update={"by_shots": [entry]})
+    def nearest(self, shots: int) -> ShotCalibration | None:
+        """Returns the entry for options whose number of shots is nearest on a log scale; None where there is none."""
+        return _nearest(self.by_shots, shots)
+
+    def nearest_text(self, shots: int) -> TextCalibration | None:
+        """Returns the entry for free text whose number of shots is nearest on a log scale; None: there is none."""
+        return _nearest(self.texts, shots)
+
+    def for_task(self, shots: int, held_out: HeldOut | None) -> Calibration | None:
+        """Returns the calibration of a task taught with options; ``held_out`` as in ``task_temperature``."""
+        entry = self.nearest(shots)
+        if entry is None:
+            return None
+        own = entry.for_task(held_out).model_copy(update={"shots": shots})
+        return self.model_copy(update={"by_shots": [own], "texts": []})
+
+    def for_text_task(self, shots: int) -> Calibration | None:
+        """Returns the calibration of a task taught without options."""
+        entry = self.nearest_text(shots)
+        if entry is None:
+            return None
+        return self.model_copy(update={"by_shots": [], "texts": [entry.model_copy(update={"shots": shots})]})
+
+
+def _nearest(entries: Sequence[_Entry], shots: int) -> _Entry | None:
+    return min(entries, key=lambda entry: abs(math.log1p(entry.shots) - math.log1p(shots)), default=None)

@@ -162,6 +162,12 @@ def decode(
     return [until_end(row, ends) for row in output[:, width:].tolist()]
 
 
+def with_end(tokens: Sequence[int], tokenizer: Any, sampling: Sampling) -> list[int]:
+    """The tokens of a text that no stop string ended, with the one that ends texts where the model gave it."""
+    end: int | None = tokenizer.eos_token_id
+    return [*tokens, end] if end is not None and len(tokens) < sampling.max_tokens else list(tokens)
+
+
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Ids of the tokens that end a text, by model and tokenizer."""
     given = getattr(model.generation_config, "eos_token_id", None)

@@ -12,17 +12,31 @@ MAX_OPTIONS = 64
 
 @dataclass(frozen=True)
 class Example:
-    """A question with answer options, one of which is right.
+    """A question with its right answer: one of several options, or a free text.
 
     Attributes:
         prompt: The question's text.
-        options: At least two distinct answers.
+        options: At least two distinct answers; of a free text, the right one alone.
         answer: Index of the right one in ``options``.
     """
 
     prompt: str
     options: tuple[str, ...]
     answer: int
+
+    @property
+    def text(self) -> str:
+        """The right answer."""
+        return self.options[self.answer]
+
+    @property
+    def is_free_text(self) -> bool:
+        """Whether there is nothing to choose from."""
+        return len(self.options) == 1
+
+    def as_free_text(self) -> Example:
+        """The same question without options."""
+        return Example(self.prompt, (self.text,), 0)
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,22 @@ class Template:
     def option(self, text: str) -> str:
         """Returns the text of one answer, to be tokenized on its own and appended."""
         return self.separator + text.strip()
+
+
+def check_one_kind(examples: Sequence[Example]) -> None:
+    """Checks that a task's examples have options, or are free text, all of them.
+
+    Raises:
+        InvalidExamples: Some are, some not.
+    """
+    kinds = [example.is_free_text for example in examples]
+    if len(set(kinds)) > 1:
+        other = kinds.index(not kinds[0])
+        have, lack = (0, other) if kinds[other] else (other, 0)
+        raise InvalidExamples(
+            f"examples[{have}] has options and examples[{lack}] has none; give all of them options, or none",
+            field=f"examples[{other}].options",
+        )
 
 
 def check_options(options: Sequence[str]) -> None:

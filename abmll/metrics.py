@@ -57,6 +57,19 @@ def confidence_auroc(confidence: Tensor, correct: Tensor) -> float:
     return float(roc_auc_score(correct.numpy(), confidence.double().numpy()))
 
 
+def prediction_rejection_ratio(confidence: Tensor, correct: Tensor) -> float:
+    """How much of what an oracle gains by rejecting answers is gained by rejecting those of least confidence.
+
+    (Error of random rejection - area under risk-coverage) / (the same of an oracle) (Malinin & Gales 2021, arXiv
+    2002.07650, appendix B): 1 is perfect, 0 is chance; NaN where all are right or all wrong.
+    """
+    if correct.all() or not correct.any():
+        return float("nan")
+    random = 1 - correct.double().mean().item()
+    oracle = area_under_risk_coverage(correct.double(), correct)
+    return (random - area_under_risk_coverage(confidence, correct)) / (random - oracle)
+
+
 def adaptive_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
     """Mean |accuracy - confidence| over bins of equal count (Nixon et al. 2019, arXiv 1904.01685)."""
     order = confidence.double().argsort(stable=True)

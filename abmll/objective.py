@@ -29,15 +29,20 @@ def row_signs(posterior: Posterior, rows: int, generator: torch.Generator) -> di
 
 @dataclass(frozen=True)
 class Labelled:
-    """A tokenized question with its right option.
+    """A tokenized question with its right option, or with a free text as its one option.
 
     Attributes:
-        question: The tokenized question.
+        question: The tokenized question; a free text's tokens with the one that ends texts.
         answer: Index of the right option.
     """
 
     question: Question
     answer: int
+
+    @property
+    def is_free_text(self) -> bool:
+        """Whether its answer is one of all texts."""
+        return len(self.question.options) == 1
 
     @property
     def tokens(self) -> int:
@@ -64,7 +69,8 @@ def data_loss(
 ) -> Tensor:
     """-sum log p(y | x, phi) over the data in nats, with phi drawn afresh for each example.
 
-    A one-sample estimate of -E_q log p(D | phi) (arXiv 2508.14285, eq. 4, the data term).
+    A one-sample estimate of -E_q log p(D | phi) (arXiv 2508.14285, eq. 4, the data term). y is one of the question's
+    options, or, of a question with one option, that one of all texts.
 
     Args:
         attached: The model.
@@ -83,9 +89,14 @@ def data_loss(
 def _negative_log_likelihood(model: nn.Module, posterior: Posterior, data: Sequence[Labelled]) -> Tensor:
     device = next(model.parameters()).device
     batch = pack([item.question for item in data]).to(device)
-    log_probs = option_log_probs(option_scores(model, batch, posterior.config.normalize))
-    answers = torch.tensor([item.answer for item in data], device=device)
-    return -log_probs.gather(-1, answers[:, None]).sum()
+    normalize = posterior.config.normalize
+    scores = option_scores(model, batch, normalize)
+    answers = torch.tensor([item.answer for item in data], device=device)[:, None]
+    of_options = option_log_probs(scores).gather(-1, answers)
+    own = scores.gather(-1, answers)
+    of_texts = own * batch.lengths.gather(-1, answers) if normalize == "mean" else own
+    free = (batch.lengths > 0).sum(dim=-1, keepdim=True) == 1
+    return -torch.where(free, of_texts, of_options).sum()
 
 
 @dataclass(frozen=True)

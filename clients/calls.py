@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import quote
 
@@ -75,12 +75,19 @@ def generate(
     return Call("POST", "/generate", _reader(Answer), body)
 
 
+def stream(prompt: str, **settings: Any) -> Call[Answer]:
+    """Asks for a free text as it comes; ``settings`` as ``generate`` takes them."""
+    usual: dict[str, Any] = {"options": None, "tolerance": 0.0, "normalize": None}
+    call = generate(prompt, **(usual | settings))
+    return replace(call, body={**(call.body or {}), "stream": True})
+
+
 def score(
-    prompt: str, answer: str, *, task: str, version: int | None, draws: int | Literal["auto"], seed: int
+    prompt: str, answer: str, *, task: str, version: int | None, draws: int | Literal["auto"], seed: int, end: bool
 ) -> Call[Answer]:
     """Has a finished answer scored."""
     body = {"prompt": prompt, "answer": answer, "task": task, "version": version, "draws": draws, "seed": seed}
-    return Call("POST", "/score", _reader(Answer), body)
+    return Call("POST", "/score", _reader(Answer), body | {"end": end})
 
 
 def adapt(

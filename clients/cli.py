@@ -112,6 +112,7 @@ def score_command(
     task: _Task = "global",
     draws: Annotated[str, typer.Option(help="Draws from the posterior: a number, or auto.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws: same texts, same scores.")] = 0,
+    end: Annotated[bool, typer.Option(help="Whether the answer ends there, or may go on.")] = True,
     url: _Url = None,
     timeout: _Timeout = 60.0,
     as_json: _Json = False,
@@ -121,7 +122,7 @@ def score_command(
 
     text = sys.stdin.read() if answer == "-" else answer
     with _connected(url, timeout) as client:
-        reply = client.score(prompt, text, task=task, draws=_draws(draws), seed=seed)
+        reply = client.score(prompt, text, task=task, draws=_draws(draws), seed=seed, end=end)
     if as_json:
         typer.echo(reply.model_dump_json(indent=2))
     else:
@@ -143,7 +144,10 @@ def tasks_command(url: _Url = None, timeout: _Timeout = 60.0, as_json: _Json = F
 def teach_command(
     task: Annotated[str, typer.Argument(help="Name of the task to make, or to make anew.")],
     file: Annotated[
-        Path, typer.Argument(help='JSON Lines, 1 to 64 examples: {"prompt": ..., "options": [...], "answer": ...}.')
+        Path,
+        typer.Argument(
+            help='JSON Lines, 1 to 64 examples: {"prompt": ..., "options": [...], "answer": ...}; free text: no options'
+        ),
     ],
     steps: Annotated[int | None, typer.Option(min=1, help="Gradient steps; as in meta-training by default.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed: same examples, same posterior.")] = 0,
@@ -201,7 +205,7 @@ def _draws(text: str) -> int | Literal["auto"]:
 
 
 def _default_url() -> str:
-    from clients.http import DEFAULT_URL
+    from clients.connection import DEFAULT_URL
 
     return DEFAULT_URL
 

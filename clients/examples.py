@@ -10,23 +10,25 @@ from clients.errors import InvalidFile
 
 
 class LabelledExample(BaseModel):
-    """A question with its options and the right one of them.
+    """A question with its right answer.
 
     Attributes:
         prompt: The question; ``input`` in task files.
-        options: At least two distinct answers.
-        answer: The right one: its text, or its index.
+        options: At least two distinct answers; None where the answer is free text.
+        answer: The right one: its text, or its index among the options.
     """
 
     model_config = ConfigDict(frozen=True, populate_by_name=True)
 
     prompt: str = Field(validation_alias=AliasChoices("prompt", "input"))
-    options: list[str]
+    options: list[str] | None = None
     answer: str | int
 
 
 def read_examples(path: Path) -> list[LabelledExample]:
     """Reads a JSON Lines file, one example a line: ``{"prompt": ..., "options": [...], "answer": ...}``.
+
+    A line without options is free text.
 
     Raises:
         InvalidFile: The file is missing or empty, or a line is malformed; the message names the line.

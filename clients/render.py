@@ -62,8 +62,8 @@ def tasks(rows: Sequence[TaskInfo]) -> RenderableType:
 
 def how_to_ask(task: str, example: LabelledExample) -> str:
     """Returns the command that asks a question of a task that was just taught."""
-    options = " ".join(f"-o {shlex.quote(option)}" for option in example.options)
-    return f'abmll ask "..." --task {shlex.quote(task)} {options}'
+    options = "".join(f" -o {shlex.quote(option)}" for option in example.options or ())
+    return f'abmll ask "..." --task {shlex.quote(task)}{options}'
 
 
 def _coloured(tokens: Sequence[Token]) -> Text:

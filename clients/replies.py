@@ -67,6 +67,18 @@ class Token(Reply):
     likeliest: list[OtherToken]
 
 
+class StreamedToken(Reply):
+    """A token of a free text as it comes.
+
+    Attributes:
+        text: What can be shown with it; all of them together are the answer, with white space around it.
+        probability: Under the posterior's mean; None: no token, but what had waited for one.
+    """
+
+    text: str
+    probability: float | None
+
+
 class Meaning(Reply):
     """Free-text answers that say the same: the likeliest wording, its probability, and how many samples mean it."""
 

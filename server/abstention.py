@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from abmll.calibration import ShotCalibration
 from abmll.errors import InvalidRequest
+from abmll.text_calibration import TextCalibration
 from server.schemas import Abstained, Candidate, GenerateRequest
 
 
@@ -23,13 +24,17 @@ class Limit:
     threshold: float
     risk: float | None = None
 
-    def abstain(self, confidence: float, candidates: Sequence[Candidate]) -> Abstained | None:
+    def abstain(self, confidence: float, candidates: Sequence[Candidate], calibrated: bool) -> Abstained | None:
         """Says why a question gets no answer; None: it gets one.
 
         Args:
             confidence: Of the likeliest answer.
             candidates: What might have been the answer, likeliest first.
+            calibrated: Whether ``confidence`` is; one that is not promises no risk.
         """
+        if self.risk is not None and not calibrated:
+            reason = "the text came to no end within max_tokens, so that no risk can be promised; allow more tokens"
+            return Abstained(reason=reason, threshold=self.threshold, candidates=list(candidates))
         if confidence > self.threshold or (self.risk is None and confidence == self.threshold):
             return None
         # Rounded down, so that it never reads as the one that is needed.
@@ -43,7 +48,7 @@ class Limit:
         return Abstained(reason=reason, threshold=self.threshold, candidates=list(candidates))
 
 
-def limit(request: GenerateRequest, entry: ShotCalibration | None) -> Limit | None:
+def limit(request: GenerateRequest, entry: ShotCalibration | TextCalibration | None) -> Limit | None:
     """Returns what a question says of the confidence that its answer needs; None: any will do.
 
     Args:
@@ -60,7 +65,7 @@ def limit(request: GenerateRequest, entry: ShotCalibration | None) -> Limit | No
             "abstain_below and target_risk both say which confidence is needed; give one", field="target_risk"
         )
     if entry is None or not entry.risk:
-        what = "free text" if request.options is None else "this posterior's confidence"
+        what = "this posterior's confidence in " + ("free text" if request.options is None else "options")
         raise InvalidRequest(
             f"{what} is not calibrated for a risk to be promised; give abstain_below, or calibrate anew "
             "(abmll calibrate) and teach the task again",

@@ -22,11 +22,12 @@ from abmll.predictive import predictive
 from abmll.scoring import Question, tokenize
 from abmll.sequences import TokenScores, sequence_predictive
 from abmll.store import StoredPosterior
+from abmll.text_calibration import TextCalibration, text_logits
 from server.abstention import Limit, limit
 from server.admission import Admission
 from server.cache import ByteCache, tensor_bytes
 from server.clock import EngineTime, start_clock
-from server.engine import Engine, Served
+from server.engine import Engine, Served, Tell
 from server.feedback import Answered
 from server.free_text import check_sampling, free_text
 from server.inputs import check_prompt
@@ -112,8 +113,8 @@ class Answerer:
             settings.cache // _SCORES_SHARE, lambda scored: tensor_bytes([scored.scores]) + _TOKEN * scored.tokens
         )
 
-    async def answer(self, request: GenerateRequest, request_id: str) -> GenerateReply:
-        """Answers one question.
+    async def answer(self, request: GenerateRequest, request_id: str, tell: Tell | None = None) -> GenerateReply:
+        """Answers one question; ``tell`` is told of each token of a free text as it comes.
 
         Raises:
             InvalidRequest: The question cannot be answered as asked.
@@ -123,7 +124,7 @@ class Answerer:
             DeadlineExceeded: The time for it is up.
         """
         async with self._in_time(request):
-            return await self._answer(request, request_id)
+            return await self._answer(request, request_id, tell)
 
     async def score(self, request: ScoreRequest, request_id: str) -> GenerateReply:
         """Scores a finished answer, whole and token by token; raises as ``answer``."""
@@ -141,11 +142,13 @@ class Answerer:
                 f"no answer within {seconds:g} s; ask again later, or with fewer draws", field="timeout"
             ) from error
 
-    async def _answer(self, request: GenerateRequest | ScoreRequest, request_id: str) -> GenerateReply:
+    async def _answer(
+        self, request: GenerateRequest | ScoreRequest, request_id: str, tell: Tell | None = None
+    ) -> GenerateReply:
         begun, clock = time.monotonic(), start_clock()
         draws = self._check(request)
         stored = await asyncio.to_thread(self.store.choose, request.task, request.version, _lot(request))
-        least = None if isinstance(request, ScoreRequest) else limit(request, _calibration(stored, request))
+        least = None if isinstance(request, ScoreRequest) else _limit(stored, request)
         question = await self._tokenize(stored, request)
         options: list[str] | None = None
         scores: torch.Tensor | None = None
@@ -155,13 +158,15 @@ class Answerer:
                 if isinstance(request, ScoreRequest):
                     answer, text = await self._given_text(stored, question, request, draws)
                 elif request.options is None:
-                    answer, text = await self._free_text(stored, question, request, draws)
+                    answer, text = await self._free_text(stored, question, request, draws, tell)
                 else:
                     options = request.options
                     answer, scores = await self._choose(stored, question, request, options, draws, least)
         if text is not None and (isinstance(request, ScoreRequest) or request.tokens):
             answer = replace(answer, tokens=await asyncio.to_thread(tell_tokens, self.tokenizer, text))
-        abstained = None if least is None else least.abstain(answer.confidence, _candidates(answer, options))
+        abstained = (
+            None if least is None else least.abstain(answer.confidence, _candidates(answer, options), answer.calibrated)
+        )
         if abstained is not None:
             answer = replace(answer, answer=None, answer_index=None)
         standard = isinstance(request, ScoreRequest) or request.normalize in (None, stored.posterior.config.normalize)
@@ -221,14 +226,14 @@ class Answerer:
         return await self._encode(stored, request.prompt, request.options or [], room)
 
     async def _tokenize_answer(self, stored: StoredPosterior, request: ScoreRequest) -> Question:
+        # vLLM needs room for one token more than it is asked about.
+        room = self.engine.context - 1 - request.end
         try:
-            # vLLM needs room for one token more than it is asked about.
-            question = await self._encode(stored, request.prompt, [request.answer], self.engine.context - 1)
+            question = await self._encode(stored, request.prompt, [request.answer], room)
         except PromptTooLong as error:
             longer = "answer" if len(request.answer) > len(request.prompt) else "prompt"
             raise PromptTooLong(
-                f"prompt and answer together exceed the {self.engine.context - 1} tokens that can be scored: "
-                f"shorten the {longer}",
+                f"prompt and answer together exceed the {room} tokens that can be scored: shorten the {longer}",
                 field=longer,
             ) from error
         count = len(question.options[0])
@@ -310,30 +315,38 @@ class Answerer:
         return torch.cat(parts)
 
     async def _free_text(
-        self, stored: StoredPosterior, question: Question, request: GenerateRequest, draws: int
+        self, stored: StoredPosterior, question: Question, request: GenerateRequest, draws: int, tell: Tell | None
     ) -> tuple[_Answer, TokenScores]:
         served = Served(stored.digest, stored.posterior)
-        found = await free_text(self.engine, self.tokenizer, served, question, request, range(draws))
-        return replace(_judged(found.text, found.scores), semantics=found.semantics), found.scores
+        found = await free_text(self.engine, self.tokenizer, served, question, request, range(draws), tell)
+        entry = _text_calibration(stored, request) if found.ended else None
+        return replace(_judged(found.text, found.scores, entry), semantics=found.semantics), found.scores
 
     async def _given_text(
         self, stored: StoredPosterior, question: Question, request: ScoreRequest, draws: int
     ) -> tuple[_Answer, TokenScores]:
-        """Scores a finished text under the draws: as an option is scored, whatever follows it."""
+        """Scores a finished text under the draws, with its end or as an option is scored, whatever follows it."""
         served, tokens = Served(stored.digest, stored.posterior), question.options[0]
+        end: int | None = self.tokenizer.eos_token_id
+        entry = None
+        if request.end and end is not None:
+            tokens, entry = (*tokens, end), _text_calibration(stored, request)
         scores = await self.engine.score_tokens(served, question.prompt, tokens, range(draws), request.seed, LIKELY)
-        return _judged(request.answer, scores), scores
+        return _judged(request.answer, scores, entry), scores
 
 
-def _judged(text: str, scores: TokenScores) -> _Answer:
+def _judged(text: str, scores: TokenScores, entry: TextCalibration | None) -> _Answer:
     result = sequence_predictive(scores.log_probs)
+    confidence = result.per_token
+    if entry is not None:
+        confidence = entry.confidence(text_logits(scores.log_probs.double().sum(dim=1, keepdim=True))).item()
     return _Answer(
         answer=text,
         answer_index=None,
         probabilities=None,
-        confidence=result.per_token,
+        confidence=confidence,
         raw_confidence=result.probability,
-        calibrated=False,
+        calibrated=entry is not None,
         prediction_set=None,
         uncertainty=Uncertainty(total=result.total, aleatoric=result.aleatoric, epistemic=result.epistemic),
         standard_error=result.standard_error,
@@ -346,6 +359,26 @@ def _lot(request: GenerateRequest | ScoreRequest) -> float:
     options = None if isinstance(request, ScoreRequest) else request.options
     asked = json.dumps([request.task, request.prompt, options, request.seed]).encode()
     return int.from_bytes(hashlib.sha256(asked).digest()[:8], "big") / 2**64
+
+
+def _limit(stored: StoredPosterior, request: GenerateRequest) -> Limit | None:
+    if request.options is None:
+        if request.target_risk is not None and (request.temperature > 0 or request.stop):
+            raise InvalidRequest(
+                "target_risk holds for the likeliest text, to its end: leave temperature and stop out, or give "
+                "abstain_below",
+                field="target_risk",
+            )
+        return limit(request, _text_calibration(stored, request))
+    return limit(request, _calibration(stored, request))
+
+
+def _text_calibration(stored: StoredPosterior, request: GenerateRequest | ScoreRequest) -> TextCalibration | None:
+    """The calibration that holds for a text with its end: of the likeliest text, as it was fitted."""
+    likeliest = isinstance(request, ScoreRequest) or (request.temperature == 0 and not request.stop)
+    if stored.calibration is None or not likeliest:
+        return None
+    return stored.calibration.nearest_text(stored.record.shots)
 
 
 def _calibration(stored: StoredPosterior, request: GenerateRequest) -> ShotCalibration | None:

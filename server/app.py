@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, RedirectResponse
+from fastapi.sse import EventSourceResponse
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -42,6 +43,7 @@ from server.schemas import (
 from server.service import Service
 from server.settings import Settings
 from server.store import GLOBAL, check_name
+from server.streaming import WholeText, stream
 from server.tasks import describe, read_shares, summarize
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,14 @@ _REASONS = {
     500: "The server failed, or a stored posterior is damaged.",
     503: "The engine cannot answer, or the store cannot be written, at present; ask again after `Retry-After`.",
     504: "No answer within the time that the request or the server gives.",
+}
+
+
+# What else the reply to a question may be.
+_EVENTS: dict[str, Any] = {
+    "description": "The reply; with `stream`, server-sent events: `token` (a `StreamedToken`), then `answer` (the "
+    "reply) or `error` (an `ErrorReply`).",
+    "content": {"text/event-stream": {"schema": {"type": "string"}}},
 }
 
 
@@ -115,24 +125,40 @@ def _add_questions(app: FastAPI, service: Service, access: Access, metrics: Metr
     async def told(
         asked: Asked, request: Request, answer: Callable[[Asked, str], Coroutine[Any, Any, GenerateReply]]
     ) -> GenerateReply:
+        reply = await while_connected(request, answer(asked, begin(asked)))
+        observe(asked, reply)
+        return reply
+
+    def begin(asked: GenerateRequest | ScoreRequest) -> str:
         context = current_request()
         assert context is not None
         if service.settings.log_prompts:
             logger.info("task %r is asked %r", asked.task, asked.prompt)
-        reply = await while_connected(request, answer(asked, context.id))
+        return context.id
+
+    def observe(asked: GenerateRequest | ScoreRequest, reply: GenerateReply) -> None:
         kind = "score" if isinstance(asked, ScoreRequest) else "text" if asked.options is None else "options"
         metrics.observe(reply, kind)
-        return reply
 
     @app.post(
         "/generate",
         tags=["questions"],
-        responses=_errors(400, 404, 413, 422, 429, 500, 503, 504, *access.statuses),
+        response_model=GenerateReply,
+        responses={200: _EVENTS} | _errors(400, 404, 413, 422, 429, 500, 503, 504, *access.statuses),
         dependencies=access.needs("query"),
     )
-    async def generate(question: GenerateRequest, request: Request) -> GenerateReply:  # pyright: ignore[reportUnusedFunction] -- a route
+    async def generate(question: GenerateRequest, request: Request) -> GenerateReply | EventSourceResponse:  # pyright: ignore[reportUnusedFunction] -- a route
         """Answers a question under draws from a task's posterior."""
-        return await told(question, request, service.answerer.answer)
+        answerer = service.answerer
+        if not question.stream:
+            return await told(question, request, answerer.answer)
+        id = begin(question)
+        return await stream(
+            lambda tell: answerer.answer(question, id, tell),
+            WholeText(answerer.tokenizer, question.stop),
+            lambda first: while_connected(request, first),
+            lambda reply: observe(question, reply),
+        )
 
     @app.post(
         "/score",

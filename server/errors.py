@@ -68,6 +68,15 @@ def _reply(
     return JSONResponse(body.model_dump(), status, headers)
 
 
+def body_of(error: Exception) -> ErrorReply:
+    """Returns what a reply says of an error; one that is none of ours is logged and told as the server's failure."""
+    if isinstance(error, AbmllError):
+        return ErrorReply(error=ErrorBody(type=type(error).__name__, message=error.message, field=error.field))
+    logger.error("a request failed", exc_info=error)
+    message = "the server failed on this request; its log says why"
+    return ErrorReply(error=ErrorBody(type="InternalError", message=message, field=None))
+
+
 def _field(error: dict[str, Any]) -> str | None:
     """Names the field at fault: ``examples[3].answer``.
 
@@ -114,7 +123,7 @@ def install(app: FastAPI) -> None:
             headers = {"WWW-Authenticate": "Bearer"}
         if isinstance(error, Overloaded):
             headers = {"Retry-After": str(error.retry_after)}
-        return _reply(status, type(error).__name__, error.message, error.field, headers)
+        return JSONResponse(body_of(error).model_dump(), status, headers)
 
     async def invalid(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
@@ -131,9 +140,8 @@ def install(app: FastAPI) -> None:
         kind = _NAMES.get(error.status_code, "HTTPError")
         return _reply(error.status_code, kind, message, headers=dict(error.headers or {}) or None)
 
-    async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return _reply(500, "InternalError", "the server failed on this request; its log says why")
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(body_of(error).model_dump(), 500)
 
     app.add_exception_handler(AbmllError, abmll_error)
     app.add_exception_handler(RequestValidationError, invalid)

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from abmll.decoding import with_end
 from abmll.errors import InvalidRequest
 from abmll.meanings import group_meanings, meaning_predictive
 from abmll.sampling import Sampling
 from abmll.scoring import Question
 from abmll.sequences import TokenScores
 from server.clock import together
-from server.engine import Engine, Served
+from server.engine import Engine, Served, Tell
 from server.schemas import GenerateRequest, Meaning, Semantics, Uncertainty
 from server.texts import LIKELY, until_stop
 
@@ -28,11 +29,13 @@ class FreeText:
 
     Attributes:
         text: The answer.
+        ended: Whether it came to its end: the model, not a limit or a stop string, ended it.
         scores: Of its tokens, its end included.
         semantics: What other samples say, where there are any.
     """
 
     text: str
+    ended: bool
     scores: TokenScores
     semantics: Semantics | None
 
@@ -51,26 +54,33 @@ def check_sampling(request: GenerateRequest) -> None:
 
 
 async def free_text(
-    engine: Engine, tokenizer: Any, served: Served, question: Question, request: GenerateRequest, draws: Sequence[int]
+    engine: Engine,
+    tokenizer: Any,
+    served: Served,
+    question: Question,
+    request: GenerateRequest,
+    draws: Sequence[int],
+    tell: Tell | None = None,
 ) -> FreeText:
-    """Decodes an answer under the posterior mean and scores it under the draws; likewise samples, if asked for."""
+    """Decodes an answer under the posterior mean and scores it under the draws; likewise samples, if asked for.
+
+    ``tell`` is told of each token of the answer as it comes.
+    """
+    sampling = Sampling(request.max_tokens, tuple(request.stop), request.temperature, request.top_p, request.seed)
 
     def finished(decoded: Sequence[int]) -> tuple[tuple[int, ...], str]:
         tokens, text, stopped = until_stop(tokenizer, decoded, request.stop)
-        end: int | None = tokenizer.eos_token_id
-        if not stopped and len(tokens) < request.max_tokens and end is not None:
-            tokens.append(end)
-        return tuple(tokens), text.strip()
+        return tuple(tokens if stopped else with_end(tokens, tokenizer, sampling)), text.strip()
 
     async def scored(tokens: Sequence[int], others: int = 0) -> TokenScores:
         return await engine.score_tokens(served, question.prompt, tokens, draws, request.seed, others)
 
-    sampling = Sampling(request.max_tokens, tuple(request.stop), request.temperature, request.top_p, request.seed)
-    decoded = await engine.generate(served, question.prompt, sampling)
+    decoded = await engine.generate(served, question.prompt, sampling, tell)
     tokens, text = finished(decoded)
+    ended = tokens[-1:] == (tokenizer.eos_token_id,)
     scores = await scored(tokens, LIKELY if request.tokens else 0)
     if not request.samples:
-        return FreeText(text, scores, None)
+        return FreeText(text, ended, scores, None)
     sampling = replace(sampling, temperature=request.temperature or _TEMPERATURE)
     samples = await engine.sample(served, question.prompt, sampling, range(request.samples), request.seed)
     sampled = [finished(sample) for sample in samples]
@@ -78,7 +88,7 @@ async def free_text(
     rest = [wording for wording in wordings if wording != tokens]
     log_probs = [scores.log_probs] + [one.log_probs for one in await together(map(scored, rest))]
     of_texts = torch.stack([one.double().sum(dim=1) for one in log_probs], dim=1)
-    return FreeText(text, scores, semantics(wordings, of_texts, [wording for wording, _ in sampled]))
+    return FreeText(text, ended, scores, semantics(wordings, of_texts, [wording for wording, _ in sampled]))
 
 
 def semantics(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from abmll.errors import InvalidExamples, InvalidRequest, PromptTooLong
-from abmll.examples import Example, Template, check_options, resolve_answer
+from abmll.examples import Example, Template, check_one_kind, check_options, resolve_answer
 from abmll.scoring import tokenize
 from server.schemas import MAX_EXAMPLES, ExampleIn
 
@@ -18,14 +18,16 @@ def check_prompt(prompt: str, field: str = "prompt") -> None:
         InvalidRequest: It is blank.
     """
     if not prompt.strip():
-        raise InvalidRequest(f"{field} is empty; give a question", field=field)
+        what = "a text" if field == "answer" else "a question"
+        raise InvalidRequest(f"{field} is empty; give {what}", field=field)
 
 
 def read_examples(given: Sequence[ExampleIn], tokenizer: Any, template: Template, context: int) -> list[Example]:
     """Checks labelled examples; every error names the example and the field.
 
     Raises:
-        InvalidExamples: Too few or too many, blank, or labelled with an answer outside the options.
+        InvalidExamples: Too few or too many, blank, labelled with an answer outside the options, or some with options
+            and some without.
         PromptTooLong: One exceeds the model's context.
     """
     if not 1 <= len(given) <= MAX_EXAMPLES:
@@ -35,12 +37,26 @@ def read_examples(given: Sequence[ExampleIn], tokenizer: Any, template: Template
         where = f"examples[{number}]"
         try:
             check_prompt(example.prompt)
-            check_options(example.options)
-            tokenize(tokenizer, template, example.prompt, example.options, context)
+            if example.options is not None:
+                check_options(example.options)
+            options = [_free_text(example)] if example.options is None else example.options
+            # A free text needs room for its end.
+            tokenize(tokenizer, template, example.prompt, options, context - (example.options is None))
         except PromptTooLong as error:
             raise PromptTooLong(f"{where}: {error.message}", field=f"{where}.prompt") from error
         except InvalidRequest as error:
             raise InvalidExamples(f"{where}: {error.message}", field=f"{where}.{error.field}") from error
-        answer = resolve_answer(example.answer, example.options, f"{where}.answer")
-        examples.append(Example(example.prompt, tuple(example.options), answer))
+        answer = 0 if example.options is None else resolve_answer(example.answer, options, f"{where}.answer")
+        examples.append(Example(example.prompt, tuple(options), answer))
+    check_one_kind(examples)
     return examples
+
+
+def _free_text(example: ExampleIn) -> str:
+    if not isinstance(example.answer, str):
+        raise InvalidRequest(
+            f"answer is the index {example.answer}, but there are no options; give options, or the answer's text",
+            field="answer",
+        )
+    check_prompt(example.answer, "answer")
+    return example.answer

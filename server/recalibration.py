@@ -15,12 +15,12 @@ from abmll.calibration import (
     conformal_scores,
     conformal_threshold,
     own_temperature,
-    risk_thresholds,
     temperature_evidence,
 )
 from abmll.errors import InvalidRequest
 from abmll.metrics import accuracy, brier, expected_calibration_error, negative_log_likelihood
 from abmll.predictive import predictive
+from abmll.risk import risk_thresholds
 from abmll.store import StoredPosterior
 from server.schemas import Measured, RecalibrationReply
 
@@ -100,7 +100,8 @@ def refit(
     shots = stored.record.shots
     entry = None if stored.calibration is None else stored.calibration.nearest(shots)
     before = 1.0 if entry is None else entry.temperature
-    spread = 0.0 if prior is None else prior.nearest(shots).spread
+    usual = None if prior is None else prior.nearest(shots)
+    spread = 0.0 if usual is None else usual.spread
     beliefs = TemperaturePrior(median=before, spread=spread or _SPREAD)
     labelled = sorted(labelled, key=lambda item: len(item[0]))  # in the order of the groups
     evidence = torch.cat([temperature_evidence(group) for group in _groups(labelled)], dim=1)
@@ -127,7 +128,8 @@ def refit(
         scatter=None if entry is None else entry.scatter,
     )
     draws = max(len(scores) for scores, _ in labelled)
-    calibration = Calibration(by_shots=[fitted], fitted_on=[stored.record.task], draws=draws)
+    texts = [] if stored.calibration is None else stored.calibration.texts
+    calibration = Calibration(by_shots=[fitted], texts=texts, fitted_on=[stored.record.task], draws=draws)
     reply = RecalibrationReply(
         task=stored.record.task,
         version=stored.record.version,

@@ -68,7 +68,7 @@ class GenerateRequest(Request):
         None,
         gt=0,
         lt=1,
-        description="With options, in place of `abstain_below`: at most this share of questions has a wrong answer, on "
+        description="In place of `abstain_below`: at most this share of questions has a wrong answer, on "
         "average over tasks like the validation tasks, which tell what confidence that takes (conformal risk control).",
         examples=[None],
     )
@@ -97,6 +97,11 @@ class GenerateRequest(Request):
         "with itself (`semantics`); at `temperature`, or at 1 where that is 0. Each wording is scored under `draws`.",
     )
     tokens: bool = Field(False, description="Whether the reply tells a free-text answer token by token.")
+    stream: bool = Field(
+        False,
+        description="Whether the reply is a stream of server-sent events: `token` for each token of a free text as it "
+        "comes, then `answer` with the whole reply, or `error`.",
+    )
     normalize: Literal["sum", "mean"] | None = Field(
         None,
         description="How options are scored: log-probability of the whole text (`sum`), or its mean per token "
@@ -119,8 +124,13 @@ class ScoreRequest(Request):
     prompt: Text = Field(description="The question. Must not be blank.", examples=["What is the capital of France?"])
     answer: Text = Field(
         description=f"The answer, of at most {MAX_TOKENS} tokens. Must not be blank. It is scored as an option is, "
-        "whatever follows it.",
+        "with its end.",
         examples=["Paris"],
+    )
+    end: bool = Field(
+        True,
+        description="Whether the answer ends there: its end is scored too, as `POST /generate` does. false: as an "
+        "option is scored, whatever follows it.",
     )
     task: str = Field(GLOBAL, description="Which posterior scores: `global`, or a task made by `POST /adapt`.")
     version: int | None = Field(None, ge=1, description="Which version of the task; null: as the task is served.")
@@ -167,6 +177,21 @@ class TokenReply(BaseModel):
         description="Of the next token, in nats: entropies over the 64 likeliest, and the rest as one."
     )
     likeliest: list[OtherToken] = Field(description="The likeliest tokens in this place.")
+
+
+class StreamedToken(BaseModel):
+    """A token of a free text as it comes, the data of an event `token`."""
+
+    text: str = Field(
+        description="What of the answer can be shown with it. Empty: part of a character, or what may begin a stop "
+        "string, which comes with a later token. All texts together are the answer, with white space around it.",
+        examples=[" Paris"],
+    )
+    probability: float | None = Field(
+        description="Under the posterior's mean, before `temperature`; the draws' comes with the `answer`. null: no "
+        "token, but what had waited for one.",
+        examples=[0.71],
+    )
 
 
 class Meaning(BaseModel):
@@ -229,15 +254,19 @@ class GenerateReply(BaseModel):
         examples=[[0.83, 0.17]],
     )
     confidence: float = Field(
-        description="Probability of the likeliest answer, calibrated where `calibrated` is true. Free text: geometric "
-        "mean per token of the answer's predictive probability, not calibrated.",
+        description="Probability of the likeliest answer, calibrated where `calibrated` is true. Of a free text that "
+        "is not calibrated, the geometric mean per token of its predictive probability.",
         examples=[0.83],
     )
     raw_confidence: float = Field(
         description="Predictive probability of the answer before calibration; of free text, of the whole text.",
         examples=[0.87],
     )
-    calibrated: bool = Field(description="Whether the posterior's calibration was applied.", examples=[True])
+    calibrated: bool = Field(
+        description="Whether the posterior's calibration was applied. To free text it is where the likeliest text was "
+        "decoded (`temperature` 0, no `stop`) and came to its end, or was scored with it.",
+        examples=[True],
+    )
     prediction_set: list[str] | None = Field(
         description="Options that together hold the right one in 90 % of questions (split conformal); null for "
         "free text or without calibration.",
@@ -257,8 +286,15 @@ class ExampleIn(Request):
     """A labelled example."""
 
     prompt: Text = Field(description="The question.", examples=["Two hours I will not get back. Sentiment?"])
-    options: list[Text] = Field(description="At least two distinct answers.", examples=[["positive", "negative"]])
-    answer: str | int = Field(description="The right option: its text, or its index.", examples=["negative"])
+    options: list[Text] | None = Field(
+        None,
+        description="At least two distinct answers; null: the answer is free text. All examples of a task have "
+        "options, or none has.",
+        examples=[["positive", "negative"]],
+    )
+    answer: Text | int = Field(
+        description="The right option: its text, or its index. Without options, the right text.", examples=["negative"]
+    )
 
 
 class AdaptRequest(Request):

@@ -89,7 +89,7 @@ class Adapter:
         assert isinstance(base, BaseModel)
         config = AdaptConfig.from_record(self.prior.record.training)
         if job.steps is not None:
-            config = config.model_copy(update={"steps": job.steps})
+            config = config.with_steps(job.steps)
         examples = self.registry.examples(job.id)
         phi, calibration = adapt_and_calibrate(
             base,

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 
 from abmll.errors import InvalidExamples, InvalidPosterior
-from abmll.examples import Example
+from abmll.examples import Example, check_one_kind
 from abmll.layers import Attached
 from abmll.objective import Labelled, task_gradient
 from abmll.posterior import Family, Posterior
@@ -22,12 +22,25 @@ class AdaptConfig(BaseModel, frozen=True):
     """Settings of the inner loop, the same in meta-training and in adaptation."""
 
     steps: int = Field(default=10, ge=0, le=1000, description="K, gradient steps")
+    text_steps: int | None = Field(
+        default=None, ge=0, le=1000, description="K on examples without options; as many by default"
+    )
     optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: float = Field(default=5e-3, gt=0, description="alpha of the means")
     scale_rate: float = Field(default=1e-2, ge=0, description="alpha of the scales' parameters")
     beta: float = Field(default=1e-4, ge=0, description="weight of KL")
     batch: int = Field(default=16, ge=1, description="support examples in a step; all of them if fewer")
     max_tokens: int = Field(default=4096, ge=64, description="padded tokens in one forward pass")
+
+    def steps_on(self, support: Sequence[Labelled]) -> int:
+        """Gradient steps on a support set."""
+        if not support:
+            return 0
+        return self.steps if self.text_steps is None or not support[0].is_free_text else self.text_steps
+
+    def with_steps(self, steps: int) -> AdaptConfig:
+        """The same settings with so many steps, whatever the examples."""
+        return self.model_copy(update={"steps": steps, "text_steps": None})
 
     @classmethod
     def from_record(cls, training: Mapping[str, Any]) -> AdaptConfig:
@@ -118,9 +131,10 @@ def run_inner(
     """Runs the inner loop on tokenized examples; it stays at ``theta`` for no examples or no steps."""
     loop = InnerLoop(attached, theta, config)
     order = random.Random(int(torch.randint(0, 2**31, (), generator=generator)))
-    for step in range(config.steps if support else 0):
+    steps = config.steps_on(support)
+    for step in range(steps):
         if on_step is not None:
-            on_step(step, config.steps)
+            on_step(step, steps)
         loop.step(minibatch(support, config.batch, order), len(support), generator)
     return loop
 
@@ -150,11 +164,12 @@ def adapt(
         The task posterior phi.
 
     Raises:
-        InvalidExamples: There are no examples, or adaptation diverged on them.
+        InvalidExamples: There are no examples, they are of two kinds, or adaptation diverged on them.
         PromptTooLong: An example exceeds the model's context.
     """
     if not examples:
         raise InvalidExamples("adaptation needs at least one labelled example", field="examples")
+    check_one_kind(examples)
     support = label(base, prior.config.template, examples)
     generator = torch.Generator().manual_seed(seed)
     phi = run_inner(attached, prior, support, config, generator, on_step).phi

@@ -15,6 +15,8 @@ from training.benchmark.command import bench_command
 from training.settings import checked, choose_device, numbers, read_toml
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from abmll.store import StoredPosterior
     from training.splits import Split
     from training.tasks import Task
@@ -138,12 +140,12 @@ def train_command(
     from training.adaptation import family_settings
     from training.base.corpus import unseen_items
     from training.base_model import load_base
+    from training.calibrate import calibrate_all
     from training.embedded import NAME, resolve
-    from training.evaluation import EvalConfig, calibrate_anew
+    from training.evaluation import EvalConfig
     from training.meta import MetaConfig, meta_train
     from training.progress import track
     from training.pseudo_tasks import kind_tasks, pseudo_tasks
-    from training.report import grouped, markdown
     from training.tasks import load_tasks
 
     values = read_toml(config)
@@ -184,12 +186,10 @@ def train_command(
     validation = chosen.select(loaded, "validation")
     calibration, results = None, {}
     if validation:
-        calibration, predictions = calibrate_anew(
+        calibration, results, tables = calibrate_all(
             base, attached, theta, validation, familiar, settings.inner, evaluation, track, jobs
         )
-        rows = grouped(predictions, calibration, lambda item: item.task.category)
-        results = {f"{name}/{shots}": scores.model_dump() for name, shots, scores in rows}
-        typer.echo(markdown(rows, "category (validation)"))
+        typer.echo("\n\n".join(tables))
     extra = {
         "split": chosen.model_dump(),
         "pseudo_tasks": {"tasks": pseudo, "books": pseudo if books is not None else 0},
@@ -226,7 +226,7 @@ def adapt_command(
     stored = load_posterior(posterior)
     inner = AdaptConfig.from_record(stored.record.training)
     if steps is not None:
-        inner = checked(AdaptConfig, inner.model_dump() | {"steps": steps})
+        inner = checked(AdaptConfig, inner.model_dump() | {"steps": steps, "text_steps": None})
     if task == "global":
         raise AbmllError("the task name 'global' means the global posterior; choose another", field="task")
     base, attached, theta = _open(stored.posterior, model, dtype, device)
@@ -266,10 +266,10 @@ def calibrate_command(
     from abmll.store import load_posterior, save_posterior
     from training.adaptation import AdaptConfig
     from training.base.corpus import unseen_items
+    from training.calibrate import calibrate_all
     from training.embedded import resolve
-    from training.evaluation import EvalConfig, calibrate_anew
+    from training.evaluation import EvalConfig
     from training.progress import track
-    from training.report import grouped, markdown
     from training.tasks import load_tasks
 
     stored = load_posterior(posterior)
@@ -284,14 +284,19 @@ def calibrate_command(
     )
     base, attached, theta = _open(stored.posterior, model, dtype, device)
     inner = AdaptConfig.from_record(stored.record.training)
-    calibration, predictions = calibrate_anew(base, attached, theta, validation, training, inner, config, track, jobs)
-    rows = grouped(predictions, calibration, lambda item: item.task.category)
-    typer.echo(markdown(rows, "category (validation)"))
-    results = {f"{name}/{shots}": scores.model_dump() for name, shots, scores in rows}
+    calibration, results, tables = calibrate_all(
+        base, attached, theta, validation, training, inner, config, track, jobs
+    )
+    typer.echo("\n\n".join(tables))
     save_posterior(posterior, stored.posterior, stored.record.model_copy(update={"results": results}), calibration)
     for entry in calibration.by_shots:
         typer.echo(
             f"{entry.shots} shots: temperatures around {entry.temperature:.2f}, log spread {entry.spread:.2f}; "
+            f"ECE {entry.ece_before:.3f} before, {entry.ece_after:.3f} after"
+        )
+    for entry in calibration.texts:
+        typer.echo(
+            f"{entry.shots} shots, free text: slope {entry.slope:.2f}, offset {entry.offset:.2f}; "
             f"ECE {entry.ece_before:.3f} before, {entry.ece_after:.3f} after"
         )
 
@@ -329,6 +334,9 @@ def eval_command(
     by: Annotated[
         str, typer.Option(help="Rows of the table: category, family or task; joined by commas, a table each.")
     ] = "category",
+    free_text: Annotated[
+        bool, typer.Option("--free-text", help="Give no options: the right option's text is the right answer.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the tables' rows here as JSON.")] = None,
     jobs: _Jobs = 1,
     dtype: _Dtype = "float32",
@@ -339,15 +347,16 @@ def eval_command(
     from abmll.store import load_posterior
     from training.adaptation import AdaptConfig
     from training.embedded import POSTERIOR
-    from training.evaluation import EvalConfig, predict_tasks
+    from training.evaluation import EvalConfig, Scores, predict_tasks, score
     from training.progress import track
     from training.report import grouped, markdown
     from training.tasks import load_tasks
+    from training.text_evaluation import TextScores, predict_texts, score_texts
 
-    names = {
-        "category": lambda item: item.task.category,
-        "family": lambda item: item.task.family,
-        "task": lambda item: item.task.name,
+    names: dict[str, Callable[[Task], str]] = {
+        "category": lambda task: task.category,
+        "family": lambda task: task.family,
+        "task": lambda task: task.name,
     }
     levels = by.split(",")
     if not set(levels) <= names.keys():
@@ -360,11 +369,20 @@ def eval_command(
     )
     base, attached, theta = _open(stored.posterior, model, dtype, device)
     inner = AdaptConfig.from_record(stored.record.training)
-    predictions = predict_tasks(base, attached, theta, loaded, inner, config, track, jobs)
+    asked = [] if free_text else [task for task in loaded if not task.is_free_text]
+    predictions = predict_tasks(base, attached, theta, asked, inner, config, track, jobs) if asked else []
+    rest = [task for task in loaded if task not in asked]
+    answers = predict_texts(base, attached, theta, rest, inner, config, track, jobs) if rest else []
     table: list[dict[str, Any]] = []
     for level in levels:
-        rows = grouped(predictions, stored.calibration, names[level])
-        typer.echo(markdown(rows, level) + "\n")
+        rows = [
+            *grouped(predictions, lambda group: score(group, stored.calibration), names[level]),
+            *grouped(answers, lambda group: score_texts(group, stored.calibration), names[level]),
+        ]
+        for kind in (Scores, TextScores):
+            of_kind: list[Any] = [row for row in rows if isinstance(row[2], kind)]
+            if of_kind:
+                typer.echo(markdown(of_kind, level) + "\n")
         table += [{level: name, "shots": k, **scores.model_dump()} for name, k, scores in rows]
     if json_file is not None:
         json_file.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

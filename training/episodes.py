@@ -26,6 +26,7 @@ class EpisodeConfig(BaseModel, frozen=True):
     subset: float = Field(default=0.5, ge=0, le=1, description="chance that a task keeps only some of its labels")
     max_chars: int | None = Field(default=None, ge=1, description="leave out items with longer text, to save time")
     permute: float = Field(default=0.3, ge=0, le=1, description="chance that a task's labels swap their meanings")
+    free_text: float = Field(default=0.0, ge=0, le=1, description="chance that an episode has no options")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,10 @@ def sample_episode(tasks: Sequence[Task], config: EpisodeConfig, rng: random.Ran
     task = _vary(rng.choice(families[family]), config, rng)
     shots = min(rng.choice(config.shots), len(task.examples) // 2)
     support, rest = draw_support(task, shots, rng)
-    return Episode(task.name, support, rest[: config.queries])
+    query = rest[: config.queries]
+    if config.free_text and rng.random() < config.free_text:
+        support, query = (tuple(example.as_free_text() for example in part) for part in (support, query))
+    return Episode(task.name, support, query)
 
 
 def relabelled(tasks: Sequence[Task], per_family: int, items: int, max_chars: int, seed: int) -> list[Task]:
@@ -131,9 +135,18 @@ def minibatch(support: Sequence[Labelled], size: int, rng: random.Random) -> Seq
 
 
 def label(base: Base, template: Template, examples: Sequence[Example]) -> list[Labelled]:
-    """Tokenizes examples.
+    """Tokenizes examples; a free text ends with the token that ends texts, where the tokenizer has one.
 
     Raises:
         PromptTooLong: An example exceeds the model's context.
     """
-    return [Labelled(tokenize(base.tokenizer, template, e.prompt, e.options, base.context), e.answer) for e in examples]
+    end: int | None = base.tokenizer.eos_token_id
+    labelled: list[Labelled] = []
+    for example in examples:
+        ended = example.is_free_text and end is not None
+        room = base.context - ended
+        question = tokenize(base.tokenizer, template, example.prompt, example.options, room)
+        if ended:
+            question = replace(question, options=((*question.options[0], end),))
+        labelled.append(Labelled(question, example.answer))
+    return labelled

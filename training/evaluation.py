@@ -6,9 +6,9 @@ import math
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from joblib import Parallel, delayed, parallel_config
@@ -26,13 +26,14 @@ from abmll.calibration import (
     conformal_threshold,
     fit_temperature_prior,
     prediction_set,
-    risk_thresholds,
     task_temperature,
 )
 from abmll.draw_scores import score_draws
+from abmll.examples import Example
 from abmll.layers import Attached
 from abmll.posterior import Posterior
 from abmll.predictive import Predictive, predictive
+from abmll.risk import risk_thresholds
 from training.adaptation import AdaptConfig, run_inner
 from training.base_model import BaseModel as Base
 from training.episodes import draw_support, label, relabelled
@@ -44,6 +45,9 @@ from training.tasks import Task
 FAMILIAR_TASKS = 2
 FAMILIAR_QUERIES = 60
 FAMILIAR_CHARACTERS = 500
+
+
+_Predictions = TypeVar("_Predictions")
 
 
 class EvalConfig(BaseModel, frozen=True):
@@ -78,6 +82,16 @@ class TaskPredictions:
     support: HeldOut | None = None
 
 
+def support_and_query(
+    task: Task, shots: int, config: EvalConfig, repeat: int = 0
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Draws a support set of a task and its queries, which are the same for every number of shots."""
+    rng = random.Random(f"{config.seed}:{repeat}:{task.name}")
+    largest = min(max(config.shots), len(task.examples) // 2)
+    pool, rest = draw_support(task, largest, rng)
+    return pool[:shots], rest[: config.queries]
+
+
 def predict_task(
     base: Base,
     attached: Attached,
@@ -88,15 +102,9 @@ def predict_task(
     config: EvalConfig,
     repeat: int = 0,
 ) -> TaskPredictions:
-    """Adapts to a random support set of a task and predicts other items of it.
-
-    The query items are the same for every number of shots, so that differences are not noise.
-    """
-    rng = random.Random(f"{config.seed}:{repeat}:{task.name}")
-    largest = min(max(config.shots), len(task.examples) // 2)
-    pool, rest = draw_support(task, largest, rng)
-    support = label(base, theta.config.template, pool[:shots])
-    query = label(base, theta.config.template, rest[: config.queries])
+    """Adapts to a random support set of a task and predicts other items of it."""
+    some, others = support_and_query(task, shots, config, repeat)
+    support, query = (label(base, theta.config.template, part) for part in (some, others))
     generator = torch.Generator().manual_seed(config.seed)
     phi = run_inner(attached, theta, support, inner, generator).phi
     questions = [item.question for item in query]
@@ -129,13 +137,27 @@ def predict_tasks(
         jobs: Processes that share the work, each with its own copy of the model. On a CPU a small model gains
             more from them than from threads.
     """
+    return each_task(predict_task, base, attached, theta, tasks, inner, config, progress, jobs)
+
+
+def each_task(
+    predict: Callable[[Base, Attached, Posterior, Task, int, AdaptConfig, EvalConfig, int], _Predictions],
+    base: Base,
+    attached: Attached,
+    theta: Posterior,
+    tasks: Sequence[Task],
+    inner: AdaptConfig,
+    config: EvalConfig,
+    progress: Progress,
+    jobs: int,
+) -> list[_Predictions]:
+    """Runs ``predict`` as ``predict_tasks`` runs ``predict_task``."""
     calls = [(task, shots, r) for task in tasks for shots in config.shots for r in range(config.supports)]
-    results: list[TaskPredictions] = []
+    results: list[_Predictions] = []
     with parallel_config(backend="loky", inner_max_num_threads=max(1, (os.cpu_count() or 1) // jobs)):
         run: Any = Parallel(n_jobs=jobs, return_as="generator")
-    found: Iterable[TaskPredictions] = run(
-        delayed(predict_task)(base, attached, theta, task, shots, inner, config, repeat)
-        for task, shots, repeat in calls
+    found: Iterable[_Predictions] = run(
+        delayed(predict)(base, attached, theta, task, shots, inner, config, repeat) for task, shots, repeat in calls
     )
     with progress("evaluate", total=len(calls)) as bar:
         for number, predictions in enumerate(found, start=1):
@@ -172,13 +194,18 @@ def calibrate_anew(
         The calibration, and the predictions on the validation tasks.
     """
     predictions = predict_tasks(base, attached, theta, validation, inner, config, progress, jobs)
-    some = tuple(shots for shots in config.shots if shots > 0)  # with none, new labels cannot be known
-    familiar: list[TaskPredictions] = []
-    if some:
-        fewer = config.model_copy(update={"shots": some, "queries": min(config.queries, FAMILIAR_QUERIES)})
-        tasks = relabelled(training, FAMILIAR_TASKS, FAMILIAR_QUERIES, FAMILIAR_CHARACTERS, config.seed)
-        familiar = predict_tasks(base, attached, theta, tasks, inner, fewer, progress, jobs)
+    tasks, fewer = familiar_tasks(training, config)
+    familiar = predict_tasks(base, attached, theta, tasks, inner, fewer, progress, jobs) if tasks else []
     return calibrate(predictions, config, familiar), predictions
+
+
+def familiar_tasks(training: Sequence[Task], config: EvalConfig) -> tuple[list[Task], EvalConfig]:
+    """New tasks of the training families' kinds, with permuted labels, and the settings to evaluate them with."""
+    some = tuple(shots for shots in config.shots if shots > 0)  # with none, new labels cannot be known
+    if not some:
+        return [], config
+    fewer = config.model_copy(update={"shots": some, "queries": min(config.queries, FAMILIAR_QUERIES)})
+    return relabelled(training, FAMILIAR_TASKS, FAMILIAR_QUERIES, FAMILIAR_CHARACTERS, config.seed), fewer
 
 
 class Scores(BaseModel, frozen=True):
@@ -204,7 +231,8 @@ class Scores(BaseModel, frozen=True):
     tasks: int
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean_of_known(values: Sequence[float]) -> float:
+    """The mean of the values that are not NaN; NaN where all are."""
     kept = [value for value in values if not math.isnan(value)]
     return sum(kept) / len(kept) if kept else float("nan")
 
@@ -220,7 +248,8 @@ def score(predictions: Sequence[TaskPredictions], calibration: Calibration | Non
     corrects: list[Tensor] = []
     adaptive: list[Predictive] = []
     for item in predictions:
-        entry = None if calibration is None else calibration.nearest(item.shots).for_task(item.support)
+        usual = None if calibration is None else calibration.nearest(item.shots)
+        entry = None if usual is None else usual.for_task(item.support)
         result = predictive(item.scores, 1.0 if entry is None else entry.temperature)
         probabilities, sets = result.probabilities, None
         if entry is not None and "0.9" in entry.conformal:
@@ -249,7 +278,7 @@ def score(predictions: Sequence[TaskPredictions], calibration: Calibration | Non
             row["draws"] = sum(part.draws for part in few) / len(few)
             adaptive += few
         rows.append(row)
-    means = {key: _mean([row[key] for row in rows if key in row]) for key in rows[0]}
+    means = {key: mean_of_known([row[key] for row in rows if key in row]) for key in rows[0]}
     right = torch.cat(corrects)
     ece = metrics.expected_calibration_error(torch.cat(confidences), right)
     ece_auto: float | None = None
@@ -310,21 +339,40 @@ def calibrate(
 
 
 def _risk(group: Sequence[TaskPredictions], tempered: Sequence[Predictive]) -> dict[str, float]:
-    """Thresholds for a risk; a task counts once, whatever the number of its support sets."""
-    confidence: dict[str, list[Tensor]] = {}
-    correct: dict[str, list[Tensor]] = {}
-    for item, result in zip(group, tempered, strict=True):
-        confidence.setdefault(item.task.name, []).append(result.confidence)
-        correct.setdefault(item.task.name, []).append(result.answer == item.answers)
-    return risk_thresholds(list(map(torch.cat, confidence.values())), list(map(torch.cat, correct.values())))
+    correct = [result.answer == item.answers for item, result in zip(group, tempered, strict=True)]
+    return task_risk([item.task for item in group], [result.confidence for result in tempered], correct)
+
+
+def task_risk(tasks: Sequence[Task], confidence: Sequence[Tensor], correct: Sequence[Tensor]) -> dict[str, float]:
+    """Returns ``risk_thresholds``; a task counts once, whatever the number of its support sets.
+
+    Args:
+        tasks: One a support set.
+        confidence: Of the answers with each support set, shape (queries,).
+        correct: Whether they were right.
+    """
+    of: dict[str, list[int]] = {}
+    for at, task in enumerate(tasks):
+        of.setdefault(task.name, []).append(at)
+
+    def joined(parts: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.cat([parts[at] for at in places]) for places in of.values()]
+
+    return risk_thresholds(joined(confidence), joined(correct))
+
+
+def family_weights(parts: Sequence[Sequence[Task]]) -> list[float]:
+    """What each task counts in a fit, part after part: parts count the same, and so do the families of a part."""
+    weights: list[float] = []
+    for part in parts:
+        # New tasks come from new families: a family counts once, not once for each of its tasks.
+        tasks = Counter(task.family for task in part)
+        weights += [1 / (len(tasks) * tasks[task.family]) for task in part]
+    return weights
 
 
 def _fit_prior(group: Sequence[TaskPredictions], familiar: Sequence[TaskPredictions]) -> TemperaturePrior:
-    weights: list[float] = []
-    for part in (group, familiar):
-        # New tasks come from new families: a family counts once, not once for each of its tasks.
-        tasks = Counter(item.task.family for item in part)
-        weights += [1 / (len(tasks) * tasks[item.task.family]) for item in part]
+    weights = family_weights([[item.task for item in part] for part in (group, familiar)])
     items = [*group, *familiar]
     return fit_temperature_prior([i.support for i in items], [(i.scores, i.answers) for i in items], weights)
 

@@ -218,8 +218,9 @@ def _accumulate(
         for key, leaf in leaves.items():
             assert leaf.grad is not None
             leaf.grad += (result.data[key] + result.kl_p[key]) / config.tasks_per_step
-            if key in inner.shared and config.inner.steps:
-                leaf.grad += inner.shared[key] * config.path / (config.inner.steps * config.tasks_per_step)
+            steps = config.inner.steps_on(support)
+            if key in inner.shared and steps:
+                leaf.grad += inner.shared[key] * config.path / (steps * config.tasks_per_step)
         with torch.no_grad():
             for name, q in (("before", theta), ("query", phi)):
                 groups = micro_batches(query, config.inner.max_tokens)

@@ -3,47 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
-from abmll.calibration import Calibration
-from training.evaluation import Scores, TaskPredictions, score
+from training.evaluation import Scores
+from training.tasks import Task
+from training.text_evaluation import TextScores
 
-_COLUMNS = ("tasks", "chance", "accuracy", "ece", "nll", "auroc", "epistemic", "coverage_90", "set_size_90",
-            "answered_10", "wrong_10", "draws", "ece_auto")  # fmt: skip
+_COLUMNS = {
+    Scores: ("tasks", "chance", "accuracy", "ece", "nll", "auroc", "epistemic", "coverage_90", "set_size_90",
+             "answered_10", "wrong_10", "draws", "ece_auto"),
+    TextScores: ("tasks", "accuracy", "ece", "nll", "brier", "auroc", "prr", "answered_10", "wrong_10"),
+}  # fmt: skip
+
+
+class _OfTask(Protocol):
+    @property
+    def task(self) -> Task: ...
+
+    @property
+    def shots(self) -> int: ...
+
+
+_Predictions = TypeVar("_Predictions", bound=_OfTask)
+_Measures = TypeVar("_Measures", Scores, TextScores)
 
 
 def grouped(
-    predictions: Sequence[TaskPredictions],
-    calibration: Calibration | None,
-    key: Callable[[TaskPredictions], str],
-) -> list[tuple[str, int, Scores]]:
+    predictions: Sequence[_Predictions],
+    measure: Callable[[Sequence[_Predictions]], _Measures],
+    key: Callable[[Task], str],
+) -> list[tuple[str, int, _Measures]]:
     """Measures predictions by group and number of shots; the last group, ``all``, holds everything.
 
     Args:
         predictions: What to measure.
-        calibration: Tempers them, where given.
-        key: Names a prediction's group, its category or family.
+        measure: Measures a group.
+        key: Names a task's group, its category or family.
     """
-    rows: list[tuple[str, int, Scores]] = []
-    names = [*sorted({key(item) for item in predictions}), "all"]
+    rows: list[tuple[str, int, _Measures]] = []
+    names = [*sorted({key(item.task) for item in predictions}), "all"]
     for name in names:
         for shots in sorted({item.shots for item in predictions}):
-            inside = [i for i in predictions if i.shots == shots and name in (key(i), "all")]
+            inside = [i for i in predictions if i.shots == shots and name in (key(i.task), "all")]
             if inside:
-                rows.append((name, shots, score(inside, calibration)))
+                rows.append((name, shots, measure(inside)))
     return rows
 
 
-def markdown(rows: Sequence[tuple[str, int, Scores]], first: str) -> str:
+def markdown(rows: Sequence[tuple[str, int, _Measures]], first: str) -> str:
     """Returns the rows as a Markdown table.
 
     Args:
-        rows: From ``grouped``.
+        rows: From ``grouped``, at least one.
         first: Heading of the first column.
     """
-    heads = [first, "shots", *(column.replace("_", " ") for column in _COLUMNS)]
+    columns = _COLUMNS[type(rows[0][2])]
+    heads = [first, "shots", *(column.replace("_", " ") for column in columns)]
     lines: list[list[str]] = []
     for name, shots, scores in rows:
-        values = [getattr(scores, column) for column in _COLUMNS]
+        values = [getattr(scores, column) for column in columns]
         cells = ["–" if v is None else str(v) if isinstance(v, int) else f"{v:.3f}" for v in values]
         lines.append([name, str(shots), *cells])
     return table(heads, lines)

@@ -41,7 +41,7 @@ def held_out_scores(
     Args:
         attached: The model.
         theta: The global posterior.
-        support: The support set.
+        support: The support set, with options.
         config: Inner-loop settings.
         draws: Draws of each fold's posterior.
         seed: Seed of adaptation and draws.
@@ -89,7 +89,7 @@ def adapt_and_calibrate(
     seed: int = 0,
     on_step: Callable[[int, int], None] | None = None,
 ) -> tuple[Posterior, Calibration | None]:
-    """Adapts a posterior to a task and fits the task's own temperature.
+    """Adapts a posterior to a task and fits the task's own temperature; a task without options has none.
 
     Args:
         base: Model and tokenizer.
@@ -102,14 +102,15 @@ def adapt_and_calibrate(
         on_step: Called before each step with (step, steps); what it raises ends the adaptation.
 
     Returns:
-        The task posterior and its calibration.
+        The task posterior and its calibration; none where the global posterior has none for such examples.
 
     Raises:
-        InvalidExamples: There are no examples, or adaptation diverged on them.
+        InvalidExamples: There are no examples, they are of two kinds, or adaptation diverged on them.
         PromptTooLong: An example exceeds the model's context.
     """
-    known = calibration is not None and calibration.nearest(len(examples)).spread > 0
-    folds = folds_of(len(examples)) if known else 0
+    shots, free_text = len(examples), bool(examples) and examples[0].is_free_text
+    usual = None if calibration is None or free_text else calibration.nearest(shots)
+    folds = folds_of(shots) if usual is not None and usual.spread > 0 else 0
 
     def report(step: int, steps: int) -> None:
         if on_step is not None:
@@ -118,6 +119,8 @@ def adapt_and_calibrate(
     phi = adapt(base, attached, prior, examples, config, seed=seed, on_step=report)
     if calibration is None:
         return phi, None
+    if free_text:
+        return phi, calibration.for_text_task(shots)
     held_out = None
     if folds:
 
@@ -129,4 +132,4 @@ def adapt_and_calibrate(
         held_out = held_out_scores(
             attached, prior, support, config, draws=calibration.draws, seed=seed, on_step=report_fold
         )
-    return phi, calibration.for_task(len(examples), held_out)
+    return phi, calibration.for_task(shots, held_out)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from abmll.errors import AbmllError, InvalidExamples
-from abmll.examples import Example, check_options, resolve_answer
+from abmll.examples import Example, check_one_kind, check_options, resolve_answer
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,14 @@ class Task:
     licence: str = ""
 
     @property
+    def is_free_text(self) -> bool:
+        """Whether its questions have no options."""
+        return self.examples[0].is_free_text
+
+    @property
     def majority_share(self) -> float:
-        """Accuracy of always giving the most frequent answer, by text with fixed labels, else by position."""
-        counts: dict[int, int] = {}
-        for example in self.examples:
-            counts[example.answer] = counts.get(example.answer, 0) + 1
+        """Accuracy of always giving the most frequent answer, by text with fixed labels or none, else by position."""
+        counts = Counter(example.text if example.is_free_text else example.answer for example in self.examples)
         return max(counts.values()) / len(self.examples)
 
 
@@ -50,6 +54,11 @@ def _example(record: Any, where: str) -> Example:
     options = record.get("options")
     if not isinstance(text, str) or not text.strip():
         raise InvalidExamples(f"{where}: 'input' must be a text that is not empty", field=where)
+    if options is None:
+        answer = record.get("answer")
+        if not isinstance(answer, str) or not answer.strip():
+            raise InvalidExamples(f"{where}: without 'options', 'answer' must be a text that is not empty", field=where)
+        return Example(text, (answer,), 0)
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
         raise InvalidExamples(f"{where}: 'options' must be a list of texts", field=where)
     try:
@@ -64,10 +73,11 @@ def read_examples(path: Path) -> tuple[Example, ...]:
     """Reads labelled examples from a JSON Lines file.
 
     Args:
-        path: One object a line: ``{"input": str, "options": [str, ...], "answer": int or str}``.
+        path: One object a line: ``{"input": str, "options": [str, ...], "answer": int or str}``; free text: no options.
 
     Raises:
-        InvalidExamples: The file is missing, empty, or a line is malformed; the message names the line.
+        InvalidExamples: The file is missing, empty, or a line is malformed, which the message names; or some lines have
+            options and some have not.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -85,6 +95,7 @@ def read_examples(path: Path) -> tuple[Example, ...]:
         examples.append(_example(record, where))
     if not examples:
         raise InvalidExamples(f"{path} holds no examples; give one JSON object a line", field=str(path))
+    check_one_kind(examples)
     return tuple(examples)
 
 

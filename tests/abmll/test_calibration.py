@@ -18,10 +18,10 @@ from abmll.calibration import (
     conformal_threshold,
     fit_temperature_prior,
     prediction_set,
-    risk_thresholds,
     task_temperature,
 )
 from abmll.predictive import predictive
+from abmll.risk import risk_thresholds
 
 
 def labelled(count: int, options: int, temperature: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -160,7 +160,8 @@ def test_the_entry_nearest_in_shots_is_used() -> None:
         for n in (0, 4, 16)
     ]
     calibration = Calibration(by_shots=entries, fitted_on=[], draws=8)
-    assert [calibration.nearest(n).shots for n in (0, 1, 2, 8, 9, 64)] == [0, 0, 4, 4, 16, 16]
+    found = [calibration.nearest(n) for n in (0, 1, 2, 8, 9, 64)]
+    assert [entry and entry.shots for entry in found] == [0, 0, 4, 4, 16, 16]
 
 
 def answered_tasks(count: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:

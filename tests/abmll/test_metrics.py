@@ -77,3 +77,16 @@ def test_area_under_risk_coverage_is_the_mean_risk_of_the_surest() -> None:
     equal = torch.full((4,), 0.5)
     assert metrics.area_under_risk_coverage(equal, correct) == pytest.approx(0.5)
     assert metrics.area_under_risk_coverage(equal, correct.flip(0)) == pytest.approx(0.5)
+
+
+def test_rejection_gains_all_of_an_oracles_gain_none_or_less() -> None:
+    correct = torch.tensor([True, False, True, True, False, True])
+    perfect = torch.tensor([0.9, 0.1, 0.8, 0.7, 0.2, 0.6])
+    assert metrics.prediction_rejection_ratio(perfect, correct) == pytest.approx(1.0)
+    assert metrics.prediction_rejection_ratio(torch.full((6,), 0.5), correct) == pytest.approx(0.0)
+    assert metrics.prediction_rejection_ratio(1 - perfect, correct) < -0.5
+    # By hand: of the n surest 0, 1/2, 1/3, ... are wrong; the oracle's are 0 up to the fourth, then 1/5 and 2/6.
+    some = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.1, 0.5])
+    area, oracle, chance = (1 / 2 + 1 / 3 + 1 / 4 + 1 / 5 + 2 / 6) / 6, (1 / 5 + 2 / 6) / 6, 2 / 6
+    assert metrics.prediction_rejection_ratio(some, correct) == pytest.approx((chance - area) / (chance - oracle))
+    assert math.isnan(metrics.prediction_rejection_ratio(perfect, torch.ones(6, dtype=torch.bool)))

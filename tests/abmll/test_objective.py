@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from abmll.kl import kl
 from abmll.layers import Attached, attach
 from abmll.objective import Labelled, data_loss, micro_batches, task_gradient
-from abmll.posterior import Family, Posterior
+from abmll.posterior import Family, Normalize, Posterior
 from abmll.scoring import Question
 from tests.abmll.conftest import random_posterior, tiny_model
 
@@ -103,3 +104,17 @@ def test_the_kl_term_moves_the_optimum(model: Attached, family: Family) -> None:
             fits.append(data_loss(model, p.with_tensors(leaves), DATA, None).item())
     assert distances[0] > 2 * distances[1] > 4 * distances[2] > 0
     assert fits[0] < fits[2]
+
+
+@pytest.mark.parametrize("normalize", ["sum", "mean"])
+def test_a_free_texts_likelihood_is_that_of_its_tokens_among_all_texts(model: Attached, normalize: Normalize) -> None:
+    posterior = random_posterior(model, "kronecker", TARGETS, 0)
+    posterior = replace(posterior, config=posterior.config.model_copy(update={"normalize": normalize}))
+    prompt, text = (5, 9, 33), (7, 8, 2)
+    with model.using(posterior) as net, torch.no_grad():
+        logits = net(torch.tensor([[*prompt, *text]])).logits[0]
+    log_probs = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(-1, torch.tensor(text)[:, None])
+    alone = Labelled(Question(prompt, (text,)), 0)
+    assert data_loss(model, posterior, [alone], None).item() == pytest.approx(-log_probs.sum().item(), rel=1e-6)
+    both = data_loss(model, posterior, [alone, DATA[0]], None) - data_loss(model, posterior, [DATA[0]], None)
+    assert both.item() == pytest.approx(-log_probs.sum().item(), rel=1e-6)

@@ -40,9 +40,11 @@ def test_a_question_is_sent_with_every_field_of_the_contract():
 
 
 def test_a_finished_answer_is_sent_with_every_field_of_the_contract():
-    call = calls.score("p", "a", task="t", version=None, draws=4, seed=2)
+    call = calls.score("p", "a", task="t", version=None, draws=4, seed=2, end=False)
     assert (call.method, call.path) == ("POST", "/score")
-    assert call.body == {"prompt": "p", "answer": "a", "task": "t", "version": None, "draws": 4, "seed": 2}
+    assert call.body == {
+        "prompt": "p", "answer": "a", "task": "t", "version": None, "draws": 4, "seed": 2, "end": False,
+    }  # fmt: skip
 
 
 def test_examples_given_as_models_and_as_mappings_are_sent_alike():

@@ -8,8 +8,9 @@ import threading
 
 import pytest
 
+from clients.async_http import AsyncClient
 from clients.errors import InvalidReply, JobCancelled, JobFailed, JobTimeout, NotFound, ReplyTimeout, ServerUnreachable
-from clients.http import AsyncClient, Client
+from clients.http import Client
 from tests.clients.conftest import ANSWER, Scripted, job
 
 

@@ -20,6 +20,7 @@ from abmll.calibration import Calibration, ShotCalibration
 from abmll.layers import attach, init_posterior
 from abmll.posterior import Posterior, PosteriorConfig
 from abmll.store import Record, StoredPosterior, save_posterior
+from abmll.text_calibration import TextCalibration
 from server.settings import Settings
 from training.base_model import BaseModel, load_base
 
@@ -77,7 +78,14 @@ def global_posterior(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathF
         )
         for shots, t, spread in ((0, 2.0, 0.0), (4, 1.5, 0.5), (16, 1.25, 0.5))
     ]
-    calibration = Calibration(by_shots=entries, fitted_on=["a", "b"], draws=8)
+    texts = [
+        TextCalibration(
+            shots=shots, slope=0.25, offset=1.0, risk={"0.20": 0.999, "0.50": 0.0},
+            accuracy=0.3, ece_before=0.1, ece_after=0.05, questions=100,
+        )
+        for shots in (0, 4)
+    ]  # fmt: skip
+    calibration = Calibration(by_shots=entries, texts=texts, fitted_on=["a", "b"], draws=8)
     inner = {"steps": 5, "learning_rate": 5e-3, "beta": 1e-5}
     record = Record(task="global", training={"inner": inner})
     folder = tmp_path_factory.mktemp("global") / "posterior"

@@ -26,12 +26,12 @@ def test_a_given_confidence_must_be_reached_and_one_for_a_risk_passed() -> None:
     assert limit(request(abstain_below=0.7), None) == Limit(0.7)
     assert limit(request(target_risk=0.25), ENTRY) == Limit(0.6, 0.25)
     for at, given, risky in ((0.69, True, True), (0.7, False, True), (0.71, False, False)):
-        assert (Limit(0.7).abstain(at, CANDIDATES) is not None) == given
-        assert (Limit(0.7, 0.1).abstain(at, CANDIDATES) is not None) == risky
+        assert (Limit(0.7).abstain(at, CANDIDATES, True) is not None) == given
+        assert (Limit(0.7, 0.1).abstain(at, CANDIDATES, True) is not None) == risky
 
 
 def test_the_reason_tells_a_confidence_that_is_hardly_too_low_from_what_was_asked_for() -> None:
-    said = Limit(0.8).abstain(0.79996, CANDIDATES)
+    said = Limit(0.8).abstain(0.79996, CANDIDATES, True)
     assert said is not None
     assert "79.9 %, below the 80 % asked for" in said.reason
     assert said.candidates == CANDIDATES

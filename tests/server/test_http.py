@@ -108,7 +108,7 @@ def test_free_text_has_a_confidence_but_no_probabilities(server: Server) -> None
     request = {"prompt": "please set an alarm", "max_tokens": 5}
     reply = server.http.post("/generate", json=request).json()
     assert reply["probabilities"] is reply["answer_index"] is reply["options"] is reply["prediction_set"] is None
-    assert not reply["calibrated"]
+    assert not reply["calibrated"]  # five tokens are not the whole text
     assert 0 < reply["raw_confidence"] <= reply["confidence"] <= 1
     assert reply["uncertainty"]["epistemic"] >= 0
     assert without_times(reply) == without_times(server.http.post("/generate", json=request).json())
@@ -177,8 +177,9 @@ def test_a_free_text_ends_before_a_stop_string(server: Server) -> None:
 
 
 def test_a_finished_answer_is_scored_whole_and_token_by_token(server: Server) -> None:
-    request = {"prompt": QUESTION["prompt"], "answer": QUESTION["options"][0], "draws": 4}
+    request = {"prompt": QUESTION["prompt"], "answer": QUESTION["options"][0], "draws": 4, "end": False}
     reply = server.http.post("/score", json=request).json()
+    assert not reply["calibrated"]
     assert reply["answer"] == request["answer"]
     assert reply["draws"] == 4
     assert reply["options"] is reply["probabilities"] is None
@@ -188,6 +189,12 @@ def test_a_finished_answer_is_scored_whole_and_token_by_token(server: Server) ->
     assert without_times(reply) == without_times(server.http.post("/score", json=request).json())
     other = server.http.post("/score", json=request | {"prompt": "something else"}).json()
     assert other["raw_confidence"] != reply["raw_confidence"]
+    whole = server.http.post("/score", json=request | {"end": True}).json()
+    assert [token["text"] for token in whole["tokens"]] == [token["text"] for token in reply["tokens"]] + [""]
+    p = whole["raw_confidence"]
+    assert p == pytest.approx(reply["raw_confidence"] * whole["tokens"][-1]["probability"], rel=1e-3)
+    assert whole["calibrated"]
+    assert whole["confidence"] == pytest.approx(1 / (1 + math.exp(-0.25 * math.log(p / (1 - p)) - 1)), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +251,8 @@ def test_an_answer_that_is_not_sure_enough_is_withheld_with_the_reason_and_the_c
     [
         ({"target_risk": 0.1}, "0.2 or more"),
         ({"target_risk": 0.3, "abstain_below": 0.5}, "give one"),
-        ({"target_risk": 0.3, "options": None}, "free text"),
+        ({"target_risk": 0.3, "options": None, "temperature": 0.5}, "likeliest text"),
+        ({"target_risk": 0.3, "options": None, "stop": ["."]}, "likeliest text"),
         ({"target_risk": 0.3, "normalize": "sum"}, "abstain_below"),
     ],
 )
@@ -324,7 +332,7 @@ ADAPT_ERRORS: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"task": "t", "examples": [example(options=["a", "a"])]}, 422, "InvalidExamples", "examples[0].options"),
     ({"task": "t", "examples": [example(prompt=" ")]}, 422, "InvalidExamples", "examples[0].prompt"),
     ({"task": "t", "examples": [example(label=1)]}, 422, "InvalidExamples", "examples[0].label"),
-    ({"task": "t", "examples": [{"prompt": "p"}]}, 422, "InvalidExamples", "examples[0].options"),
+    ({"task": "t", "examples": [{"prompt": "p"}]}, 422, "InvalidExamples", "examples[0].answer"),
     ({"task": "t", "examples": ["p"]}, 422, "InvalidExamples", "examples[0]"),
     ({"task": "t", "examples": [example(prompt="a b " * 400)]}, 413, "PromptTooLong", "examples[0].prompt"),
     ({"task": "global", "examples": [example()]}, 409, "TaskConflict", "task"),
@@ -420,6 +428,61 @@ def test_a_task_is_learnt_asked_listed_and_deleted(
     assert anew["posterior"]["version"] == 1
     assert anew["posterior"]["id"] != done["posterior"]["id"]
     server.http.delete("/tasks/films")
+
+
+def test_a_task_is_taught_without_options_and_answers_in_free_text_with_a_confidence(server: Server) -> None:
+    texts = [
+        {"prompt": example["prompt"], "answer": "good" if at % 2 == 0 else "bad"} for at, example in enumerate(EXAMPLES)
+    ]
+    job = server.http.post("/adapt", json={"task": "words", "examples": texts, "steps": 60}).json()
+    assert server.wait_job(job["job"])["status"] == "done"
+    ask = {"prompt": EXAMPLES[0]["prompt"], "task": "words", "tokens": True}
+    reply = server.http.post("/generate", json=ask).json()
+    assert reply["answer"] == "good"
+    assert reply["tokens"][-1]["text"] == ""  # it has learnt where an answer ends
+    p = reply["raw_confidence"]
+    assert math.prod(token["probability"] for token in reply["tokens"]) == pytest.approx(p)
+    assert reply["calibrated"]
+    assert reply["confidence"] == pytest.approx(1 / (1 + math.exp(-0.25 * math.log(p / (1 - p)) - 1)), rel=1e-4)
+
+    calibration = server.http.get("/tasks/words").json()["calibration"]
+    assert calibration["by_shots"] == []
+    assert [entry["shots"] for entry in calibration["texts"]] == [len(EXAMPLES)]
+    scored = server.http.post("/score", json={"prompt": ask["prompt"], "answer": "good", "task": "words"}).json()
+    assert scored["raw_confidence"] == pytest.approx(p, rel=1e-3)
+    assert scored["confidence"] == pytest.approx(reply["confidence"], rel=1e-3)
+    choice = {"prompt": ask["prompt"], "task": "words", "options": ["good", "bad"]}
+    assert not server.http.post("/generate", json=choice).json()["calibrated"]
+
+    sure = server.http.post("/generate", json=ask | {"target_risk": 0.5}).json()
+    assert sure["answer"] == "good"
+    unsure = server.http.post("/generate", json=ask | {"target_risk": 0.2}).json()
+    assert unsure["answer"] is None
+    assert unsure["abstained"]["candidates"][0]["answer"] == "good"
+    cut = server.http.post("/generate", json=ask | {"target_risk": 0.5, "max_tokens": 1}).json()
+    assert cut["answer"] is None
+    assert "max_tokens" in cut["abstained"]["reason"]
+    warm = server.http.post("/generate", json=ask | {"temperature": 0.5}).json()
+    assert not warm["calibrated"]
+    server.http.delete("/tasks/words")
+
+
+@pytest.mark.parametrize(
+    ("examples", "field", "told"),
+    [
+        ([EXAMPLES[0], {"prompt": "p", "answer": "good"}], "examples[1].options", "all of them options, or none"),
+        ([{"prompt": "p", "answer": 1}], "examples[0].answer", "the index 1"),
+        ([{"prompt": "p", "answer": " "}], "examples[0].answer", "empty"),
+        ([{"prompt": "p", "answer": "a b " * 400}], "examples[0].prompt", "tokens"),
+    ],
+)
+def test_examples_without_options_that_cannot_teach_are_refused(
+    server: Server, examples: list[dict[str, Any]], field: str, told: str
+) -> None:
+    reply = server.http.post("/adapt", json={"task": "words", "examples": examples})
+    assert reply.status_code in (413, 422), reply.text
+    assert reply.json()["error"]["field"] == field
+    assert told in reply.json()["error"]["message"]
 
 
 def test_the_same_examples_and_seed_make_the_same_posterior(server: Server) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from abmll.store import load_posterior
+from server.cli import main
 from tests.training.conftest import rule_task, write_tasks
 
 SETTINGS = """
@@ -32,6 +33,14 @@ def abmll(*arguments: object, code: int = 0) -> str:
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def write_texts(path: Path, examples: Path) -> Path:
+    """The same examples without options."""
+    rows = [json.loads(line) for line in examples.read_text().splitlines()]
+    texts = [{"input": row["input"], "answer": row["options"][row["answer"]]} for row in rows]
+    path.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +80,30 @@ def test_train_adapt_and_eval(trained: tuple[Path, Path, str], tmp_path: Path) -
     assert phi.calibration is not None
     assert [entry.shots for entry in phi.calibration.by_shots] == [40]
     assert phi.calibration.fitted_on == stored.calibration.fitted_on
+    printed = abmll("eval", theta, "--tasks", data, *wanted[:4], "--shots", 2, "--by", "task", "--free-text")
+    assert "| rule_4 | 2 | 1 |" in printed
+    assert "prr" in printed
+    texts = write_texts(tmp_path / "texts.jsonl", examples)
+    abmll("adapt", theta, "--examples", texts, "--task", "films", "--out", tmp_path / "text", "--steps", 3)
+    taught = load_posterior(tmp_path / "text").calibration
+    assert taught is not None
+    assert (taught.by_shots, [entry.shots for entry in taught.texts]) == ([], [40])
     table_again = abmll("calibrate", theta, "--tasks", data, "--shots", "0,4", "--draws", 2, "--queries", 10)
     assert "4 shots: temperatures around" in table_again
     again = load_posterior(theta)
     assert again.digest == stored.digest
     assert again.calibration is not None
     assert [entry.shots for entry in again.calibration.by_shots] == [0, 4]
+    assert [entry.shots for entry in again.calibration.texts] == [0, 4]
+    assert "4 shots, free text: slope" in table_again
 
 
-@pytest.mark.slow
-def test_wrong_input_is_one_line(trained: tuple[Path, Path, str], tmp_path: Path) -> None:
+def test_wrong_input_is_one_line(
+    trained: tuple[Path, Path, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     data, theta, _ = trained
     out = ["--out", tmp_path / "out"]
     examples = ["--examples", data / "tasks" / "rule_4.jsonl"]
@@ -93,10 +116,15 @@ def test_wrong_input_is_one_line(trained: tuple[Path, Path, str], tmp_path: Path
         "'global' means the global posterior": ["adapt", theta, *examples, "--task", "global", *out],
         "serve it with its own base model": ["adapt", theta, *examples, "--task", "a", "--model", "abmll-small", *out],
     }
-    for message, arguments in cases.items():
-        printed = abmll(*arguments, code=2)
-        last = printed.strip().splitlines()[-1]
+    for message, arguments in cases.items():  # in this process: another for each would load torch each time
+        monkeypatch.setattr(sys, "argv", ["abmll", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        last = printed.err.strip().splitlines()[-1]
         assert last.startswith("abmll: "), printed
         assert message in last
-        assert "Traceback" not in printed
+        assert "Traceback" not in printed.err
     assert not (tmp_path / "out").exists()

@@ -77,7 +77,7 @@ def test_calibration_lowers_the_loss_it_is_fitted_to(predictions: list[TaskPredi
 
 
 def test_the_table_has_a_row_for_each_group_and_shots(predictions: list[TaskPredictions]) -> None:
-    table = markdown(grouped(predictions, None, lambda item: item.task.family), "family")
+    table = markdown(grouped(predictions, lambda group: score(group, None), lambda task: task.family), "family")
     lines = table.splitlines()
     assert lines[0].startswith("| family | shots | tasks | chance | accuracy | ece |")
     assert [line.split("|")[1].strip() for line in lines[2:]] == [

@@ -50,8 +50,10 @@ class Counted(ZeroShot):
         return super().learn(load, tasks, settings, budget, seed)
 
 
-def bench(methods: list[Any], model: Path, out: Path, parts: Parts = PARTS, jobs: int = 1) -> list[dict[str, Any]]:
-    return run(methods, {0: parts, 1: parts}, str(model), CONFIG, out, world=WORLD, jobs=jobs)
+def bench(
+    methods: list[Any], model: Path, out: Path, parts: Parts = PARTS, jobs: int = 1, seeds: Sequence[int] = (0, 1)
+) -> list[dict[str, Any]]:
+    return run(methods, dict.fromkeys(seeds, parts), str(model), CONFIG, out, world=WORLD, jobs=jobs)
 
 
 def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -124,7 +126,8 @@ def test_measures_and_tables_say_what_the_rows_say(tiny_model_folder: Path, tmp_
 def test_results_with_fewer_draws_are_those_of_the_first_draws(tiny_model_folder: Path, tmp_path: Path) -> None:
     dropout = McDropout()
     dropout.trials = dropout.trials[:1]
-    rows = bench([dropout], tiny_model_folder, tmp_path / "results.jsonl.gz", Parts(TRAIN, VALIDATION, TEST[:2]))
+    parts = Parts(TRAIN, VALIDATION, TEST[:1])
+    rows = bench([dropout], tiny_model_folder, tmp_path / "results.jsonl.gz", parts, seeds=[0])
     for row in rows:
         if row["calibrated"]:
             assert list(row["by_draws"]) == ["1", "2"]
@@ -137,7 +140,8 @@ def test_an_ablation_tells_kl_and_draws_it(tiny_model_folder: Path, tmp_path: Pa
         compared(None, betas="0,1"),
         tiny_model_folder,
         tmp_path / "results.jsonl.gz",
-        Parts(TRAIN, VALIDATION, TEST[:2]),
+        Parts(TRAIN, VALIDATION, TEST[:1]),
+        seeds=[0],
     )
     kl = {beta: [row["kl_nats"] for row in rows if row["settings"]["beta"] == beta] for beta in (0.0, 1.0)}
     assert min(kl[0.0]) > max(kl[1.0]) > 0  # a heavy KL holds the posterior to the prior

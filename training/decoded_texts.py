@@ -1,0 +1,81 @@
+"""Free-text answers of many questions: decoded under the mean, scored under draws, compared with the right ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from abmll.decoding import decode, with_end
+from abmll.draw_scores import score_draws
+from abmll.examples import Example
+from abmll.layers import Attached
+from abmll.meanings import normalized
+from abmll.posterior import Posterior
+from abmll.sampling import Sampling
+from abmll.scoring import tokenize
+from abmll.text_calibration import JudgedTexts, text_logits
+from training.base_model import BaseModel as Base
+
+# The longest answer that is decoded: what is longer is an essay, which is not right or wrong as a whole.
+MAX_TOKENS = 32
+_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class DecodedTexts:
+    """Decoded answers.
+
+    Attributes:
+        texts: The answers.
+        tokens: Their tokens, each answer's with the one that ends it.
+        log_probs: Of the whole answers under each draw, shape (draws, n), nats.
+        correct: Whether they are right, shape (n,), bool: the same as the right answer once normalized.
+    """
+
+    texts: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    log_probs: Tensor
+    correct: Tensor
+
+    @property
+    def judged(self) -> JudgedTexts:
+        """What calibration takes."""
+        return JudgedTexts(text_logits(self.log_probs), self.correct)
+
+
+@torch.inference_mode()
+def decode_texts(
+    base: Base, attached: Attached, posterior: Posterior, examples: Sequence[Example], draws: int, seed: int
+) -> DecodedTexts:
+    """Answers questions in free text, as a server does: greedily under the mean, scored under the draws.
+
+    Args:
+        base: Model and tokenizer.
+        attached: The same model, attached.
+        posterior: On the model's device.
+        examples: The questions with their right answers.
+        draws: How many draws score.
+        seed: Their seed.
+
+    Raises:
+        PromptTooLong: A question and an answer of ``MAX_TOKENS`` exceed the model's context.
+    """
+    sampling, room = Sampling(MAX_TOKENS), base.context - MAX_TOKENS
+    questions = [tokenize(base.tokenizer, posterior.config.template, e.prompt, (), room) for e in examples]
+    order = sorted(range(len(questions)), key=lambda at: len(questions[at].prompt))
+    texts = [""] * len(examples)
+    tokens: list[tuple[int, ...]] = [()] * len(examples)
+    for start in range(0, len(order), _AT_ONCE):
+        some = order[start : start + _AT_ONCE]
+        with attached.using(posterior):
+            found = decode(base.model, base.tokenizer, [questions[at].prompt for at in some], sampling)
+        for at, decoded in zip(some, found, strict=True):
+            texts[at] = base.tokenizer.decode(decoded, skip_special_tokens=True).strip()
+            tokens[at] = tuple(with_end(decoded, base.tokenizer, sampling))
+    asked = [replace(question, options=(answer,)) for question, answer in zip(questions, tokens, strict=True)]
+    log_probs = score_draws(attached, posterior, asked, range(draws), seed, normalize="sum")[..., 0]
+    right = [normalized(text) == normalized(example.text) for text, example in zip(texts, examples, strict=True)]
+    return DecodedTexts(tuple(texts), tuple(tokens), log_probs, torch.tensor(right))
