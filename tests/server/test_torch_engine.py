@@ -210,6 +210,35 @@ def test_decoding_is_the_argmax_at_each_step_whatever_shares_the_batch(
             assert tokens == greedy(model, question.prompt, 6, base.tokenizer.eos_token_id)
 
 
+def test_tokens_are_told_as_they_come_with_their_probability_each_text_to_its_own_reader(
+    tiny_model_folder: Path, base: BaseModel
+) -> None:
+    posterior = random_posterior(tiny_model_folder, 1)
+    asked = questions(base, posterior)
+    told: dict[int, list[tuple[int, float]]] = {number: [] for number in range(len(asked))}
+
+    async def use(engine: TorchEngine) -> list[list[int]]:
+        def ask(number: int, temperature: float) -> Any:
+            tell = None if number == 1 else lambda *of: told[number].append(of)
+            sampling = Sampling(6 + number, temperature=temperature, seed=5)
+            return engine.generate(served(posterior), asked[number].prompt, sampling, tell)
+
+        cold = await asyncio.gather(*(ask(number, 0.0) for number in range(len(asked))))
+        told[0].clear()
+        return [await ask(0, 1.5), *cold[1:]]
+
+    texts = with_engine(tiny_model_folder, use)
+    attached = attach(load_base(str(tiny_model_folder)).model, TARGETS)
+    for number, tokens in enumerate(texts):
+        if number == 1:
+            assert told[number] == []
+            continue
+        assert [token for token, _ in told[number]] == tokens
+        alone = Question(asked[number].prompt, (tuple(tokens),))
+        whole = score_draws(attached, posterior, [alone], [], 0, normalize="sum").item()
+        assert sum(log_prob for _, log_prob in told[number]) == pytest.approx(whole, abs=1e-3)  # before temperature
+
+
 def test_the_mean_of_a_zero_posterior_is_the_base_model(tiny_model_folder: Path, base: BaseModel) -> None:
     posterior = random_posterior(tiny_model_folder, 1, noise=0.0)
     silent = posterior.with_tensors(

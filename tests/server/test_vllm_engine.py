@@ -243,6 +243,26 @@ def test_likely_tokens_are_the_same_while_options_are_scored(
     assert nothing.log_probs.shape == (2, 0)
 
 
+def test_tokens_are_told_as_they_come_with_their_probability_while_options_are_scored(
+    loop: Loop, engine: VllmEngine, reference: tuple[BaseModel, Attached], tiny_model_folder: Path
+) -> None:
+    base, attached = reference
+    posterior = random_posterior(tiny_model_folder, 6)
+    asked = questions(base, posterior)
+    told: list[tuple[int, float]] = []
+
+    async def together() -> list[Any]:
+        others = [engine.score(served(posterior), question, range(4), 3) for question in asked]
+        text = engine.generate(served(posterior), asked[0].prompt, Sampling(12), lambda *of: told.append(of))
+        return await asyncio.gather(text, *others)
+
+    tokens = loop.run(together())[0]
+    assert [token for token, _ in told] == tokens
+    alone = Question(asked[0].prompt, (tuple(tokens),))
+    whole = score_draws(attached, posterior, [alone], [], 0, normalize="sum").item()
+    assert sum(log_prob for _, log_prob in told) == pytest.approx(whole, abs=1e-3)
+
+
 def test_a_dead_engine_fails_its_requests_at_once_and_says_so(
     loop: Loop, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
