@@ -64,6 +64,7 @@ class AsyncClient:
         temperature: float = 0.0,
         top_p: float = 1.0,
         samples: int = 0,
+        meaning: Literal["normalized", "entailment"] = "normalized",
         tokens: bool = False,
         normalize: Normalize | None = None,
     ) -> Answer:
@@ -91,6 +92,7 @@ class AsyncClient:
                 temperature=temperature,
                 top_p=top_p,
                 samples=samples,
+                meaning=meaning,
                 tokens=tokens,
                 normalize=normalize,
             )
@@ -111,6 +113,7 @@ class AsyncClient:
         temperature: float = 0.0,
         top_p: float = 1.0,
         samples: int = 0,
+        meaning: Literal["normalized", "entailment"] = "normalized",
         tokens: bool = False,
     ) -> AsyncIterator[StreamedToken | Answer]:
         """Asks for a free text, see ``generate``, and gives its tokens as they come, then the answer."""
@@ -127,6 +130,7 @@ class AsyncClient:
             temperature=temperature,
             top_p=top_p,
             samples=samples,
+            meaning=meaning,
             tokens=tokens,
         )
         item: StreamedToken | Answer | None = None

@@ -50,6 +50,7 @@ def generate(
     temperature: float,
     top_p: float,
     samples: int,
+    meaning: Literal["normalized", "entailment"],
     tokens: bool,
     normalize: Normalize | None,
 ) -> Call[Answer]:
@@ -69,6 +70,7 @@ def generate(
         "temperature": temperature,
         "top_p": top_p,
         "samples": samples,
+        "meaning": meaning,
         "tokens": tokens,
         "normalize": normalize,
     }

@@ -68,6 +68,10 @@ def ask_command(
     samples: Annotated[
         int, typer.Option(min=0, max=32, help="Further free-text answers: does the model agree with itself?")
     ] = 0,
+    meaning: Annotated[
+        Literal["normalized", "entailment"],
+        typer.Option(help="Samples mean the same if equal but for case and marks, or if the model finds that they do."),
+    ] = "normalized",
     normalize: Annotated[
         Literal["sum", "mean"] | None,
         typer.Option(
@@ -97,6 +101,7 @@ def ask_command(
             temperature=temperature,
             top_p=top_p,
             samples=samples,
+            meaning=meaning,
             tokens=not option,
             normalize=normalize,
         )

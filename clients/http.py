@@ -73,6 +73,7 @@ class Client:
         temperature: float = 0.0,
         top_p: float = 1.0,
         samples: int = 0,
+        meaning: Literal["normalized", "entailment"] = "normalized",
         tokens: bool = False,
         normalize: Normalize | None = None,
     ) -> Answer:
@@ -100,6 +101,7 @@ class Client:
                 temperature=temperature,
                 top_p=top_p,
                 samples=samples,
+                meaning=meaning,
                 tokens=tokens,
                 normalize=normalize,
             )
@@ -120,6 +122,7 @@ class Client:
         temperature: float = 0.0,
         top_p: float = 1.0,
         samples: int = 0,
+        meaning: Literal["normalized", "entailment"] = "normalized",
         tokens: bool = False,
     ) -> Iterator[StreamedToken | Answer]:
         """Asks for a free text, see ``generate``, and gives its tokens as they come, then the answer."""
@@ -136,6 +139,7 @@ class Client:
             temperature=temperature,
             top_p=top_p,
             samples=samples,
+            meaning=meaning,
             tokens=tokens,
         )
         item: StreamedToken | Answer | None = None

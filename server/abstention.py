@@ -64,6 +64,11 @@ def limit(request: GenerateRequest, entry: ShotCalibration | TextCalibration | N
         raise InvalidRequest(
             "abstain_below and target_risk both say which confidence is needed; give one", field="target_risk"
         )
+    if request.options is None and (request.temperature > 0 or request.stop):
+        raise InvalidRequest(
+            "target_risk holds for the likeliest text, whole: leave out temperature and stop, or give abstain_below",
+            field="target_risk",
+        )
     if entry is None or not entry.risk:
         what = "this posterior's confidence in " + ("free text" if request.options is None else "options")
         raise InvalidRequest(

@@ -15,6 +15,7 @@ import torch
 
 from abmll.adaptive import settled, stages
 from abmll.calibration import ShotCalibration, prediction_set
+from abmll.entailment import ENTAILS, entailment_prompt
 from abmll.errors import DeadlineExceeded, InvalidRequest, PromptTooLong
 from abmll.examples import check_options
 from abmll.posterior import Normalize
@@ -26,6 +27,7 @@ from abmll.text_calibration import TextCalibration, text_logits
 from server.abstention import Limit, limit
 from server.admission import Admission
 from server.cache import ByteCache, tensor_bytes
+from server.calibrations import calibration_of, options_calibration, text_calibration
 from server.clock import EngineTime, start_clock
 from server.engine import Engine, Served, Tell
 from server.feedback import Answered
@@ -44,7 +46,7 @@ from server.schemas import (
     Uncertainty,
 )
 from server.settings import Settings
-from server.store import TaskStore
+from server.store import GLOBAL, TaskStore
 from server.texts import LIKELY, tell_tokens
 
 COVERAGE = "0.9"
@@ -55,6 +57,8 @@ _LONG = 20_000
 _Scoring = tuple[str, Question, range, int, Normalize]
 # Scores are small: this part of the cache's bytes holds thousands of questions.
 _SCORES_SHARE = 32
+# One mirrored pair: the question is of the language, not of a task, and is asked often.
+_ENTAILMENT_DRAWS = 2
 # Bytes of a token id in a key.
 _TOKEN = 36
 
@@ -148,7 +152,7 @@ class Answerer:
         begun, clock = time.monotonic(), start_clock()
         draws = self._check(request)
         stored = await asyncio.to_thread(self.store.choose, request.task, request.version, _lot(request))
-        least = None if isinstance(request, ScoreRequest) else _limit(stored, request)
+        least = None if isinstance(request, ScoreRequest) else limit(request, calibration_of(stored, request))
         question = await self._tokenize(stored, request)
         options: list[str] | None = None
         scores: torch.Tensor | None = None
@@ -204,6 +208,10 @@ class Answerer:
         elif request.options is not None:
             check_options(request.options)
             check_sampling(request)
+        elif request.meaning == "entailment" and not request.samples:
+            raise InvalidRequest(
+                "meaning tells samples apart; ask for some with samples, or leave it out", field="meaning"
+            )
         elif request.samples > self.settings.max_draws:
             raise InvalidRequest(
                 f"samples is {request.samples}, each of a draw; give at most {self.settings.max_draws}", field="samples"
@@ -257,7 +265,7 @@ class Answerer:
         least: Limit | None,
     ) -> tuple[_Answer, torch.Tensor]:
         """Chooses among options; gives the scores, shape (draws, options), too."""
-        served, entry = Served(stored.digest, stored.posterior), _calibration(stored, request)
+        served, entry = Served(stored.digest, stored.posterior), options_calibration(stored, request)
         normalize = request.normalize or stored.posterior.config.normalize
         if request.draws == "auto" and entry is not None and entry.scatter is not None:
             scores = await self._adaptive(served, question, request, draws, entry, least)
@@ -318,9 +326,22 @@ class Answerer:
         self, stored: StoredPosterior, question: Question, request: GenerateRequest, draws: int, tell: Tell | None
     ) -> tuple[_Answer, TokenScores]:
         served = Served(stored.digest, stored.posterior)
-        found = await free_text(self.engine, self.tokenizer, served, question, request, range(draws), tell)
-        entry = _text_calibration(stored, request) if found.ended else None
+
+        async def entails(first: str, second: str) -> bool:
+            return await self._entails(request, first, second)
+
+        found = await free_text(self.engine, self.tokenizer, served, question, request, range(draws), entails, tell)
+        entry = text_calibration(stored, request) if found.ended else None
         return replace(_judged(found.text, found.scores, entry), semantics=found.semantics), found.scores
+
+    async def _entails(self, request: GenerateRequest, first: str, second: str) -> bool:
+        """Asks under the global posterior: a task's has learnt to answer its own questions alone."""
+        stored = await asyncio.to_thread(self.store.choose, GLOBAL, None, 0.0)
+        prompt = entailment_prompt(request.prompt, first, second)
+        question = await self._encode(stored, prompt, ENTAILS, self.engine.context)
+        served, normalize = Served(stored.digest, stored.posterior), stored.posterior.config.normalize
+        scores = await self._score(served, question, range(_ENTAILMENT_DRAWS), request.seed, normalize)
+        return int(predictive(scores).answer) == 0
 
     async def _given_text(
         self, stored: StoredPosterior, question: Question, request: ScoreRequest, draws: int
@@ -330,7 +351,7 @@ class Answerer:
         end: int | None = self.tokenizer.eos_token_id
         entry = None
         if request.end and end is not None:
-            tokens, entry = (*tokens, end), _text_calibration(stored, request)
+            tokens, entry = (*tokens, end), text_calibration(stored, request)
         scores = await self.engine.score_tokens(served, question.prompt, tokens, range(draws), request.seed, LIKELY)
         return _judged(request.answer, scores, entry), scores
 
@@ -359,34 +380,6 @@ def _lot(request: GenerateRequest | ScoreRequest) -> float:
     options = None if isinstance(request, ScoreRequest) else request.options
     asked = json.dumps([request.task, request.prompt, options, request.seed]).encode()
     return int.from_bytes(hashlib.sha256(asked).digest()[:8], "big") / 2**64
-
-
-def _limit(stored: StoredPosterior, request: GenerateRequest) -> Limit | None:
-    if request.options is None:
-        if request.target_risk is not None and (request.temperature > 0 or request.stop):
-            raise InvalidRequest(
-                "target_risk holds for the likeliest text, to its end: leave temperature and stop out, or give "
-                "abstain_below",
-                field="target_risk",
-            )
-        return limit(request, _text_calibration(stored, request))
-    return limit(request, _calibration(stored, request))
-
-
-def _text_calibration(stored: StoredPosterior, request: GenerateRequest | ScoreRequest) -> TextCalibration | None:
-    """The calibration that holds for a text with its end: of the likeliest text, as it was fitted."""
-    likeliest = isinstance(request, ScoreRequest) or (request.temperature == 0 and not request.stop)
-    if stored.calibration is None or not likeliest:
-        return None
-    return stored.calibration.nearest_text(stored.record.shots)
-
-
-def _calibration(stored: StoredPosterior, request: GenerateRequest) -> ShotCalibration | None:
-    """The calibration that holds for a question: for options, scored as the posterior was trained."""
-    standard = request.options is not None and request.normalize in (None, stored.posterior.config.normalize)
-    if stored.calibration is None or not standard:
-        return None
-    return stored.calibration.nearest(stored.record.shots)
 
 
 def _candidates(answer: _Answer, options: Sequence[str] | None) -> list[Candidate]:

@@ -24,26 +24,22 @@ from server.inputs import read_examples
 from server.keys import Keys
 from server.logs import Logged, audit, current_request
 from server.metrics import Measured, Metrics
-from server.schemas import (
-    AdaptRequest,
-    ErrorReply,
-    FeedbackReply,
-    FeedbackRequest,
-    GenerateReply,
-    GenerateRequest,
-    Health,
-    JobReply,
-    RecalibrateRequest,
-    RecalibrationReply,
-    ScoreRequest,
-    ServingRequest,
-    TaskReply,
-    TaskSummary,
-)
+from server.schemas import ErrorReply, GenerateReply, GenerateRequest, Health, ScoreRequest
 from server.service import Service
 from server.settings import Settings
 from server.store import GLOBAL, check_name
 from server.streaming import WholeText, stream
+from server.task_schemas import (
+    AdaptRequest,
+    FeedbackReply,
+    FeedbackRequest,
+    JobReply,
+    RecalibrateRequest,
+    RecalibrationReply,
+    ServingRequest,
+    TaskReply,
+    TaskSummary,
+)
 from server.tasks import describe, read_shares, summarize
 
 logger = logging.getLogger(__name__)

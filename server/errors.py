@@ -29,7 +29,8 @@ from abmll.errors import (
     TaskNotFound,
     Unauthorized,
 )
-from server.schemas import AdaptRequest, ErrorBody, ErrorReply, ExampleIn, GenerateRequest
+from server.schemas import ErrorBody, ErrorReply, GenerateRequest
+from server.task_schemas import AdaptRequest, ExampleIn
 
 logger = logging.getLogger(__name__)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from abmll.decoding import with_end
+from abmll.entailment import merge_meanings
 from abmll.errors import InvalidRequest
 from abmll.meanings import group_meanings, meaning_predictive
 from abmll.sampling import Sampling
@@ -60,11 +61,13 @@ async def free_text(
     question: Question,
     request: GenerateRequest,
     draws: Sequence[int],
+    entails: Callable[[str, str], Awaitable[bool]],
     tell: Tell | None = None,
 ) -> FreeText:
     """Decodes an answer under the posterior mean and scores it under the draws; likewise samples, if asked for.
 
-    ``tell`` is told of each token of the answer as it comes.
+    ``entails`` says whether one answer says all that another says; ``tell`` is told of each token of the answer as it
+    comes.
     """
     sampling = Sampling(request.max_tokens, tuple(request.stop), request.temperature, request.top_p, request.seed)
 
@@ -88,20 +91,26 @@ async def free_text(
     rest = [wording for wording in wordings if wording != tokens]
     log_probs = [scores.log_probs] + [one.log_probs for one in await together(map(scored, rest))]
     of_texts = torch.stack([one.double().sum(dim=1) for one in log_probs], dim=1)
-    return FreeText(text, ended, scores, semantics(wordings, of_texts, [wording for wording, _ in sampled]))
+    groups = group_meanings(list(wordings.values()))
+    if request.meaning == "entailment":
+        groups = await merge_meanings(list(wordings.values()), groups, entails)
+    return FreeText(text, ended, scores, semantics(wordings, groups, of_texts, [wording for wording, _ in sampled]))
 
 
 def semantics(
-    wordings: dict[tuple[int, ...], str], log_probs: torch.Tensor, samples: Sequence[tuple[int, ...]]
+    wordings: dict[tuple[int, ...], str],
+    groups: Sequence[int],
+    log_probs: torch.Tensor,
+    samples: Sequence[tuple[int, ...]],
 ) -> Semantics:
-    """Groups wordings by what they mean.
+    """Tells the meanings of wordings.
 
     Args:
         wordings: Tokens and text of each; the answer's first.
+        groups: Number of each wording's meaning.
         log_probs: Of the wordings, shape (draws, wordings), nats.
         samples: Tokens of each sample.
     """
-    groups = group_meanings(list(wordings.values()))
     meaning_of = dict(zip(wordings, groups, strict=True))
     result = meaning_predictive(log_probs, groups)
     counts = [0] * (max(groups) + 1)

@@ -8,7 +8,8 @@ from typing import Any
 from abmll.errors import InvalidExamples, InvalidRequest, PromptTooLong
 from abmll.examples import Example, Template, check_one_kind, check_options, resolve_answer
 from abmll.scoring import tokenize
-from server.schemas import MAX_EXAMPLES, ExampleIn
+from server.schemas import MAX_EXAMPLES
+from server.task_schemas import ExampleIn
 
 
 def check_prompt(prompt: str, field: str = "prompt") -> None:

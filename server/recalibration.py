@@ -22,7 +22,7 @@ from abmll.metrics import accuracy, brier, expected_calibration_error, negative_
 from abmll.predictive import predictive
 from abmll.risk import risk_thresholds
 from abmll.store import StoredPosterior
-from server.schemas import Measured, RecalibrationReply
+from server.task_schemas import Measured, RecalibrationReply
 
 # Fewer judged answers say too little of a temperature.
 FEWEST = 20

@@ -23,10 +23,10 @@ from server.feedback import Feedback
 from server.jobs import JobRegistry
 from server.metrics import Snapshot
 from server.recalibration import refit
-from server.schemas import RecalibrationReply
 from server.settings import Settings
 from server.store import GLOBAL, TaskStore
 from server.supervisor import Supervisor
+from server.task_schemas import RecalibrationReply
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from abmll.errors import InvalidRequest
-from server.schemas import PosteriorId, TaskReply, TaskSummary, VersionReply
+from server.schemas import PosteriorId
 from server.store import UNKNOWN_SERVING, Version
+from server.task_schemas import TaskReply, TaskSummary, VersionReply
 
 
 def summarize(name: str, versions: Sequence[Version], serving: dict[int, float] | None) -> TaskSummary:

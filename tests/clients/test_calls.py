@@ -28,6 +28,7 @@ def test_a_question_is_sent_with_every_field_of_the_contract():
         temperature=0.7,
         top_p=0.9,
         samples=6,
+        meaning="entailment",
         tokens=True,
         normalize="mean",
     )
@@ -35,7 +36,7 @@ def test_a_question_is_sent_with_every_field_of_the_contract():
     assert call.body == {
         "prompt": "p", "task": "t", "version": 2, "options": ["a", "b"], "draws": "auto", "tolerance": 0.1, "seed": 3,
         "abstain_below": 0.4, "target_risk": None, "max_tokens": 5, "stop": ["\n"], "temperature": 0.7, "top_p": 0.9,
-        "samples": 6, "tokens": True, "normalize": "mean",
+        "samples": 6, "meaning": "entailment", "tokens": True, "normalize": "mean",
     }  # fmt: skip
 
 
@@ -78,6 +79,7 @@ def test_fields_that_a_newer_server_adds_are_kept():
             temperature=0.0,
             top_p=1.0,
             samples=0,
+            meaning="normalized",
             tokens=False,
             normalize="sum",
         ),

@@ -12,7 +12,7 @@ from server.free_text import semantics
 def test_meanings_are_told_by_their_likeliest_wording_with_the_samples_that_mean_them() -> None:
     wordings = {(1,): "Paris", (2,): "the paris", (3,): "Rome", (4,): "PARIS!"}
     p = torch.tensor([[0.1, 0.3, 0.2, 0.05], [0.1, 0.1, 0.4, 0.05]])
-    found = semantics(wordings, p.log().double(), [(2,), (3,), (2,), (4,), (3,)])
+    found = semantics(wordings, [0, 0, 1, 0], p.log().double(), [(2,), (3,), (2,), (4,), (3,)])
     assert [(m.answer, m.samples) for m in found.meanings] == [("the paris", 3), ("Rome", 2)]
     assert [m.probability for m in found.meanings] == pytest.approx([0.35, 0.3])
     assert found.unseen == pytest.approx(0.35)

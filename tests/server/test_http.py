@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from abmll.entailment import ENTAILS, entailment_prompt
 from abmll.meanings import normalized
 from abmll.store import StoredPosterior
 from tests.server.conftest import Server
@@ -157,6 +158,27 @@ def test_samples_tell_whether_the_model_agrees_with_itself(server: Server) -> No
     assert said[0] == said[1] != said[2]
 
 
+def test_meanings_that_the_model_finds_to_entail_each_other_are_one(server: Server) -> None:
+    request = {"prompt": "please set an alarm", "max_tokens": 2, "samples": 6, "draws": 4}
+    apart = server.http.post("/generate", json=request).json()["semantics"]
+    joined = server.http.post("/generate", json=request | {"meaning": "entailment"}).json()["semantics"]
+    assert len(apart["meanings"]) > 1
+
+    def entails(first: str, second: str) -> bool:
+        asked = {"prompt": entailment_prompt("please set an alarm", first, second), "options": ENTAILS, "draws": 2}
+        return server.http.post("/generate", json=asked).json()["answer"] == "yes"
+
+    kept: list[str] = []
+    greedy = server.http.post("/generate", json=request).json()["answer"]
+    assert joined["unseen"] == pytest.approx(apart["unseen"], abs=1e-6)
+    assert sum(meaning["samples"] for meaning in joined["meanings"]) == 6
+    texts = sorted((m["answer"] for m in apart["meanings"]), key=lambda text: text != greedy)
+    for text in texts:
+        if not any(entails(other, text) and entails(text, other) for other in kept):
+            kept.append(text)
+    assert len(joined["meanings"]) == len(kept)
+
+
 def test_a_free_text_ends_before_a_stop_string(server: Server) -> None:
     request = {"prompt": "please set an alarm", "max_tokens": 12, "tokens": True}
     whole = server.http.post("/generate", json=request).json()
@@ -293,6 +315,9 @@ GENERATE_ERRORS: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"prompt": "q", "temperature": -0.1}, 422, "InvalidRequest", "temperature"),
     ({"prompt": "q", "top_p": 0.0}, 422, "InvalidRequest", "top_p"),
     ({"prompt": "q", "samples": 33}, 422, "InvalidRequest", "samples"),
+    ({"prompt": "q", "meaning": "entailment"}, 422, "InvalidRequest", "meaning"),
+    ({"prompt": "q", "meaning": "same"}, 422, "InvalidRequest", "meaning"),
+    ({"prompt": "q", "stream": 1}, 422, "InvalidRequest", "stream"),
     (QUESTION | {"temperature": 0.5}, 422, "InvalidRequest", "temperature"),
     (QUESTION | {"top_p": 0.5}, 422, "InvalidRequest", "top_p"),
     (QUESTION | {"samples": 2}, 422, "InvalidRequest", "samples"),
