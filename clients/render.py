@@ -90,7 +90,9 @@ def _doubtful(tokens: Sequence[Token]) -> Table:
     least = sorted(range(len(tokens)), key=lambda at: tokens[at].probability)[:_DOUBTFUL]
     for at in sorted(least):
         token = tokens[at]
-        likelier = [other for other in token.likeliest if other.probability > token.probability][:_LIKELIER]
+        # The token itself is among them, at a probability that rounding may part from its own.
+        least_more = token.probability * (1 + 1e-4)
+        likelier = [other for other in token.likeliest if other.probability > least_more][:_LIKELIER]
         grid.add_row(
             Text(repr(token.text) if token.text else "(end)" if at == len(tokens) - 1 else "(part)"),
             _percent(token.probability),
