@@ -11,6 +11,7 @@ from torch import Tensor
 
 from abmll import metrics
 from abmll.calibration import Calibration
+from abmll.examples import Example
 from abmll.layers import Attached
 from abmll.posterior import Posterior
 from abmll.text_calibration import TextCalibration, TextConfidence, fit_texts
@@ -46,6 +47,23 @@ class TextPredictions:
     answers: DecodedTexts
 
 
+def adapt_without_options(
+    base: Base,
+    attached: Attached,
+    theta: Posterior,
+    task: Task,
+    shots: int,
+    inner: AdaptConfig,
+    config: EvalConfig,
+    repeat: int,
+) -> tuple[Posterior, list[Example]]:
+    """Adapts to a random support set of a task, without options; gives the posterior and other items of the task."""
+    some, others = support_and_query(task, shots, config, repeat)
+    support, query = ([example.as_free_text() for example in part] for part in (some, others))
+    generator = torch.Generator().manual_seed(config.seed)
+    return run_inner(attached, theta, label(base, theta.config.template, support), inner, generator).phi, query
+
+
 def predict_text_task(
     base: Base,
     attached: Attached,
@@ -56,11 +74,8 @@ def predict_text_task(
     config: EvalConfig,
     repeat: int = 0,
 ) -> TextPredictions:
-    """Adapts to a random support set of a task, without options, and answers other items of it in free text."""
-    some, others = support_and_query(task, shots, config, repeat)
-    support, query = ([example.as_free_text() for example in part] for part in (some, others))
-    generator = torch.Generator().manual_seed(config.seed)
-    phi = run_inner(attached, theta, label(base, theta.config.template, support), inner, generator).phi
+    """Adapts to a task without options, and answers other items of it in free text."""
+    phi, query = adapt_without_options(base, attached, theta, task, shots, inner, config, repeat)
     return TextPredictions(task, shots, decode_texts(base, attached, phi, query, config.draws, config.seed))
 
 

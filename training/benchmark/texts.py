@@ -33,17 +33,17 @@ from abmll.sampling import Sampling
 from abmll.scoring import Question, tokenize
 from abmll.store import load_posterior, replace_file
 from abmll.text_calibration import JudgedTexts, fit_texts, text_logits
-from training.adaptation import AdaptConfig, run_inner
+from training.adaptation import AdaptConfig
 from training.base_model import BaseModel as Base
 from training.base_model import load_base
 from training.decoded_texts import MAX_TOKENS, decode_texts
 from training.embedded import NAME, POSTERIOR, resolve
-from training.episodes import label
-from training.evaluation import EvalConfig, each_task, family_weights, mean_of_known, support_and_query
+from training.evaluation import EvalConfig, each_task, family_weights, mean_of_known
 from training.progress import track
 from training.report import table
 from training.splits import Split
 from training.tasks import Task, load_tasks
+from training.text_evaluation import adapt_without_options
 
 # Draws that score the answer, or samples: what every score that needs several passes may spend.
 BUDGET = 8
@@ -81,10 +81,7 @@ def score_task(
     repeat: int = 0,
 ) -> Scored:
     """Adapts to a task without options, answers its queries, and scores the answers in every way."""
-    some, others = support_and_query(task, shots, config, repeat)
-    support, query = ([example.as_free_text() for example in part] for part in (some, others))
-    generator = torch.Generator().manual_seed(config.seed)
-    phi = run_inner(attached, theta, label(base, theta.config.template, support), inner, generator).phi
+    phi, query = adapt_without_options(base, attached, theta, task, shots, inner, config, repeat)
     answers = decode_texts(base, attached, phi, query, config.draws, config.seed)
     prompts = [
         tokenize(base.tokenizer, theta.config.template, e.prompt, (), base.context - MAX_TOKENS).prompt for e in query
