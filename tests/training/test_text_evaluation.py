@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from abmll.text_calibration import TextCalibration, text_logits
 from tests.training.conftest import TARGETS, rule_task
 from training.adaptation import AdaptConfig, adapt
 from training.base_model import BaseModel
-from training.benchmark.texts import BUDGET, markdown, rows_of, score_task, with_polygraph
+from training.benchmark.texts import BUDGET, draw, markdown, rows_of, score_task, with_polygraph
+from training.benchmark.world import World
 from training.decoded_texts import DecodedTexts, decode_texts
 from training.episodes import EpisodeConfig, label, sample_episode
 from training.evaluation import EvalConfig
@@ -134,10 +136,12 @@ def test_texts_are_predicted_at_every_number_of_shots_and_a_task_gets_their_cali
 
 
 def test_every_score_of_a_text_is_one_number_an_answer_and_the_table_has_a_row_for_each(
-    base: BaseModel, attached: Attached, theta: Posterior
+    base: BaseModel, attached: Attached, theta: Posterior, tmp_path: Path
 ) -> None:
     config = EvalConfig(shots=(8,), queries=6, draws=BUDGET)
     part = [score_task(base, attached, theta, rule_task(n), 8, INNER, config) for n in (0, 1)]
+    of_world = score_task(base, attached, theta, World().tasks(1, 3)[0], 8, INNER, config)
+    assert set(of_world.scores) - set(part[0].scores) == {"exact Bayes"}
     first = part[0]
     assert all(score.shape == (6,) and score.isfinite().all() for score in first.scores.values())
     told, whole = first.told, first.scores["sequence probability of the mean"]
@@ -152,6 +156,7 @@ def test_every_score_of_a_text_is_one_number_an_answer_and_the_table_has_a_row_f
     mixed = [type(item)(item.task, right, item.scores, item.told) for item in part]
     rows = rows_of(mixed, mixed)
     assert {row["score"] for row in rows} == first.scores.keys()
+    assert draw(rows, tmp_path).stat().st_size > 10_000
     table = markdown(rows).splitlines()
     assert len(table) == 2 + len(first.scores)
     with pytest.raises(AbmllError, match="lm_polygraph"):

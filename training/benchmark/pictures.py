@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from torch import Tensor
 
 from abmll.metrics import calibration_bins, expected_calibration_error
 from training.benchmark.report import BOUND, Row, names, pooled_answers, select
@@ -63,7 +64,17 @@ def _ece(own: Sequence[Row]) -> float:
 def reliability(rows: Sequence[Row], folder: Path) -> Path:
     """Accuracy against confidence after calibration, a panel a method, all shots pooled."""
     chosen = select(rows, calibrated=True)
-    methods = names(chosen)
+    return reliability_panels({name: pooled_answers(select(chosen, method=name)) for name in names(chosen)}, folder)
+
+
+def reliability_panels(answers: Mapping[str, tuple[Tensor, Tensor]], folder: Path) -> Path:
+    """Accuracy against confidence, a panel each.
+
+    Args:
+        answers: By name, the confidence of each answer and whether it was right, both of shape (n,).
+        folder: Where the picture goes.
+    """
+    methods = list(answers)
     columns = min(4, len(methods))
     height = -(-len(methods) // columns)
     figure, axes = plt.subplots(
@@ -72,7 +83,7 @@ def reliability(rows: Sequence[Row], folder: Path) -> Path:
     for axis in axes.flat[len(methods) :]:
         axis.set_axis_off()
     for axis, method in zip(axes.flat, methods, strict=False):
-        confidence, correct = pooled_answers(select(chosen, method=method))
+        confidence, correct = answers[method]
         count, mean, right = calibration_bins(confidence, correct)
         used = count > 0
         axis.plot([0, 1], [0, 1], color="0.7", linewidth=1)

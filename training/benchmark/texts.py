@@ -1,7 +1,8 @@
 """Which free texts are right? Our confidence beside the usual scores, on the same answers and budget of passes.
 
 ``python -m training.benchmark.texts --tasks FOLDER --out FOLDER`` adapts the embedded posterior to each held-out task
-without options, decodes the likeliest answer to its queries, and has every score say how sure it is.
+without options, decodes the likeliest answer to its queries, and has every score say how sure it is. Without
+``--tasks`` the tasks are the generated world's, where the exact Bayes predictive is one of the scores.
 """
 
 from __future__ import annotations
@@ -36,9 +37,11 @@ from abmll.text_calibration import JudgedTexts, fit_texts, text_logits
 from training.adaptation import AdaptConfig
 from training.base_model import BaseModel as Base
 from training.base_model import load_base
+from training.benchmark.pictures import reliability_panels
+from training.benchmark.world import OPTIONS, World
 from training.decoded_texts import MAX_TOKENS, decode_texts
 from training.embedded import NAME, POSTERIOR, resolve
-from training.evaluation import EvalConfig, each_task, family_weights, mean_of_known
+from training.evaluation import EvalConfig, each_task, family_weights, mean_of_known, support_and_query
 from training.progress import track
 from training.report import table
 from training.splits import Split
@@ -51,6 +54,8 @@ _SHOTS = 16
 _QUERIES = 40
 _BOOTSTRAP = 2000
 _ROWS = 128
+# Of the generated world: validation and test tasks, and the seeds that they are drawn with.
+_WORLD = ((12, 1), (24, 2))
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,8 @@ def score_task(
         "perplexity of the mean": whole / lengths,
         "P(True)": _p_true(base, attached, theta, query, answers.texts),
     }
+    if task.category == "world":
+        scores["exact Bayes"] = _exact(task, shots, config, repeat, answers.texts)
     of_mean = _samples(base, attached, phi, prompts, under_draws=False, seed=config.seed)
     of_draws = _samples(base, attached, phi, prompts, under_draws=True, seed=config.seed)
     texts = [[_text(base, tokens) for tokens in each] for each in of_mean]
@@ -206,6 +213,16 @@ def _p_true(
     return scores[:, 0] - scores[:, 1]
 
 
+def _exact(task: Task, shots: int, config: EvalConfig, repeat: int, answers: Sequence[str]) -> Tensor:
+    """Log-odds of each answer's probability by one who knows the generated world's rules and their prior."""
+    exact = World().exact(*support_and_query(task, shots, config, repeat))
+    known = [
+        exact[at, OPTIONS.index(answer)] if answer in OPTIONS else exact.new_tensor(0.0)
+        for at, answer in enumerate(answers)
+    ]
+    return text_logits(torch.stack(known).log()[None])
+
+
 def with_polygraph(scored: Sequence[Scored], python: str) -> list[Scored]:
     """Adds the scores of lm-polygraph's estimators, run by the Python of an environment that has it.
 
@@ -245,6 +262,7 @@ def rows_of(validation: Sequence[Scored], test: Sequence[Scored]) -> list[dict[s
                     "family": item.task.family,
                     "correct": item.correct.tolist(),
                     "confidence": fit.confidence(score).tolist(),
+                    "raw": score.sigmoid().tolist(),
                     "auroc": metrics.confidence_auroc(score, item.correct),
                     "prr": metrics.prediction_rejection_ratio(score, item.correct),
                 }
@@ -270,8 +288,15 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return table(["score", "AUROC in a task", "PRR in a task", "AUROC of all", "ECE", "log loss"], lines)
 
 
-def _together(rows: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-    confidence = torch.tensor([value for row in rows for value in row["confidence"]], dtype=torch.float64)
+def draw(rows: Sequence[dict[str, Any]], folder: Path) -> Path:
+    """Draws reliability diagrams: of our confidence before calibration, and of every score's after it."""
+    of = {name: [row for row in rows if row["score"] == name] for name in dict.fromkeys(row["score"] for row in rows)}
+    before = {"abmll before calibration": _together(of["abmll"], "raw")}
+    return reliability_panels(before | {name: _together(some) for name, some in of.items()}, folder)
+
+
+def _together(rows: Sequence[dict[str, Any]], column: str = "confidence") -> tuple[Tensor, Tensor]:
+    confidence = torch.tensor([value for row in rows for value in row[column]], dtype=torch.float64)
     return confidence, torch.tensor([value for row in rows for value in row["correct"]])
 
 
@@ -290,16 +315,18 @@ def _interval(rows: Sequence[dict[str, Any]], measure: Callable[[Sequence[dict[s
 def main() -> None:
     """Runs the benchmark and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tasks", type=Path, required=True, help="folder of tasks")
-    parser.add_argument("--out", type=Path, required=True, help="folder for rows.jsonl and report.md")
+    parser.add_argument("--tasks", type=Path, help="folder of tasks; without it, tasks of the generated world")
+    parser.add_argument("--out", type=Path, required=True, help="folder for rows.jsonl, report.md and the picture")
     parser.add_argument("--polygraph", help="Python of an environment with lm-polygraph")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the work")
     given = parser.parse_args()
     stored = load_posterior(POSTERIOR)
     base = load_base(resolve(NAME))
     attached = attach(base.model, stored.posterior.config.targets, stored.posterior.config.layers)
-    split, tasks = Split.model_validate(stored.record.training["split"]), load_tasks(given.tasks)
-    parts = [split.select(tasks, part) for part in ("validation", "test")]
+    parts = [World().tasks(count, seed) for count, seed in _WORLD]
+    if given.tasks is not None:
+        split, tasks = Split.model_validate(stored.record.training["split"]), load_tasks(given.tasks)
+        parts = [split.select(tasks, "validation"), split.select(tasks, "test")]
     config = EvalConfig(shots=(_SHOTS,), queries=_QUERIES, draws=BUDGET)
     inner = AdaptConfig.from_record(stored.record.training)
     found = [
@@ -319,6 +346,7 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     replace_file(given.out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     replace_file(given.out / "report.md", report.encode())
+    draw(rows, given.out)
     print(report)
 
 
