@@ -256,8 +256,11 @@ class Calibration(BaseModel, frozen=True):
         return _nearest(self.by_shots, shots)
 
     def nearest_text(self, shots: int) -> TextCalibration | None:
-        """Returns the entry for free text whose number of shots is nearest on a log scale; None: there is none."""
-        return _nearest(self.texts, shots)
+        """Returns the entry for free text whose number of shots is nearest on a log scale; None: there is none.
+
+        One of no shots is for those alone, where there is another: without examples a text is hardly ever right.
+        """
+        return _nearest([entry for entry in self.texts if (entry.shots > 0) == (shots > 0)] or self.texts, shots)
 
     def for_task(self, shots: int, held_out: HeldOut | None) -> Calibration | None:
         """Returns the calibration of a task taught with options; ``held_out`` as in ``task_temperature``."""

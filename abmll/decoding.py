@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from abmll.sampling import COLDEST, Sampling
@@ -36,6 +36,18 @@ class StopStrings(StoppingCriteria):
         first = max(self.width, input_ids.shape[1] - self.tail)
         texts = self.tokenizer.batch_decode(input_ids[:, first:], skip_special_tokens=True)
         ended = [any(string in text for string in self.stop) for text in texts]
+        return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)
+
+
+class _Unwanted(StoppingCriteria):
+    """Ends the rows whose texts nobody wants any more."""
+
+    def __init__(self, unwanted: Callable[[int], bool]) -> None:
+        self.unwanted = unwanted
+
+    def __call__(self, input_ids: Tensor, scores: Any, **more: Any) -> Any:
+        """Tells which rows end, shape (rows,)."""
+        ended = [self.unwanted(row) for row in range(len(input_ids))]
         return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)
 
 
@@ -118,6 +130,7 @@ def decode(
     sampling: Sampling,
     draws: Sequence[int | None] = (),
     tell: Tell | None = None,
+    unwanted: Callable[[int], bool] | None = None,
 ) -> list[list[int]]:
     """Decodes prompts in one batch, padded on the left; each text ends before a token that ends texts.
 
@@ -130,6 +143,7 @@ def decode(
         sampling: How tokens are chosen, and where a text ends.
         draws: The draw that each row is under, for its seed; not needed at temperature 0.
         tell: Told of each token of a text as it comes: row, token, and its log-probability in nats before temperature.
+        unwanted: Whether nobody wants a row's text any more; it ends at the next token.
     """
     device = next(model.parameters()).device
     width = max(map(len, prompts))
@@ -145,13 +159,18 @@ def decode(
         processors.append(teller)
     if sampling.temperature > 0:
         processors.append(GumbelNoise(sampling, [sampling.seed_of(draw) for draw in draws], device))
+    criteria = StoppingCriteriaList()
+    if sampling.stop:
+        criteria.append(StopStrings(tokenizer, sampling.stop, width))
+    if unwanted is not None:
+        criteria.append(_Unwanted(unwanted))
     output = model.generate(
         ids.to(device),
         attention_mask=mask.to(device),
         max_new_tokens=sampling.max_tokens,
         do_sample=False,
         logits_processor=processors,
-        stopping_criteria=[StopStrings(tokenizer, sampling.stop, width)] if sampling.stop else None,
+        stopping_criteria=criteria or None,
         streamer=None if teller is None else _Stream(teller),
         pad_token_id=tokenizer.pad_token_id or 0,
         eos_token_id=ends or None,

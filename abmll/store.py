@@ -105,6 +105,11 @@ def _card(posterior: Posterior, record: Record, calibration: Calibration | None)
         f"{entry.ece_before:.3f} before and {entry.ece_after:.3f} after it ({entry.questions} answers)"
         for entry in (calibration.by_shots if calibration else [])
     ]
+    lines += [
+        f"- after {entry.shots} shots, free text: slope {entry.slope:.3f}, offset {entry.offset:.3f}; ECE on "
+        f"validation tasks {entry.ece_before:.3f} before and {entry.ece_after:.3f} after ({entry.questions} answers)"
+        for entry in (calibration.texts if calibration else [])
+    ]
     return "\n".join(lines) + "\n"
 
 

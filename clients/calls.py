@@ -79,7 +79,9 @@ def generate(
 
 def stream(prompt: str, **settings: Any) -> Call[Answer]:
     """Asks for a free text as it comes; ``settings`` as ``generate`` takes them."""
-    usual: dict[str, Any] = {"options": None, "tolerance": 0.0, "normalize": None}
+    usual: dict[str, Any] = {
+        "options": None, "tolerance": 0.0, "abstain_below": None, "target_risk": None, "normalize": None,
+    }  # fmt: skip
     call = generate(prompt, **(usual | settings))
     return replace(call, body={**(call.body or {}), "stream": True})
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _KINDS: dict[str, TypeAdapter[Any]] = {"token": TypeAdapter(StreamedToken), "answer": TypeAdapter(Answer)}
 # An error within a stream comes after the status; this is the one that it would have had.
-_STATUS = {"EngineFailure": 503, "StoreFailure": 503, "DeadlineExceeded": 504}
+_STATUS = {"PromptTooLong": 413, "EngineFailure": 503, "StoreFailure": 503, "DeadlineExceeded": 504}
 
 
 def read_event(event: ServerSentEvent) -> StreamedToken | Answer:

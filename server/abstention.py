@@ -19,21 +19,25 @@ class Limit:
     Attributes:
         threshold: It must reach this; with a risk, pass it.
         risk: The share of questions that may get a wrong answer; None where the threshold was given.
+        calibrated: Whether it is one of calibrated confidences of free texts, which one that was cut short has not.
     """
 
     threshold: float
     risk: float | None = None
+    calibrated: bool = False
 
-    def abstain(self, confidence: float, candidates: Sequence[Candidate], calibrated: bool) -> Abstained | None:
+    def abstain(
+        self, confidence: float, candidates: Sequence[Candidate], *, calibrated: bool = True
+    ) -> Abstained | None:
         """Says why a question gets no answer; None: it gets one.
 
         Args:
             confidence: Of the likeliest answer.
             candidates: What might have been the answer, likeliest first.
-            calibrated: Whether ``confidence`` is; one that is not promises no risk.
+            calibrated: Whether ``confidence`` is.
         """
-        if self.risk is not None and not calibrated:
-            reason = "the text came to no end within max_tokens, so that no risk can be promised; allow more tokens"
+        if self.calibrated and not calibrated:
+            reason = "the text came to no end within max_tokens, so that its confidence is not known; allow more tokens"
             return Abstained(reason=reason, threshold=self.threshold, candidates=list(candidates))
         if confidence > self.threshold or (self.risk is None and confidence == self.threshold):
             return None
@@ -58,8 +62,9 @@ def limit(request: GenerateRequest, entry: ShotCalibration | TextCalibration | N
     Raises:
         InvalidRequest: The question asks for a promise that the calibration cannot give.
     """
+    of_text = request.options is None and entry is not None
     if request.target_risk is None:
-        return None if request.abstain_below is None else Limit(request.abstain_below)
+        return None if request.abstain_below is None else Limit(request.abstain_below, calibrated=of_text)
     if request.abstain_below is not None:
         raise InvalidRequest(
             "abstain_below and target_risk both say which confidence is needed; give one", field="target_risk"
@@ -72,8 +77,8 @@ def limit(request: GenerateRequest, entry: ShotCalibration | TextCalibration | N
     if entry is None or not entry.risk:
         what = "this posterior's confidence in " + ("free text" if request.options is None else "options")
         raise InvalidRequest(
-            f"{what} is not calibrated for a risk to be promised; give abstain_below, or calibrate anew "
-            "(abmll calibrate) and teach the task again",
+            f"{what} is not calibrated for a risk to be promised: give abstain_below, or ask a task that was taught "
+            f"{'without' if request.options is None else 'with'} options by a calibrated posterior (abmll calibrate)",
             field="target_risk",
         )
     threshold = entry.risk_threshold(request.target_risk)
@@ -84,4 +89,4 @@ def limit(request: GenerateRequest, entry: ShotCalibration | TextCalibration | N
             "or more",
             field="target_risk",
         )
-    return Limit(threshold, request.target_risk)
+    return Limit(threshold, request.target_risk, of_text)

@@ -14,16 +14,15 @@ from typing import Any
 import torch
 
 from abmll.adaptive import settled, stages
-from abmll.calibration import ShotCalibration, prediction_set
+from abmll.calibration import ShotCalibration
 from abmll.entailment import ENTAILS, entailment_prompt
 from abmll.errors import DeadlineExceeded, InvalidRequest, PromptTooLong
 from abmll.examples import check_options
 from abmll.posterior import Normalize
 from abmll.predictive import predictive
-from abmll.scoring import Question, tokenize
-from abmll.sequences import TokenScores, sequence_predictive
+from abmll.scoring import Question
+from abmll.sequences import TokenScores
 from abmll.store import StoredPosterior
-from abmll.text_calibration import TextCalibration, text_logits
 from server.abstention import Limit, limit
 from server.admission import Admission
 from server.cache import ByteCache, tensor_bytes
@@ -32,27 +31,19 @@ from server.clock import EngineTime, start_clock
 from server.engine import Engine, Served, Tell
 from server.feedback import Answered
 from server.free_text import check_sampling, free_text
-from server.inputs import check_prompt
+from server.inputs import check_prompt, encode
+from server.judgements import Judged, candidates_of, judge_options, judge_text
 from server.schemas import (
     MAX_TOKENS,
-    Candidate,
     GenerateReply,
     GenerateRequest,
     PosteriorId,
     ScoreRequest,
-    Semantics,
     Timing,
-    TokenReply,
-    Uncertainty,
 )
 from server.settings import Settings
 from server.store import GLOBAL, TaskStore
 from server.texts import LIKELY, tell_tokens
-
-COVERAGE = "0.9"
-# Longer texts are tokenized beside the event loop: a tokenizer reads about a million characters a second.
-_LONG = 20_000
-
 
 _Scoring = tuple[str, Question, range, int, Normalize]
 # Scores are small: this part of the cache's bytes holds thousands of questions.
@@ -69,24 +60,6 @@ class _Scored:
 
     scores: torch.Tensor
     tokens: int
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What a question's two kinds, options and free text, are answered with."""
-
-    answer: str | None
-    answer_index: int | None
-    probabilities: list[float] | None
-    confidence: float
-    raw_confidence: float
-    calibrated: bool
-    prediction_set: list[str] | None
-    uncertainty: Uncertainty
-    standard_error: float
-    draws: int
-    tokens: list[TokenReply] | None = None
-    semantics: Semantics | None = None
 
 
 class Answerer:
@@ -169,7 +142,9 @@ class Answerer:
         if text is not None and (isinstance(request, ScoreRequest) or request.tokens):
             answer = replace(answer, tokens=await asyncio.to_thread(tell_tokens, self.tokenizer, text))
         abstained = (
-            None if least is None else least.abstain(answer.confidence, _candidates(answer, options), answer.calibrated)
+            None
+            if least is None
+            else least.abstain(answer.confidence, candidates_of(answer, options), calibrated=answer.calibrated)
         )
         if abstained is not None:
             answer = replace(answer, answer=None, answer_index=None)
@@ -208,6 +183,12 @@ class Answerer:
         elif request.options is not None:
             check_options(request.options)
             check_sampling(request)
+        elif request.stream and (request.abstain_below is not None or request.target_risk is not None):
+            raise InvalidRequest(
+                "a stream tells the text before its confidence is known: leave stream out, or abstain_below and "
+                "target_risk",
+                field="stream",
+            )
         elif request.meaning == "entailment" and not request.samples:
             raise InvalidRequest(
                 "meaning tells samples apart; ask for some with samples, or leave it out", field="meaning"
@@ -231,13 +212,17 @@ class Answerer:
                 f"max_tokens is {request.max_tokens}, but prompt and answer share {self.engine.context} tokens",
                 field="max_tokens",
             )
-        return await self._encode(stored, request.prompt, request.options or [], room)
+        return await encode(
+            self.tokenizer, stored.posterior.config.template, request.prompt, request.options or [], room
+        )
 
     async def _tokenize_answer(self, stored: StoredPosterior, request: ScoreRequest) -> Question:
         # vLLM needs room for one token more than it is asked about.
         room = self.engine.context - 1 - request.end
         try:
-            question = await self._encode(stored, request.prompt, [request.answer], room)
+            question = await encode(
+                self.tokenizer, stored.posterior.config.template, request.prompt, [request.answer], room
+            )
         except PromptTooLong as error:
             longer = "answer" if len(request.answer) > len(request.prompt) else "prompt"
             raise PromptTooLong(
@@ -250,10 +235,7 @@ class Answerer:
         return question
 
     async def _encode(self, stored: StoredPosterior, prompt: str, options: Sequence[str], room: int) -> Question:
-        template = stored.posterior.config.template
-        if len(prompt) + sum(map(len, options)) < _LONG:
-            return tokenize(self.tokenizer, template, prompt, options, room)
-        return await asyncio.to_thread(tokenize, self.tokenizer, template, prompt, options, room)
+        return await encode(self.tokenizer, stored.posterior.config.template, prompt, options, room)
 
     async def _choose(
         self,
@@ -263,7 +245,7 @@ class Answerer:
         options: list[str],
         draws: int,
         least: Limit | None,
-    ) -> tuple[_Answer, torch.Tensor]:
+    ) -> tuple[Judged, torch.Tensor]:
         """Chooses among options; gives the scores, shape (draws, options), too."""
         served, entry = Served(stored.digest, stored.posterior), options_calibration(stored, request)
         normalize = request.normalize or stored.posterior.config.normalize
@@ -271,24 +253,7 @@ class Answerer:
             scores = await self._adaptive(served, question, request, draws, entry, least)
         else:
             scores = await self._score(served, question, range(draws), request.seed, normalize)
-        temperature = 1.0 if entry is None else entry.temperature
-        raw, result = predictive(scores), predictive(scores, temperature, mirrored=True)
-        index, probabilities = int(result.answer), result.probabilities
-        answer = _Answer(
-            answer=options[index],
-            answer_index=index,
-            probabilities=probabilities.tolist(),
-            confidence=probabilities[index].item(),
-            raw_confidence=raw.probabilities[index].item(),
-            calibrated=entry is not None,
-            prediction_set=_set(probabilities, options, entry),
-            uncertainty=Uncertainty(
-                total=result.total.item(), aleatoric=result.aleatoric.item(), epistemic=result.epistemic.item()
-            ),
-            standard_error=result.standard_error.item(),
-            draws=result.draws,
-        )
-        return answer, scores
+        return judge_options(options, scores, entry), scores
 
     async def _score(
         self, served: Served, question: Question, draws: range, seed: int, normalize: Normalize
@@ -324,7 +289,7 @@ class Answerer:
 
     async def _free_text(
         self, stored: StoredPosterior, question: Question, request: GenerateRequest, draws: int, tell: Tell | None
-    ) -> tuple[_Answer, TokenScores]:
+    ) -> tuple[Judged, TokenScores]:
         served = Served(stored.digest, stored.posterior)
 
         async def entails(first: str, second: str) -> bool:
@@ -332,20 +297,25 @@ class Answerer:
 
         found = await free_text(self.engine, self.tokenizer, served, question, request, range(draws), entails, tell)
         entry = text_calibration(stored, request) if found.ended else None
-        return replace(_judged(found.text, found.scores, entry), semantics=found.semantics), found.scores
+        return replace(judge_text(found.text, found.scores, entry), semantics=found.semantics), found.scores
 
     async def _entails(self, request: GenerateRequest, first: str, second: str) -> bool:
         """Asks under the global posterior: a task's has learnt to answer its own questions alone."""
         stored = await asyncio.to_thread(self.store.choose, GLOBAL, None, 0.0)
         prompt = entailment_prompt(request.prompt, first, second)
-        question = await self._encode(stored, prompt, ENTAILS, self.engine.context)
+        try:
+            question = await encode(
+                self.tokenizer, stored.posterior.config.template, prompt, ENTAILS, self.engine.context
+            )
+        except PromptTooLong:  # beside a long question there is no room for two answers: they stay apart
+            return False
         served, normalize = Served(stored.digest, stored.posterior), stored.posterior.config.normalize
         scores = await self._score(served, question, range(_ENTAILMENT_DRAWS), request.seed, normalize)
         return int(predictive(scores).answer) == 0
 
     async def _given_text(
         self, stored: StoredPosterior, question: Question, request: ScoreRequest, draws: int
-    ) -> tuple[_Answer, TokenScores]:
+    ) -> tuple[Judged, TokenScores]:
         """Scores a finished text under the draws, with its end or as an option is scored, whatever follows it."""
         served, tokens = Served(stored.digest, stored.posterior), question.options[0]
         end: int | None = self.tokenizer.eos_token_id
@@ -353,26 +323,9 @@ class Answerer:
         if request.end and end is not None:
             tokens, entry = (*tokens, end), text_calibration(stored, request)
         scores = await self.engine.score_tokens(served, question.prompt, tokens, range(draws), request.seed, LIKELY)
-        return _judged(request.answer, scores, entry), scores
-
-
-def _judged(text: str, scores: TokenScores, entry: TextCalibration | None) -> _Answer:
-    result = sequence_predictive(scores.log_probs)
-    confidence = result.per_token
-    if entry is not None:
-        confidence = entry.confidence(text_logits(scores.log_probs.double().sum(dim=1, keepdim=True))).item()
-    return _Answer(
-        answer=text,
-        answer_index=None,
-        probabilities=None,
-        confidence=confidence,
-        raw_confidence=result.probability,
-        calibrated=entry is not None,
-        prediction_set=None,
-        uncertainty=Uncertainty(total=result.total, aleatoric=result.aleatoric, epistemic=result.epistemic),
-        standard_error=result.standard_error,
-        draws=len(scores.log_probs),
-    )
+        # Fitted on likeliest texts, it holds for one that is the likeliest in each place under the mean.
+        likeliest = bool((scores.others[:, 0] == scores.tokens).all())
+        return replace(judge_text(request.answer, scores, entry), calibrated=entry is not None and likeliest), scores
 
 
 def _lot(request: GenerateRequest | ScoreRequest) -> float:
@@ -380,19 +333,3 @@ def _lot(request: GenerateRequest | ScoreRequest) -> float:
     options = None if isinstance(request, ScoreRequest) else request.options
     asked = json.dumps([request.task, request.prompt, options, request.seed]).encode()
     return int.from_bytes(hashlib.sha256(asked).digest()[:8], "big") / 2**64
-
-
-def _candidates(answer: _Answer, options: Sequence[str] | None) -> list[Candidate]:
-    """What might be the answer, likeliest first."""
-    if options is None or answer.probabilities is None:
-        return [Candidate(answer=answer.answer or "", probability=answer.raw_confidence)]
-    pairs = zip(options, answer.probabilities, strict=True)
-    found = [Candidate(answer=option, probability=probability) for option, probability in pairs]
-    return sorted(found, key=lambda candidate: -candidate.probability)
-
-
-def _set(probabilities: torch.Tensor, options: Sequence[str], entry: ShotCalibration | None) -> list[str] | None:
-    if entry is None or COVERAGE not in entry.conformal:
-        return None
-    inside = prediction_set(probabilities, entry.conformal[COVERAGE]).tolist()
-    return [option for option, member in zip(options, inside, strict=True) if member]

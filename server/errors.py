@@ -29,8 +29,8 @@ from abmll.errors import (
     TaskNotFound,
     Unauthorized,
 )
-from server.schemas import ErrorBody, ErrorReply, GenerateRequest
-from server.task_schemas import AdaptRequest, ExampleIn
+from server.schemas import ErrorBody, ErrorReply, GenerateRequest, ScoreRequest
+from server.task_schemas import AdaptRequest, ExampleIn, FeedbackRequest, RecalibrateRequest, ServingRequest
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,10 @@ STATUS: Sequence[tuple[type[AbmllError], int]] = (
     (InvalidPosterior, 500),
     (AbmllError, 500),
 )
-_FIELDS = {name for model in (GenerateRequest, AdaptRequest, ExampleIn) for name in model.model_fields}
+_REQUESTS = (
+    GenerateRequest, ScoreRequest, AdaptRequest, ExampleIn, ServingRequest, FeedbackRequest, RecalibrateRequest,
+)  # fmt: skip
+_FIELDS = {name for model in _REQUESTS for name in model.model_fields}
 _NAMES = {400: "MalformedJSON", 404: "NotFound", 405: "MethodNotAllowed", 413: "BodyTooLarge"}
 
 
@@ -69,13 +72,22 @@ def _reply(
     return JSONResponse(body.model_dump(), status, headers)
 
 
-def body_of(error: Exception) -> ErrorReply:
-    """Returns what a reply says of an error; one that is none of ours is logged and told as the server's failure."""
+def body_of(error: Exception, request: str) -> ErrorReply:
+    """Returns what a reply says of an error; one that is none of ours is logged and told as the server's failure.
+
+    Args:
+        error: The error.
+        request: Method and path, for the log.
+    """
     if isinstance(error, AbmllError):
         return ErrorReply(error=ErrorBody(type=type(error).__name__, message=error.message, field=error.field))
-    logger.error("a request failed", exc_info=error)
+    logger.error("%s failed", request, exc_info=error)
     message = "the server failed on this request; its log says why"
     return ErrorReply(error=ErrorBody(type="InternalError", message=message, field=None))
+
+
+def _named(request: Request) -> str:
+    return f"{request.method} {request.url.path}"
 
 
 def _field(error: dict[str, Any]) -> str | None:
@@ -124,7 +136,7 @@ def install(app: FastAPI) -> None:
             headers = {"WWW-Authenticate": "Bearer"}
         if isinstance(error, Overloaded):
             headers = {"Retry-After": str(error.retry_after)}
-        return JSONResponse(body_of(error).model_dump(), status, headers)
+        return JSONResponse(body_of(error, _named(request)).model_dump(), status, headers)
 
     async def invalid(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
@@ -141,8 +153,8 @@ def install(app: FastAPI) -> None:
         kind = _NAMES.get(error.status_code, "HTTPError")
         return _reply(error.status_code, kind, message, headers=dict(error.headers or {}) or None)
 
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(body_of(error).model_dump(), 500)
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(body_of(error, _named(request)).model_dump(), 500)
 
     app.add_exception_handler(AbmllError, abmll_error)
     app.add_exception_handler(RequestValidationError, invalid)

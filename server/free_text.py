@@ -50,6 +50,8 @@ def check_sampling(request: GenerateRequest) -> None:
     for name, given in (("temperature", request.temperature > 0), ("top_p", request.top_p < 1)):
         if given:
             raise InvalidRequest(f"{name} is for free text; options are scored, not sampled: leave it out", field=name)
+    if request.meaning == "entailment":
+        raise InvalidRequest("meaning is of free-text samples; leave it out where there are options", field="meaning")
     if request.samples:
         raise InvalidRequest("samples is for free text; with options, ask for more draws", field="samples")
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 from abmll.errors import InvalidExamples, InvalidRequest, PromptTooLong
 from abmll.examples import Example, Template, check_one_kind, check_options, resolve_answer
-from abmll.scoring import tokenize
+from abmll.scoring import Question, tokenize
 from server.schemas import MAX_EXAMPLES
 from server.task_schemas import ExampleIn
+
+# Longer texts are tokenized beside the event loop: a tokenizer reads about a million characters a second.
+_LONG = 20_000
 
 
 def check_prompt(prompt: str, field: str = "prompt") -> None:
@@ -21,6 +25,13 @@ def check_prompt(prompt: str, field: str = "prompt") -> None:
     if not prompt.strip():
         what = "a text" if field == "answer" else "a question"
         raise InvalidRequest(f"{field} is empty; give {what}", field=field)
+
+
+async def encode(tokenizer: Any, template: Template, prompt: str, options: Sequence[str], room: int) -> Question:
+    """Tokenizes a question, see ``tokenize``; a long one beside the event loop."""
+    if len(prompt) + sum(map(len, options)) < _LONG:
+        return tokenize(tokenizer, template, prompt, options, room)
+    return await asyncio.to_thread(tokenize, tokenizer, template, prompt, options, room)
 
 
 def read_examples(given: Sequence[ExampleIn], tokenizer: Any, template: Template, context: int) -> list[Example]:
@@ -35,15 +46,19 @@ def read_examples(given: Sequence[ExampleIn], tokenizer: Any, template: Template
         raise InvalidExamples(f"examples has {len(given)} entries; give 1 to {MAX_EXAMPLES}", field="examples")
     examples: list[Example] = []
     for number, example in enumerate(given):
-        where = f"examples[{number}]"
+        where, options = f"examples[{number}]", example.options or []
         try:
             check_prompt(example.prompt)
-            if example.options is not None:
-                check_options(example.options)
-            options = [_free_text(example)] if example.options is None else example.options
+            if example.options is None:
+                options = [_free_text(example)]
+            else:
+                check_options(options)
             # A free text needs room for its end.
             tokenize(tokenizer, template, example.prompt, options, context - (example.options is None))
         except PromptTooLong as error:
+            if example.options is None and len(options[0]) > len(example.prompt):
+                message = f"{where}: prompt and answer exceed the model's {context} tokens; shorten the answer"
+                raise PromptTooLong(message, field=f"{where}.answer") from error
             raise PromptTooLong(f"{where}: {error.message}", field=f"{where}.prompt") from error
         except InvalidRequest as error:
             raise InvalidExamples(f"{where}: {error.message}", field=f"{where}.{error.field}") from error

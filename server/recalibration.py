@@ -94,7 +94,7 @@ def refit(
     if len(labelled) < FEWEST:
         raise InvalidRequest(
             f"{len(labelled)} answers of version {stored.record.version} have been judged with the right option known; "
-            f"at least {FEWEST} are needed: POST /feedback",
+            f"at least {FEWEST} are needed, to questions with options: POST /feedback",
             field="version",
         )
     shots = stored.record.shots

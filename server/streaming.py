@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any
@@ -11,9 +12,12 @@ from typing import Any
 from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic import BaseModel
 
+from abmll.errors import EngineFailure
 from server.engine import Tell
 from server.errors import body_of
 from server.schemas import GenerateReply, StreamedToken
+
+logger = logging.getLogger(__name__)
 
 # An event, an error that ends the stream, or its end.
 _Item = bytes | Exception | None
@@ -98,7 +102,8 @@ async def stream(
             items.put_nowait(_event("answer", reply))
         except Exception as error:
             items.put_nowait(error)
-        items.put_nowait(None)
+        finally:
+            items.put_nowait(None)
 
     working = asyncio.ensure_future(answer())
 
@@ -108,6 +113,8 @@ async def stream(
 
     try:
         first = await first_of(items.get())
+        if first is None:
+            raise EngineFailure("the engine gave this request up; ask again")
         if isinstance(first, Exception):
             raise first
     except BaseException:
@@ -117,7 +124,10 @@ async def stream(
     async def events(item: _Item) -> AsyncGenerator[bytes]:
         try:
             while item is not None:
-                yield _event("error", body_of(item)) if isinstance(item, Exception) else item
+                if isinstance(item, Exception):
+                    logger.warning("a stream ends with an error: %s: %s", type(item).__name__, item)
+                    item = _event("error", body_of(item, "POST /generate"))
+                yield item
                 item = await items.get()
         finally:
             await end()

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,8 +24,9 @@ from abmll.sampling import Sampling
 from abmll.scoring import Batch, Normalize, Question, likeliest_tokens, option_scores, pack, token_log_probs
 from abmll.sequences import TokenScores, no_tokens
 from server.cache import ByteCache, tensor_bytes
-from server.clock import Clock, current_clock
+from server.clock import current_clock
 from server.engine import EngineState, Served, Tell
+from server.passes import KEPT, Item, Kind, row_tokens, teller
 from server.shared_beginnings import SharedBeginnings
 from training.allocator import keep_freed_memory
 from training.base_model import BaseModel, load_base
@@ -35,40 +36,7 @@ logger = logging.getLogger(__name__)
 # Padded tokens in one pass over all draws, by device. Measured on a CPU with 2 cores: between 2k and 4k
 # activations stay in cache; a GPU wants large passes.
 PASS_TOKENS = {"cpu": 2048, "cuda": 65536}
-# Keys and values of so many kept tokens take about as much of a pass as one token that is read.
-_KEPT = 8
 _BEGINNINGS_SHARE = 4
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """What may share a pass: the same work under the same draws of the same posterior."""
-
-    work: str
-    key: str
-    draws: tuple[int, ...] = ()
-    seed: int = 0
-    sampling: Sampling | None = None
-    others: int = 0
-    beginning: tuple[int, ...] = ()
-
-    @property
-    def new_tokens(self) -> int:
-        """The most tokens that are decoded."""
-        return 0 if self.sampling is None else self.sampling.max_tokens
-
-
-@dataclass
-class _Item:
-    """A question in the queue."""
-
-    kind: _Kind
-    served: Served
-    question: Question
-    result: asyncio.Future[Any]
-    clock: Clock | None
-    tell: Tell | None = None
-    arrived: float = field(default_factory=time.perf_counter)
 
 
 class TorchEngine:
@@ -128,8 +96,8 @@ class TorchEngine:
         )
         self._shared = SharedBeginnings()
         self._reuses: bool | None = None  # tried with the first posterior
-        self._waiting: list[_Item] = []
-        self._running: list[_Item] = []
+        self._waiting: list[Item] = []
+        self._running: list[Item] = []
         self._wake = asyncio.Event()
         self._thread: ThreadPoolExecutor | None = None
         self._loop: asyncio.Task[None] | None = None
@@ -172,7 +140,7 @@ class TorchEngine:
         self, served: Served, question: Question, draws: Sequence[int], seed: int, normalize: Normalize = "sum"
     ) -> Tensor:
         """Scores each option under each draw, shape (draws, options); see ``Engine``."""
-        return await self._ask(_Kind(normalize, served.key, tuple(draws), seed), served, question)
+        return await self._ask(Kind(normalize, served.key, tuple(draws), seed), served, question)
 
     async def generate(
         self,
@@ -182,7 +150,7 @@ class TorchEngine:
         tell: Tell | None = None,
     ) -> list[int]:
         """Decodes under the posterior mean; see ``Engine``."""
-        kind = _Kind("generate", served.key, sampling=sampling)
+        kind = Kind("generate", served.key, sampling=sampling)
         (text,) = await self._ask(kind, served, Question(tuple(prompt), ()), tell)
         return text
 
@@ -195,7 +163,7 @@ class TorchEngine:
         seed: int,
     ) -> list[list[int]]:
         """Decodes one text under each draw, all in one batch; see ``Engine``."""
-        kind = _Kind("generate", served.key, tuple(draws), seed, sampling)
+        kind = Kind("generate", served.key, tuple(draws), seed, sampling)
         return await self._ask(kind, served, Question(tuple(prompt), ()))
 
     async def score_tokens(
@@ -211,7 +179,7 @@ class TorchEngine:
         if not tokens:
             return no_tokens(len(draws), others)
         question = Question(tuple(prompt), (tuple(tokens),))
-        return await self._ask(_Kind("tokens", served.key, tuple(draws), seed, others=others), served, question)
+        return await self._ask(Kind("tokens", served.key, tuple(draws), seed, others=others), served, question)
 
     async def release(self, key: str) -> None:
         """Forgets a posterior; its draws' signs are those of all posteriors and stay."""
@@ -226,13 +194,13 @@ class TorchEngine:
         healthy = self._loop is not None and not self._loop.done()
         return EngineState(healthy, len(signs), signs.loads, signs.hits, signs.evictions, len(self._waiting))
 
-    async def _ask(self, kind: _Kind, served: Served, question: Question, tell: Tell | None = None) -> Any:
+    async def _ask(self, kind: Kind, served: Served, question: Question, tell: Tell | None = None) -> Any:
         if self._loop is None or self._loop.done():
             raise EngineFailure("the engine is not running; wait until GET /readyz says 200")
         if kind.work != "generate" and self._reuses is not False:
             shared = self._shared.shared((kind.key, kind.seed, kind.draws), question.prompt)
             kind = replace(kind, beginning=question.prompt[:shared])
-        item = _Item(kind, served, question, asyncio.get_running_loop().create_future(), current_clock(), tell)
+        item = Item(kind, served, question, asyncio.get_running_loop().create_future(), current_clock(), tell)
         self._waiting.append(item)
         self._wake.set()
         return await item.result
@@ -264,12 +232,12 @@ class TorchEngine:
             self._running = []
 
     @staticmethod
-    def _fail(batch: Sequence[_Item], error: AbmllError) -> None:
+    def _fail(batch: Sequence[Item], error: AbmllError) -> None:
         for item in batch:
             if not item.result.done():
                 item.result.set_exception(error)
 
-    def _next(self) -> list[_Item]:
+    def _next(self) -> list[Item]:
         """Takes the next pass's questions from the queue."""
         self._waiting = [item for item in self._waiting if not item.result.done()]  # callers that went away
         if not self._waiting:
@@ -279,10 +247,10 @@ class TorchEngine:
         same = [item for item in self._waiting if item.kind == oldest.kind]
         same.sort(key=lambda item: abs(item.question.longest - size))  # stable: the oldest stays first
         times = max(1, len(oldest.kind.draws))
-        taken: list[_Item] = []
+        taken: list[Item] = []
         longest = 0
         for item in same:
-            longest = max(longest, _tokens(item.question, oldest.kind) + oldest.kind.new_tokens)
+            longest = max(longest, row_tokens(item.question, oldest.kind) + oldest.kind.new_tokens)
             if taken and (len(taken) + 1) * times * longest > self.pass_tokens:
                 break
             taken.append(item)
@@ -291,7 +259,7 @@ class TorchEngine:
         return taken
 
     @torch.inference_mode()
-    def _run(self, batch: Sequence[_Item]) -> list[Any]:
+    def _run(self, batch: Sequence[Item]) -> list[Any]:
         """Runs one pass, in the engine's thread."""
         assert self._base is not None
         posterior = self._placed.get(batch[0].served.key, lambda: self._place(batch[0].served.posterior))
@@ -315,7 +283,7 @@ class TorchEngine:
         return [values[:, row, : len(question.options)].clone() for row, question in enumerate(questions)]
 
     def _token_scores(
-        self, posterior: Posterior, questions: Sequence[Question], packed: Batch, kind: _Kind
+        self, posterior: Posterior, questions: Sequence[Question], packed: Batch, kind: Kind
     ) -> list[TokenScores]:
         """Scores texts, each its question's one option, token by token."""
         assert self._attached is not None
@@ -343,7 +311,7 @@ class TorchEngine:
         return posterior.map(lambda tensor: tensor.to(self.device, torch.float32))
 
     def _draws(
-        self, posterior: Posterior, batch: Batch, kind: _Kind, function: Callable[[nn.Module, Batch, int, Any], Tensor]
+        self, posterior: Posterior, batch: Batch, kind: Kind, function: Callable[[nn.Module, Batch, int, Any], Tensor]
     ) -> Tensor:
         """Applies a function of the model under each draw: shape (draws, values of one draw), on the CPU.
 
@@ -352,7 +320,7 @@ class TorchEngine:
         assert self._attached is not None
         rows, tokens = batch.ids.shape
         read = len(kind.beginning)
-        at_once = max(1, self.pass_tokens // (rows * (tokens + read // _KEPT)))
+        at_once = max(1, self.pass_tokens // (rows * (tokens + read // KEPT)))
         # What is kept of a beginning must not depend on the questions that follow it.
         kept_at_once = max(1, self.pass_tokens // read) if read else at_once
         parts: list[Tensor] = []
@@ -372,7 +340,7 @@ class TorchEngine:
                 parts.append(values.view(len(kept[some]), -1).cpu())
         return torch.cat(parts)
 
-    def _beginning(self, posterior: Posterior, kind: _Kind, draws: tuple[int, ...]) -> Beginning:
+    def _beginning(self, posterior: Posterior, kind: Kind, draws: tuple[int, ...]) -> Beginning:
         assert self._attached is not None
         attached = self._attached
         return self._beginnings.get(
@@ -386,7 +354,7 @@ class TorchEngine:
             [self._signs.get((shape, seed, i), lambda i=i: draw_signs(posterior, seed, i)) for i in draws]
         )
 
-    def _decode(self, posterior: Posterior, batch: Sequence[_Item], kind: _Kind) -> list[list[list[int]]]:
+    def _decode(self, posterior: Posterior, batch: Sequence[Item], kind: Kind) -> list[list[list[int]]]:
         """Decodes prompts together: each prompt's texts, one a draw, or one under the mean."""
         assert self._base is not None
         assert self._attached is not None
@@ -405,25 +373,12 @@ class TorchEngine:
             with self._attached.using(posterior, signs):
                 of_rows = [draw for draw in some for _ in prompts]
                 texts += decode(
-                    self._base.model, self._base.tokenizer, prompts * len(some), kind.sampling, of_rows, _teller(batch)
+                    self._base.model,
+                    self._base.tokenizer,
+                    prompts * len(some),
+                    kind.sampling,
+                    of_rows,
+                    teller(batch),
+                    lambda row: batch[row % rows].result.done(),
                 )
         return [texts[row::rows] for row in range(rows)]
-
-
-def _teller(batch: Sequence[_Item]) -> Callable[[int, int, float], None] | None:
-    """Tells those of a batch who want to know of each token as it comes, in their event loop; None if nobody does."""
-    if all(item.tell is None for item in batch):
-        return None
-
-    def tell(row: int, token: int, log_prob: float) -> None:
-        item = batch[row]
-        if item.tell is not None:
-            item.result.get_loop().call_soon_threadsafe(item.tell, token, log_prob)
-
-    return tell
-
-
-def _tokens(question: Question, kind: _Kind) -> int:
-    """Tokens of a question's row, as packed; those that are kept count for what they take of memory."""
-    kept = len(kind.beginning)
-    return len(question.prompt) - kept + kept // _KEPT + sum(max(0, len(option) - 1) for option in question.options)

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from abmll.calibration import Calibration
+from abmll.errors import AbmllError
 from abmll.layers import Attached
 from abmll.posterior import Posterior
+from abmll.text_calibration import TextCalibration
 from training.adaptation import AdaptConfig
 from training.base_model import BaseModel as Base
 from training.evaluation import EvalConfig, calibrate_anew, score
 from training.progress import Progress
 from training.report import grouped, markdown
 from training.tasks import Task
-from training.text_evaluation import calibrate_texts, score_texts
+from training.text_evaluation import TextPredictions, calibrate_texts, score_texts
 
 
 def calibrate_all(
@@ -43,13 +45,21 @@ def calibrate_all(
 
     Returns:
         The calibration, the measures on the validation tasks by category and shots, and these as Markdown tables.
+
+    Raises:
+        AbmllError: There are no options, and free text cannot be calibrated.
     """
     names = sorted(task.name for task in validation)
     tables: list[str] = []
     results: dict[str, Any] = {}
-    texts, answers = calibrate_texts(base, attached, theta, validation, training, inner, config, progress, jobs)
-    calibration = of_texts = Calibration(by_shots=[], texts=texts, fitted_on=names, draws=config.draws)
     choices = [task for task in validation if not task.is_free_text]
+    texts: list[TextCalibration] = []
+    answers: list[TextPredictions] = []
+    if base.tokenizer.eos_token_id is not None:  # else no text ever comes to its end
+        texts, answers = calibrate_texts(base, attached, theta, validation, training, inner, config, progress, jobs)
+    elif not choices:
+        raise AbmllError("the tokenizer has no token that ends texts: free text cannot be calibrated", field="model")
+    calibration: Calibration | None = None
     if choices:
         familiar = [task for task in training if not task.is_free_text]
         of_options, predictions = calibrate_anew(
@@ -59,7 +69,11 @@ def calibrate_all(
         rows = grouped(predictions, lambda group: score(group, of_options), lambda task: task.category)
         results |= {f"{name}/{shots}": scores.model_dump() for name, shots, scores in rows}
         tables.append(markdown(rows, "category (validation)"))
-    rows = grouped(answers, lambda group: score_texts(group, of_texts), lambda task: task.category)
-    results |= {f"text/{name}/{shots}": scores.model_dump() for name, shots, scores in rows}
-    tables.append(markdown(rows, "free text (validation)"))
+    if texts:
+        of_texts = Calibration(by_shots=[], texts=texts, fitted_on=names, draws=config.draws)
+        calibration = calibration or of_texts
+        rows = grouped(answers, lambda group: score_texts(group, of_texts), lambda task: task.category)
+        results |= {f"text/{name}/{shots}": scores.model_dump() for name, shots, scores in rows}
+        tables.append(markdown(rows, "free text (validation)"))
+    assert calibration is not None
     return calibration, results, tables

@@ -30,7 +30,7 @@ class DecodedTexts:
 
     Attributes:
         texts: The answers.
-        tokens: Their tokens, each answer's with the one that ends it.
+        tokens: Their tokens, with the one that ended them where they came to an end.
         log_probs: Of the whole answers under each draw, shape (draws, n), nats.
         correct: Whether they are right, shape (n,), bool: the same as the right answer once normalized.
     """
@@ -50,7 +50,10 @@ class DecodedTexts:
 def decode_texts(
     base: Base, attached: Attached, posterior: Posterior, examples: Sequence[Example], draws: int, seed: int
 ) -> DecodedTexts:
-    """Answers questions in free text, as a server does: greedily under the mean, scored under the draws.
+    """Answers questions in free text as a server does: greedily under the mean, scored under the draws.
+
+    One that comes to no end within ``MAX_TOKENS`` is wrong, and its probability is that of what there is of it; a
+    server says of such a one that its confidence is not calibrated.
 
     Args:
         base: Model and tokenizer.
@@ -61,15 +64,17 @@ def decode_texts(
         seed: Their seed.
 
     Raises:
-        PromptTooLong: A question and an answer of ``MAX_TOKENS`` exceed the model's context.
+        PromptTooLong: A question leaves no room for an answer.
     """
-    sampling, room = Sampling(MAX_TOKENS), base.context - MAX_TOKENS
+    room = base.context - 1
     questions = [tokenize(base.tokenizer, posterior.config.template, e.prompt, (), room) for e in examples]
     order = sorted(range(len(questions)), key=lambda at: len(questions[at].prompt))
     texts = [""] * len(examples)
     tokens: list[tuple[int, ...]] = [()] * len(examples)
     for start in range(0, len(order), _AT_ONCE):
         some = order[start : start + _AT_ONCE]
+        left = base.context - max(len(questions[at].prompt) for at in some)
+        sampling = Sampling(min(MAX_TOKENS, left))
         with attached.using(posterior):
             found = decode(base.model, base.tokenizer, [questions[at].prompt for at in some], sampling)
         for at, decoded in zip(some, found, strict=True):

@@ -213,4 +213,4 @@ def score_texts(predictions: Sequence[TextPredictions], calibration: Calibration
     right = torch.cat([item.answers.correct for item in predictions])
     means = {key: mean_of_known([row[key] for row in rows if key in row]) for key in rows[-1]}
     ece = metrics.expected_calibration_error(torch.cat(confidences), right)
-    return TextScores(**means, ece=ece, tasks=len(predictions))
+    return TextScores(**means, ece=ece, tasks=len({item.task.name for item in predictions}))

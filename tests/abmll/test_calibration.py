@@ -22,6 +22,7 @@ from abmll.calibration import (
 )
 from abmll.predictive import predictive
 from abmll.risk import risk_thresholds
+from abmll.text_calibration import TextCalibration
 
 
 def labelled(count: int, options: int, temperature: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -162,6 +163,16 @@ def test_the_entry_nearest_in_shots_is_used() -> None:
     calibration = Calibration(by_shots=entries, fitted_on=[], draws=8)
     found = [calibration.nearest(n) for n in (0, 1, 2, 8, 9, 64)]
     assert [entry and entry.shots for entry in found] == [0, 0, 4, 4, 16, 16]
+    texts = [
+        TextCalibration(shots=n, slope=1, offset=0, accuracy=0, ece_before=0, ece_after=0, questions=1)
+        for n in (0, 4, 16)
+    ]
+    calibration = Calibration(by_shots=[], texts=texts, fitted_on=[], draws=8)
+    assert calibration.nearest(4) is None
+    likely = [calibration.nearest_text(n) for n in (0, 1, 2, 9, 64)]  # one example is not none
+    assert [entry and entry.shots for entry in likely] == [0, 4, 4, 16, 16]
+    with pytest.raises(ValueError, match="at least one entry"):
+        Calibration(by_shots=[], fitted_on=[], draws=8)
 
 
 def answered_tasks(count: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -8,6 +8,7 @@ import pytest
 
 from abmll.calibration import ShotCalibration
 from abmll.errors import InvalidRequest
+from abmll.text_calibration import TextCalibration
 from server.abstention import Limit, limit
 from server.schemas import Candidate, GenerateRequest
 
@@ -26,12 +27,28 @@ def test_a_given_confidence_must_be_reached_and_one_for_a_risk_passed() -> None:
     assert limit(request(abstain_below=0.7), None) == Limit(0.7)
     assert limit(request(target_risk=0.25), ENTRY) == Limit(0.6, 0.25)
     for at, given, risky in ((0.69, True, True), (0.7, False, True), (0.71, False, False)):
-        assert (Limit(0.7).abstain(at, CANDIDATES, True) is not None) == given
-        assert (Limit(0.7, 0.1).abstain(at, CANDIDATES, True) is not None) == risky
+        assert (Limit(0.7).abstain(at, CANDIDATES) is not None) == given
+        assert (Limit(0.7, 0.1).abstain(at, CANDIDATES) is not None) == risky
+
+
+def test_a_text_that_was_cut_short_has_no_confidence_to_reach_a_calibrated_one() -> None:
+    text = request(options=None, abstain_below=0.1)
+    entry = TextCalibration(shots=4, slope=1, offset=0, accuracy=0.5, ece_before=0, ece_after=0, questions=9)
+    found = limit(text, entry)
+    assert found == Limit(0.1, calibrated=True)
+    assert found is not None
+    assert found.abstain(0.9, CANDIDATES) is None
+    cut = found.abstain(0.9, CANDIDATES, calibrated=False)
+    assert cut is not None
+    assert "max_tokens" in cut.reason
+    plain = limit(text, None)
+    assert plain == Limit(0.1)
+    assert plain is not None
+    assert plain.abstain(0.9, CANDIDATES, calibrated=False) is None
 
 
 def test_the_reason_tells_a_confidence_that_is_hardly_too_low_from_what_was_asked_for() -> None:
-    said = Limit(0.8).abstain(0.79996, CANDIDATES, True)
+    said = Limit(0.8).abstain(0.79996, CANDIDATES)
     assert said is not None
     assert "79.9 %, below the 80 % asked for" in said.reason
     assert said.candidates == CANDIDATES

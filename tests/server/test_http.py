@@ -215,7 +215,7 @@ def test_a_finished_answer_is_scored_whole_and_token_by_token(server: Server) ->
     assert [token["text"] for token in whole["tokens"]] == [token["text"] for token in reply["tokens"]] + [""]
     p = whole["raw_confidence"]
     assert p == pytest.approx(reply["raw_confidence"] * whole["tokens"][-1]["probability"], rel=1e-3)
-    assert whole["calibrated"]
+    assert not whole["calibrated"]  # the model would have said something else
     assert whole["confidence"] == pytest.approx(1 / (1 + math.exp(-0.25 * math.log(p / (1 - p)) - 1)), rel=1e-4)
 
 
@@ -224,6 +224,7 @@ def test_a_finished_answer_is_scored_whole_and_token_by_token(server: Server) ->
     [
         ({"answer": " "}, 422, "answer"),
         ({"answer": 3}, 422, "answer"),
+        ({"end": "no"}, 422, "end"),
         ({"prompt": ""}, 422, "prompt"),
         ({"draws": 0}, 422, "draws"),
         ({"options": ["a", "b"]}, 422, "options"),
@@ -318,6 +319,8 @@ GENERATE_ERRORS: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"prompt": "q", "meaning": "entailment"}, 422, "InvalidRequest", "meaning"),
     ({"prompt": "q", "meaning": "same"}, 422, "InvalidRequest", "meaning"),
     ({"prompt": "q", "stream": 1}, 422, "InvalidRequest", "stream"),
+    ({"prompt": "q", "stream": True, "abstain_below": 0.5}, 422, "InvalidRequest", "stream"),
+    (QUESTION | {"meaning": "entailment"}, 422, "InvalidRequest", "meaning"),
     (QUESTION | {"temperature": 0.5}, 422, "InvalidRequest", "temperature"),
     (QUESTION | {"top_p": 0.5}, 422, "InvalidRequest", "top_p"),
     (QUESTION | {"samples": 2}, 422, "InvalidRequest", "samples"),
@@ -476,6 +479,7 @@ def test_a_task_is_taught_without_options_and_answers_in_free_text_with_a_confid
     scored = server.http.post("/score", json={"prompt": ask["prompt"], "answer": "good", "task": "words"}).json()
     assert scored["raw_confidence"] == pytest.approx(p, rel=1e-3)
     assert scored["confidence"] == pytest.approx(reply["confidence"], rel=1e-3)
+    assert scored["calibrated"]  # its own answer
     choice = {"prompt": ask["prompt"], "task": "words", "options": ["good", "bad"]}
     assert not server.http.post("/generate", json=choice).json()["calibrated"]
 
@@ -484,9 +488,10 @@ def test_a_task_is_taught_without_options_and_answers_in_free_text_with_a_confid
     unsure = server.http.post("/generate", json=ask | {"target_risk": 0.2}).json()
     assert unsure["answer"] is None
     assert unsure["abstained"]["candidates"][0]["answer"] == "good"
-    cut = server.http.post("/generate", json=ask | {"target_risk": 0.5, "max_tokens": 1}).json()
-    assert cut["answer"] is None
-    assert "max_tokens" in cut["abstained"]["reason"]
+    for least in ({"target_risk": 0.5}, {"abstain_below": 0.01}):
+        cut = server.http.post("/generate", json=ask | {"max_tokens": 1} | least).json()
+        assert cut["answer"] is None
+        assert "max_tokens" in cut["abstained"]["reason"]
     warm = server.http.post("/generate", json=ask | {"temperature": 0.5}).json()
     assert not warm["calibrated"]
     server.http.delete("/tasks/words")
@@ -498,7 +503,8 @@ def test_a_task_is_taught_without_options_and_answers_in_free_text_with_a_confid
         ([EXAMPLES[0], {"prompt": "p", "answer": "good"}], "examples[1].options", "all of them options, or none"),
         ([{"prompt": "p", "answer": 1}], "examples[0].answer", "the index 1"),
         ([{"prompt": "p", "answer": " "}], "examples[0].answer", "empty"),
-        ([{"prompt": "p", "answer": "a b " * 400}], "examples[0].prompt", "tokens"),
+        ([{"prompt": "p", "answer": "a b " * 400}], "examples[0].answer", "shorten the answer"),
+        ([{"prompt": "a b " * 400, "answer": "a"}], "examples[0].prompt", "shorten the prompt"),
     ],
 )
 def test_examples_without_options_that_cannot_teach_are_refused(

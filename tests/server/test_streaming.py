@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Coroutine
 from typing import Any
 
@@ -144,6 +145,31 @@ def test_the_stream_says_what_went_wrong_with_a_status_and_ends_before_a_stop_st
     reply = server.http.post("/generate", json=options)
     assert reply.headers["content-type"].startswith("text/event-stream")
     assert reply.text.startswith("event: answer\n")
+
+
+LONG: dict[str, Any] = REQUEST | {"max_tokens": 200, "stream": True}
+
+
+def test_a_deadline_within_the_stream_is_told(server: Server) -> None:
+    reply = server.http.post("/generate", json=LONG | {"timeout": 0.15})
+    if reply.status_code == 200:  # a token came in time
+        assert reply.text.startswith("event: token")
+        assert '"type": "DeadlineExceeded"' in reply.text.split("event: error")[1]
+    else:
+        assert reply.status_code == 504
+
+
+def test_a_client_that_goes_away_frees_the_engine(server: Server) -> None:
+    def seconds() -> float:
+        begun = time.monotonic()
+        assert server.http.post("/generate", json=LONG | {"seed": 1, "stream": False}).status_code == 200
+        return time.monotonic() - begun
+
+    alone = min(seconds() for _ in range(2))
+    for _ in range(8):
+        with server.http.stream("POST", "/generate", json=LONG) as reply:
+            next(reply.iter_text())
+    assert seconds() < 3.5 * alone  # eight texts to their end would take as long again each
 
 
 def test_tokens_come_one_by_one(server: Server) -> None:

@@ -126,7 +126,7 @@ def _real(tasks: Path | None, model: str, config: BenchConfig, seeds: tuple[int,
     need = config.queries + 2
 
     def choose(part: Part, count: int, seed: int) -> list[Task]:
-        own = [task for task in split.select(loaded, part) if len(task.examples) >= need]
+        own = [task for task in split.select(loaded, part) if len(task.examples) >= need and not task.is_free_text]
         own = unseen_items(Path(model), own) if part == "train" else own
         random.Random(seed).shuffle(own)
         order: dict[str, int] = {}

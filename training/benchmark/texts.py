@@ -88,9 +88,7 @@ def score_task(
     """Adapts to a task without options, answers its queries, and scores the answers in every way."""
     phi, query = adapt_without_options(base, attached, theta, task, shots, inner, config, repeat)
     answers = decode_texts(base, attached, phi, query, config.draws, config.seed)
-    prompts = [
-        tokenize(base.tokenizer, theta.config.template, e.prompt, (), base.context - MAX_TOKENS).prompt for e in query
-    ]
+    prompts = [tokenize(base.tokenizer, theta.config.template, e.prompt, (), base.context - 1).prompt for e in query]
     asked = [Question(prompt, (text,)) for prompt, text in zip(prompts, answers.tokens, strict=True)]
     log_probs, entropies = _of_tokens(base, attached, phi, asked)
     whole = torch.tensor([sum(each) for each in log_probs])
@@ -308,6 +306,8 @@ def _log_loss(rows: Sequence[dict[str, Any]]) -> float:
 def _interval(rows: Sequence[dict[str, Any]], measure: Callable[[Sequence[dict[str, Any]]], float]) -> str:
     rng = random.Random(0)
     values = sorted(v for _ in range(_BOOTSTRAP) if not math.isnan(v := measure(rng.choices(rows, k=len(rows)))))
+    if not values:
+        return "–"
     low, high = values[int(0.025 * len(values))], values[int(0.975 * len(values))]
     return f"{measure(rows):.3f} ({low:.3f} to {high:.3f})"
 
@@ -336,6 +336,8 @@ def main() -> None:
     if given.polygraph:
         found = [with_polygraph(part, given.polygraph) for part in found]
     rows = rows_of(*found)
+    given.out.mkdir(parents=True, exist_ok=True)
+    replace_file(given.out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     right = Counter(value for item in found[1] for value in item.correct.tolist())
     mixed = sum(0 < int(item.correct.sum()) < len(item.correct) for item in found[1])
     report = (
@@ -343,8 +345,6 @@ def main() -> None:
         f"{right[True]} of them right; AUROC and PRR in a task are of the {mixed} tasks with right and wrong answers; "
         f"confidence is fitted to each score on {len(found[0])} validation tasks.\n\n{markdown(rows)}\n"
     )
-    given.out.mkdir(parents=True, exist_ok=True)
-    replace_file(given.out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     replace_file(given.out / "report.md", report.encode())
     draw(rows, given.out)
     print(report)
