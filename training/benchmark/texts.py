@@ -227,22 +227,24 @@ def with_polygraph(scored: Sequence[Scored], python: str) -> list[Scored]:
     Raises:
         AbmllError: They do not run there.
     """
-    found: list[Scored] = []
-    for item in scored:
-        done = subprocess.run(
-            [python, "-P", str(Path(__file__).with_name("polygraph.py"))],
-            input=json.dumps(item.told),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode != 0:
-            last = done.stderr.strip().splitlines()[-1:]
-            raise AbmllError(f"lm-polygraph's estimators do not run with {python}: {' '.join(last)}", field="polygraph")
-        theirs: dict[str, list[float]] = json.loads(done.stdout.strip().splitlines()[-1])
-        more = {f"lm-polygraph {name}": -torch.tensor(values) for name, values in theirs.items()}
-        found.append(Scored(item.task, item.correct, item.scores | more, item.told))
-    return found
+    told = {name: [each for item in scored for each in item.told[name]] for name in scored[0].told}
+    done = subprocess.run(
+        [python, "-P", str(Path(__file__).with_name("polygraph.py"))],
+        input=json.dumps(told),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:]
+        raise AbmllError(f"lm-polygraph's estimators do not run with {python}: {' '.join(last)}", field="polygraph")
+    theirs: dict[str, list[float]] = json.loads(done.stdout.strip().splitlines()[-1])
+    counts = [len(item.correct) for item in scored]
+    parts = {f"lm-polygraph {name}": (-torch.tensor(values)).split(counts) for name, values in theirs.items()}
+    return [
+        Scored(item.task, item.correct, item.scores | {name: part[at] for name, part in parts.items()}, item.told)
+        for at, item in enumerate(scored)
+    ]
 
 
 def rows_of(validation: Sequence[Scored], test: Sequence[Scored]) -> list[dict[str, Any]]:
