@@ -217,7 +217,7 @@ class Semantics(BaseModel):
     consistency: float = Field(description="Share of the samples that mean what the answer means.", examples=[0.875])
     uncertainty: Uncertainty = Field(
         description="Semantic entropy, in nats, of the meanings found and all else as one: `aleatoric` within a draw, "
-        "`epistemic` between draws."
+        "`epistemic` between draws. It is low, too, where `unseen` is nearly all: read it beside that."
     )
 
 
