@@ -70,7 +70,15 @@ _REASONS = {
 _EVENTS: dict[str, Any] = {
     "description": "The reply; with `stream`, server-sent events: `token` (a `StreamedToken`), then `answer` (the "
     "reply) or `error` (an `ErrorReply`).",
-    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    "content": {
+        "text/event-stream": {
+            "schema": {
+                "type": "object",
+                "properties": {"event": {"enum": ["token", "answer", "error"]}, "data": {"type": "string"}},
+                "required": ["event", "data"],
+            }
+        }
+    },
 }
 
 

@@ -70,6 +70,14 @@ def test_every_call_keeps_its_contract(fuzzed: Server, method: str, path: str, e
     assert fuzzed.http.post("/generate", json=QUESTION).status_code == 200
 
 
+def test_a_stream_keeps_its_contract(fuzzed: Server) -> None:
+    schema: Any = schemathesis.openapi.from_url(f"{fuzzed.url}/openapi.json")
+    for fields in ({"max_tokens": 4}, {"options": ["a", "b"]}, {"max_tokens": 200, "timeout": 0.1}):
+        case = schema["/generate"]["POST"].Case(body={"prompt": "p", "stream": True} | fields)
+        reply = case.call_and_validate(checks=(checks.content_type_conformance, checks.response_schema_conformance))
+        assert reply.status_code in (200, 504)
+
+
 def send(server: Server, path: str, body: bytes, content_type: str = "application/json") -> tuple[int, dict[str, Any]]:
     connection = http.client.HTTPConnection("127.0.0.1", server.settings.port, timeout=60)
     try:
