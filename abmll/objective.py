@@ -95,7 +95,7 @@ def _negative_log_likelihood(model: nn.Module, posterior: Posterior, data: Seque
     of_options = option_log_probs(scores).gather(-1, answers)
     own = scores.gather(-1, answers)
     of_texts = own * batch.lengths.gather(-1, answers) if normalize == "mean" else own
-    free = (batch.lengths > 0).sum(dim=-1, keepdim=True) == 1
+    free = torch.tensor([item.is_free_text for item in data], device=device)[:, None]
     return -torch.where(free, of_texts, of_options).sum()
 
 

@@ -212,17 +212,13 @@ class Answerer:
                 f"max_tokens is {request.max_tokens}, but prompt and answer share {self.engine.context} tokens",
                 field="max_tokens",
             )
-        return await encode(
-            self.tokenizer, stored.posterior.config.template, request.prompt, request.options or [], room
-        )
+        return await self._encode(stored, request.prompt, request.options or [], room)
 
     async def _tokenize_answer(self, stored: StoredPosterior, request: ScoreRequest) -> Question:
         # vLLM needs room for one token more than it is asked about.
         room = self.engine.context - 1 - request.end
         try:
-            question = await encode(
-                self.tokenizer, stored.posterior.config.template, request.prompt, [request.answer], room
-            )
+            question = await self._encode(stored, request.prompt, [request.answer], room)
         except PromptTooLong as error:
             longer = "answer" if len(request.answer) > len(request.prompt) else "prompt"
             raise PromptTooLong(
@@ -304,9 +300,7 @@ class Answerer:
         stored = await asyncio.to_thread(self.store.choose, GLOBAL, None, 0.0)
         prompt = entailment_prompt(request.prompt, first, second)
         try:
-            question = await encode(
-                self.tokenizer, stored.posterior.config.template, prompt, ENTAILS, self.engine.context
-            )
+            question = await self._encode(stored, prompt, ENTAILS, self.engine.context)
         except PromptTooLong:  # beside a long question there is no room for two answers: they stay apart
             return False
         served, normalize = Served(stored.digest, stored.posterior), stored.posterior.config.normalize

@@ -49,7 +49,7 @@ class WholeText:
         if places:
             self.ended = True
             return self._until(text, min(places))
-        whole = text.rstrip("\N{REPLACEMENT CHARACTER}") if text.endswith("\N{REPLACEMENT CHARACTER}") else text
+        whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
         return self._until(whole, len(whole) - self._waiting(whole))
 
     def rest(self) -> str:

@@ -226,7 +226,7 @@ def adapt_command(
     stored = load_posterior(posterior)
     inner = AdaptConfig.from_record(stored.record.training)
     if steps is not None:
-        inner = checked(AdaptConfig, inner.model_dump() | {"steps": steps, "text_steps": None})
+        inner = checked(AdaptConfig, inner.with_steps(steps).model_dump())
     if task == "global":
         raise AbmllError("the task name 'global' means the global posterior; choose another", field="task")
     base, attached, theta = _open(stored.posterior, model, dtype, device)
@@ -369,9 +369,9 @@ def eval_command(
     )
     base, attached, theta = _open(stored.posterior, model, dtype, device)
     inner = AdaptConfig.from_record(stored.record.training)
+    rest = [task for task in loaded if free_text or task.is_free_text]
     asked = [] if free_text else [task for task in loaded if not task.is_free_text]
     predictions = predict_tasks(base, attached, theta, asked, inner, config, track, jobs) if asked else []
-    rest = [task for task in loaded if task not in asked]
     answers = predict_texts(base, attached, theta, rest, inner, config, track, jobs) if rest else []
     table: list[dict[str, Any]] = []
     for level in levels:

@@ -15,7 +15,7 @@ from abmll.layers import Attached
 from abmll.meanings import normalized
 from abmll.posterior import Posterior
 from abmll.sampling import Sampling
-from abmll.scoring import tokenize
+from abmll.scoring import Question, tokenize
 from abmll.text_calibration import JudgedTexts, text_logits
 from training.base_model import BaseModel as Base
 
@@ -30,15 +30,21 @@ class DecodedTexts:
 
     Attributes:
         texts: The answers.
-        tokens: Their tokens, with the one that ended them where they came to an end.
+        asked: The tokenized questions, each with its answer's tokens as the one option, with the one that ended it
+            where it came to an end.
         log_probs: Of the whole answers under each draw, shape (draws, n), nats.
         correct: Whether they are right, shape (n,), bool: the same as the right answer once normalized.
     """
 
     texts: tuple[str, ...]
-    tokens: tuple[tuple[int, ...], ...]
+    asked: tuple[Question, ...]
     log_probs: Tensor
     correct: Tensor
+
+    @property
+    def tokens(self) -> tuple[tuple[int, ...], ...]:
+        """The answers' tokens."""
+        return tuple(question.options[0] for question in self.asked)
 
     @property
     def judged(self) -> JudgedTexts:
@@ -80,7 +86,7 @@ def decode_texts(
         for at, decoded in zip(some, found, strict=True):
             texts[at] = base.tokenizer.decode(decoded, skip_special_tokens=True).strip()
             tokens[at] = tuple(with_end(decoded, base.tokenizer, sampling))
-    asked = [replace(question, options=(answer,)) for question, answer in zip(questions, tokens, strict=True)]
+    asked = tuple(replace(question, options=(answer,)) for question, answer in zip(questions, tokens, strict=True))
     log_probs = score_draws(attached, posterior, asked, range(draws), seed, normalize="sum")[..., 0]
     right = [normalized(text) == normalized(example.text) for text, example in zip(texts, examples, strict=True)]
-    return DecodedTexts(tuple(texts), tuple(tokens), log_probs, torch.tensor(right))
+    return DecodedTexts(tuple(texts), asked, log_probs, torch.tensor(right))

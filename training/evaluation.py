@@ -6,9 +6,9 @@ import math
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from joblib import Parallel, delayed, parallel_config
@@ -34,6 +34,7 @@ from abmll.layers import Attached
 from abmll.posterior import Posterior
 from abmll.predictive import Predictive, predictive
 from abmll.risk import risk_thresholds
+from abmll.text_calibration import TextCalibration
 from training.adaptation import AdaptConfig, run_inner
 from training.base_model import BaseModel as Base
 from training.episodes import draw_support, label, relabelled
@@ -47,7 +48,22 @@ FAMILIAR_QUERIES = 60
 FAMILIAR_CHARACTERS = 500
 
 
+class OfTask(Protocol):
+    """Predictions on one task."""
+
+    @property
+    def task(self) -> Task:
+        """The task."""
+        ...
+
+    @property
+    def shots(self) -> int:
+        """Size of the support set."""
+        ...
+
+
 _Predictions = TypeVar("_Predictions")
+_OfTask = TypeVar("_OfTask", bound=OfTask)
 
 
 class EvalConfig(BaseModel, frozen=True):
@@ -231,6 +247,18 @@ class Scores(BaseModel, frozen=True):
     tasks: int
 
 
+def at_risk(entry: ShotCalibration | TextCalibration | None, confidence: Tensor, correct: Tensor) -> dict[str, float]:
+    """``answered_10`` and ``wrong_10`` of one task's answers; nothing where no threshold is known."""
+    threshold = None if entry is None else entry.risk_threshold(0.1)
+    if threshold is None:
+        return {}
+    told = confidence > threshold
+    return {
+        "answered_10": told.double().mean().item(),
+        "wrong_10": (told & ~correct).double().mean().item(),
+    }
+
+
 def mean_of_known(values: Sequence[float]) -> float:
     """The mean of the values that are not NaN; NaN where all are."""
     kept = [value for value in values if not math.isnan(value)]
@@ -268,11 +296,7 @@ def score(predictions: Sequence[TaskPredictions], calibration: Calibration | Non
         if sets is not None:
             row["coverage_90"] = sets.gather(-1, item.answers[:, None]).double().mean().item()
             row["set_size_90"] = sets.sum(-1).double().mean().item()
-        threshold = None if entry is None else entry.risk_threshold(0.1)
-        if threshold is not None:
-            told = confidence > threshold
-            row["answered_10"] = told.double().mean().item()
-            row["wrong_10"] = (told & ~correct).double().mean().item()
+        row |= at_risk(entry, confidence, correct)
         if entry is not None and entry.scatter is not None:
             few = [_with_few_draws(item.scores[:, n], entry.temperature, entry.scatter) for n in range(len(correct))]
             row["draws"] = sum(part.draws for part in few) / len(few)
@@ -377,12 +401,17 @@ def _fit_prior(group: Sequence[TaskPredictions], familiar: Sequence[TaskPredicti
     return fit_temperature_prior([i.support for i in items], [(i.scores, i.answers) for i in items], weights)
 
 
+def held_out_families(group: Sequence[_OfTask]) -> Iterator[tuple[list[_OfTask], list[_OfTask]]]:
+    """Gives each family's predictions, and those of all other families; of a single family its own."""
+    for family in sorted({item.task.family for item in group}):
+        inside = [item for item in group if item.task.family == family]
+        yield inside, [item for item in group if item.task.family != family] or inside
+
+
 def _held_out_ece(group: Sequence[TaskPredictions], familiar: Sequence[TaskPredictions]) -> float:
     confidences: list[Tensor] = []
     corrects: list[Tensor] = []
-    for family in sorted({item.task.family for item in group}):
-        inside = [item for item in group if item.task.family == family]
-        others = [item for item in group if item.task.family != family] or inside
+    for inside, others in held_out_families(group):
         prior = _fit_prior(others, familiar)
         for item in inside:
             result = predictive(item.scores, task_temperature(prior, item.support))

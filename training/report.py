@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from training.evaluation import Scores
+from training.evaluation import OfTask, Scores
 from training.tasks import Task
 from training.text_evaluation import TextScores
 
@@ -16,15 +16,7 @@ _COLUMNS = {
 }  # fmt: skip
 
 
-class _OfTask(Protocol):
-    @property
-    def task(self) -> Task: ...
-
-    @property
-    def shots(self) -> int: ...
-
-
-_Predictions = TypeVar("_Predictions", bound=_OfTask)
+_Predictions = TypeVar("_Predictions", bound=OfTask)
 _Measures = TypeVar("_Measures", Scores, TextScores)
 
 

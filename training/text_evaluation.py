@@ -21,9 +21,11 @@ from training.decoded_texts import DecodedTexts, decode_texts
 from training.episodes import label
 from training.evaluation import (
     EvalConfig,
+    at_risk,
     each_task,
     familiar_tasks,
     family_weights,
+    held_out_families,
     mean_of_known,
     support_and_query,
     task_risk,
@@ -162,9 +164,7 @@ def _held_out_ece(group: Sequence[TextPredictions], familiar: Sequence[TextPredi
     """ECE of the confidence where each family's answers get it by a fit to the other families."""
     confidences: list[Tensor] = []
     corrects: list[Tensor] = []
-    for family in sorted({item.task.family for item in group}):
-        inside = [item for item in group if item.task.family == family]
-        others = [item for item in group if item.task.family != family] or inside
+    for inside, others in held_out_families(group):
         confidences += _confidence(_fit(others, familiar), inside)
         corrects += [item.answers.correct for item in inside]
     return metrics.expected_calibration_error(torch.cat(confidences), torch.cat(corrects))
@@ -204,12 +204,7 @@ def score_texts(predictions: Sequence[TextPredictions], calibration: Calibration
             "auroc": metrics.confidence_auroc(confidence, correct),
             "prr": metrics.prediction_rejection_ratio(confidence, correct),
         }
-        threshold = None if entry is None else entry.risk_threshold(0.1)
-        if threshold is not None:
-            told = confidence > threshold
-            row["answered_10"] = told.double().mean().item()
-            row["wrong_10"] = (told & ~correct).double().mean().item()
-        rows.append(row)
+        rows.append(row | at_risk(entry, confidence, correct))
     right = torch.cat([item.answers.correct for item in predictions])
     means = {key: mean_of_known([row[key] for row in rows if key in row]) for key in rows[-1]}
     ece = metrics.expected_calibration_error(torch.cat(confidences), right)

@@ -16,6 +16,7 @@ from abmll.errors import AbmllError, InvalidExamples
 from abmll.examples import Example
 from abmll.layers import Attached, init_posterior
 from abmll.posterior import Posterior, PosteriorConfig
+from abmll.scoring import Question
 from abmll.text_calibration import TextCalibration, text_logits
 from tests.training.conftest import TARGETS, rule_task
 from training.adaptation import AdaptConfig, adapt
@@ -91,7 +92,9 @@ def predictions(family: str, shots: int, logits: list[float], correct: list[bool
     probabilities = torch.tensor(logits).double().sigmoid()
     task = rule_task(0)
     texts = tuple("yes" for _ in logits)
-    decoded = DecodedTexts(texts, tuple((1,) for _ in logits), probabilities.log()[None], torch.tensor(correct))
+    decoded = DecodedTexts(
+        texts, tuple(Question((0,), ((1,),)) for _ in logits), probabilities.log()[None], torch.tensor(correct)
+    )
     return TextPredictions(type(task)(family, family, "c", task.examples, True), shots, decoded)
 
 

@@ -53,7 +53,6 @@ BUDGET = 8
 _SHOTS = 16
 _QUERIES = 40
 _BOOTSTRAP = 2000
-_ROWS = 128
 # Of the generated world: validation and test tasks, and the seeds that they are drawn with.
 _WORLD = ((12, 1), (24, 2))
 
@@ -88,9 +87,8 @@ def score_task(
     """Adapts to a task without options, answers its queries, and scores the answers in every way."""
     phi, query = adapt_without_options(base, attached, theta, task, shots, inner, config, repeat)
     answers = decode_texts(base, attached, phi, query, config.draws, config.seed)
-    prompts = [tokenize(base.tokenizer, theta.config.template, e.prompt, (), base.context - 1).prompt for e in query]
-    asked = [Question(prompt, (text,)) for prompt, text in zip(prompts, answers.tokens, strict=True)]
-    log_probs, entropies = _of_tokens(base, attached, phi, asked)
+    prompts = [question.prompt for question in answers.asked]
+    log_probs, entropies = _of_tokens(base, attached, phi, answers.asked)
     whole = torch.tensor([sum(each) for each in log_probs])
     lengths = torch.tensor([len(each) for each in log_probs])
     scores = {
@@ -149,19 +147,17 @@ def _samples(
 ) -> list[list[tuple[int, ...]]]:
     """As many sampled texts to each prompt as the budget allows: under the mean, or each under a draw of its own."""
     found: list[list[tuple[int, ...]]] = [[] for _ in prompts]
+    sampling = Sampling(MAX_TOKENS, temperature=1.0, seed=seed)
     for number in range(BUDGET):
-        sampling = Sampling(MAX_TOKENS, temperature=1.0, seed=seed)
-        for start in range(0, len(prompts), _ROWS):
-            some = prompts[start : start + _ROWS]
-            signs = None
-            if under_draws:
-                signs = rows_of_draws(stack_signs([draw_signs(phi, seed, number)]), len(some), base.device)
-            with attached.using(phi, signs):
-                # A seed for each row: else all questions would meet the same noise.
-                rows = [number * len(prompts) + start + row for row in range(len(some))]
-                decoded = decode(base.model, base.tokenizer, some, sampling, rows)
-            for row, tokens in enumerate(decoded):
-                found[start + row].append(tuple(with_end(tokens, base.tokenizer, sampling)))
+        signs = None
+        if under_draws:
+            signs = rows_of_draws(stack_signs([draw_signs(phi, seed, number)]), len(prompts), base.device)
+        with attached.using(phi, signs):
+            # A seed for each row: else all questions would meet the same noise.
+            rows = range(number * len(prompts), (number + 1) * len(prompts))
+            decoded = decode(base.model, base.tokenizer, prompts, sampling, rows)
+        for own, tokens in zip(found, decoded, strict=True):
+            own.append(tuple(with_end(tokens, base.tokenizer, sampling)))
     return found
 
 
