@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from abmll.adaptive import Scatter
+from abmll.curves import Curves
 from abmll.predictive import predictive
 from abmll.risk import lenient_threshold
 from abmll.text_calibration import TextCalibration
@@ -199,6 +200,7 @@ class ShotCalibration(BaseModel, frozen=True):
         scatter: Of the answer's probability between draws; None where it is not known.
         confidence: Mean confidence on the validation answers, after tempering; None where it is not known.
         epistemic: Mean epistemic uncertainty on them, in nats, after tempering; None where it is not known.
+        curves: Of the answers that ``ece_after`` is of; None where they are not known.
     """
 
     shots: int = Field(ge=0)
@@ -213,6 +215,7 @@ class ShotCalibration(BaseModel, frozen=True):
     scatter: Scatter | None = None
     confidence: float | None = None
     epistemic: float | None = None
+    curves: Curves | None = None
 
     def risk_threshold(self, risk: float) -> float | None:
         """Returns the confidence that answers must pass for a risk of at most this; None where none is known."""

@@ -80,8 +80,8 @@ def adaptive_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 
     return sum(errors) / len(order)
 
 
-def area_under_risk_coverage(confidence: Tensor, correct: Tensor) -> float:
-    """Mean error rate among the n surest answers, over n (Geifman & El-Yaniv 2017): 0 is perfect.
+def risk_coverage(confidence: Tensor, correct: Tensor) -> Tensor:
+    """Error rate among the n surest answers (Geifman & El-Yaniv 2017), shape (answers,), for n from 1 to all.
 
     Answers of equal confidence count as their mean, in whatever order they come.
     """
@@ -91,4 +91,9 @@ def area_under_risk_coverage(confidence: Tensor, correct: Tensor) -> float:
     count = torch.zeros(int(group.max()) + 1, dtype=torch.float64).index_add(0, group, torch.ones_like(errors))
     mean = torch.zeros_like(count).index_add(0, group, errors) / count
     ranks = torch.arange(1, len(errors) + 1, dtype=torch.float64)
-    return (mean[group].cumsum(0) / ranks).mean().item()
+    return mean[group].cumsum(0) / ranks
+
+
+def area_under_risk_coverage(confidence: Tensor, correct: Tensor) -> float:
+    """Mean of ``risk_coverage`` over n: 0 is perfect."""
+    return risk_coverage(confidence, correct).mean().item()

@@ -17,7 +17,7 @@ class Predictive:
         total: Entropy of the mean, shape (...).
         aleatoric: Mean of the draws' entropies: doubt that more data would not remove, shape (...).
         epistemic: Mutual information of answer and weights, total - aleatoric, shape (...).
-        standard_error: Monte Carlo standard error of the top option's probability, shape (...).
+        standard_errors: Monte Carlo standard errors of the probabilities, shape (..., options).
         draws: Number of draws.
     """
 
@@ -25,7 +25,7 @@ class Predictive:
     total: Tensor
     aleatoric: Tensor
     epistemic: Tensor
-    standard_error: Tensor
+    standard_errors: Tensor
     draws: int
 
     @property
@@ -37,6 +37,11 @@ class Predictive:
     def confidence(self) -> Tensor:
         """Probability of the answer, shape (...)."""
         return self.probabilities.amax(dim=-1)
+
+    @property
+    def standard_error(self) -> Tensor:
+        """Monte Carlo standard error of the confidence, shape (...)."""
+        return self.standard_errors.gather(-1, self.answer.unsqueeze(-1)).squeeze(-1)
 
 
 def entropy(probabilities: Tensor) -> Tensor:
@@ -87,7 +92,6 @@ def predictive(scores: Tensor, temperature: float = 1.0, *, mirrored: bool = Fal
     each = option_log_probs(scores.double() / temperature).exp()
     mean = each.mean(dim=0)
     total, aleatoric = entropy(mean), entropy(each).mean(dim=0)
-    top = each.gather(-1, mean.argmax(dim=-1, keepdim=True).expand(*each.shape[:-1], 1)).squeeze(-1)
     return Predictive(
-        mean, total, aleatoric, (total - aleatoric).clamp_min(0.0), mean_error(top, mirrored), each.shape[0]
+        mean, total, aleatoric, (total - aleatoric).clamp_min(0.0), mean_error(each, mirrored), each.shape[0]
     )

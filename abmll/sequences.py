@@ -51,8 +51,17 @@ def sequence_predictive(log_probs: Tensor) -> SequencePredictive:
         log_probs: log p of each token under each draw, shape (draws, tokens), at least one token; draws 2k and
             2k + 1 are mirrored.
     """
-    draws, tokens = log_probs.shape[0], max(1, log_probs.shape[1])
-    each = log_probs.double().sum(dim=1)
+    return text_predictive(log_probs.double().sum(dim=1), log_probs.shape[1])
+
+
+def text_predictive(each: Tensor, tokens: int) -> SequencePredictive:
+    """Splits the uncertainty of a text, see ``sequence_predictive``.
+
+    Args:
+        each: log p of the whole text under each draw, shape (draws,), nats.
+        tokens: How many it has.
+    """
+    draws, tokens, each = len(each), max(1, tokens), each.double()
     log_mean = (each.logsumexp(dim=0) - math.log(draws)).item()
     weights = each.softmax(dim=0)
     total, aleatoric = -log_mean / tokens, -torch.dot(weights, each).item() / tokens

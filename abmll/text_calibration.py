@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from abmll.curves import Curves
 from abmll.risk import lenient_threshold
 
 # Logits beyond are as good as certain; a text of a hundred improbable tokens must not outweigh all others in a fit.
@@ -73,6 +74,7 @@ class TextCalibration(TextConfidence, frozen=True):
         ece_before: Expected calibration error of the predictive probability on the validation tasks.
         ece_after: Of the confidence, on held-out families.
         questions: Validation answers that it was fitted on.
+        curves: Of the answers that ``ece_after`` is of; None where they are not known.
     """
 
     shots: int = Field(ge=0)
@@ -81,6 +83,7 @@ class TextCalibration(TextConfidence, frozen=True):
     ece_before: float
     ece_after: float
     questions: int
+    curves: Curves | None = None
 
     def risk_threshold(self, risk: float) -> float | None:
         """Returns the confidence that answers must pass for a risk of at most this; None where none is known."""
