@@ -25,7 +25,7 @@ _AT_ONCE = 32
 
 
 @dataclass(frozen=True)
-class DecodedTexts:
+class Texts:
     """Decoded answers.
 
     Attributes:
@@ -33,18 +33,27 @@ class DecodedTexts:
         asked: The tokenized questions, each with its answer's tokens as the one option, with the one that ended it
             where it came to an end.
         log_probs: Of the whole answers under each draw, shape (draws, n), nats.
-        correct: Whether they are right, shape (n,), bool: the same as the right answer once normalized.
     """
 
     texts: tuple[str, ...]
     asked: tuple[Question, ...]
     log_probs: Tensor
-    correct: Tensor
 
     @property
     def tokens(self) -> tuple[tuple[int, ...], ...]:
         """The answers' tokens."""
         return tuple(question.options[0] for question in self.asked)
+
+
+@dataclass(frozen=True)
+class DecodedTexts(Texts):
+    """Decoded answers that were compared with the right ones.
+
+    Attributes:
+        correct: Whether they are right, shape (n,), bool: the same as the right answer once normalized.
+    """
+
+    correct: Tensor
 
     @property
     def judged(self) -> JudgedTexts:
@@ -52,20 +61,30 @@ class DecodedTexts:
         return JudgedTexts(text_logits(self.log_probs), self.correct)
 
 
-@torch.inference_mode()
 def decode_texts(
     base: Base, attached: Attached, posterior: Posterior, examples: Sequence[Example], draws: int, seed: int
 ) -> DecodedTexts:
-    """Answers questions in free text as a server does: greedily under the mean, scored under the draws.
+    """Answers questions whose right answers are known, see ``answer_texts``.
 
-    One that comes to no end within ``MAX_TOKENS`` is wrong, and its probability is that of what there is of it; a
-    server says of such a one that its confidence is not calibrated.
+    An answer that comes to no end is wrong, and its probability is that of what there is of it; a server says of such
+    a one that its confidence is not calibrated.
+    """
+    found = answer_texts(base, attached, posterior, [example.prompt for example in examples], draws, seed)
+    right = [normalized(text) == normalized(example.text) for text, example in zip(found.texts, examples, strict=True)]
+    return DecodedTexts(found.texts, found.asked, found.log_probs, torch.tensor(right))
+
+
+@torch.inference_mode()
+def answer_texts(
+    base: Base, attached: Attached, posterior: Posterior, prompts: Sequence[str], draws: int, seed: int
+) -> Texts:
+    """Answers questions in free text as a server does: greedily under the mean, at most ``MAX_TOKENS``; draws score.
 
     Args:
         base: Model and tokenizer.
         attached: The same model, attached.
         posterior: On the model's device.
-        examples: The questions with their right answers.
+        prompts: The questions.
         draws: How many draws score.
         seed: Their seed.
 
@@ -73,10 +92,10 @@ def decode_texts(
         PromptTooLong: A question leaves no room for an answer.
     """
     room = base.context - 1
-    questions = [tokenize(base.tokenizer, posterior.config.template, e.prompt, (), room) for e in examples]
+    questions = [tokenize(base.tokenizer, posterior.config.template, prompt, (), room) for prompt in prompts]
     order = sorted(range(len(questions)), key=lambda at: len(questions[at].prompt))
-    texts = [""] * len(examples)
-    tokens: list[tuple[int, ...]] = [()] * len(examples)
+    texts = [""] * len(prompts)
+    tokens: list[tuple[int, ...]] = [()] * len(prompts)
     for start in range(0, len(order), _AT_ONCE):
         some = order[start : start + _AT_ONCE]
         left = base.context - max(len(questions[at].prompt) for at in some)
@@ -88,5 +107,4 @@ def decode_texts(
             tokens[at] = tuple(with_end(decoded, base.tokenizer, sampling))
     asked = tuple(replace(question, options=(answer,)) for question, answer in zip(questions, tokens, strict=True))
     log_probs = score_draws(attached, posterior, asked, range(draws), seed, normalize="sum")[..., 0]
-    right = [normalized(text) == normalized(example.text) for text, example in zip(texts, examples, strict=True)]
-    return DecodedTexts(tuple(texts), asked, log_probs, torch.tensor(right))
+    return Texts(tuple(texts), asked, log_probs)

@@ -28,6 +28,7 @@ from abmll.calibration import (
     prediction_set,
     task_temperature,
 )
+from abmll.curves import curves
 from abmll.draw_scores import score_draws
 from abmll.examples import Example
 from abmll.layers import Attached
@@ -344,6 +345,7 @@ def calibrate(
         nonconformity = torch.cat(
             [conformal_scores(p.probabilities, i.answers) for p, i in zip(tempered, group, strict=True)]
         )
+        held_out = _held_out_answers(group, known)
         entries.append(
             ShotCalibration(
                 shots=shots,
@@ -352,11 +354,12 @@ def calibrate(
                 conformal={str(level): conformal_threshold(nonconformity, level) for level in config.coverage},
                 risk=_risk(group, tempered),
                 ece_before=score(group, None).ece,
-                ece_after=_held_out_ece(group, known),
+                ece_after=metrics.expected_calibration_error(*held_out),
                 questions=len(nonconformity),
                 scatter=fit_scatter([item.scores for item in group], temperatures),
                 confidence=torch.cat([p.confidence for p in tempered]).mean().item(),
                 epistemic=torch.cat([p.epistemic for p in tempered]).mean().item(),
+                curves=curves(*held_out),
             )
         )
     return Calibration(by_shots=entries, fitted_on=sorted({item.task.name for item in predictions}), draws=config.draws)
@@ -408,7 +411,10 @@ def held_out_families(group: Sequence[_OfTask]) -> Iterator[tuple[list[_OfTask],
         yield inside, [item for item in group if item.task.family != family] or inside
 
 
-def _held_out_ece(group: Sequence[TaskPredictions], familiar: Sequence[TaskPredictions]) -> float:
+def _held_out_answers(
+    group: Sequence[TaskPredictions], familiar: Sequence[TaskPredictions]
+) -> tuple[Tensor, Tensor]:
+    """Confidence of all answers, each family's tempered by a fit to the others, and whether they were right."""
     confidences: list[Tensor] = []
     corrects: list[Tensor] = []
     for inside, others in held_out_families(group):
@@ -417,4 +423,4 @@ def _held_out_ece(group: Sequence[TaskPredictions], familiar: Sequence[TaskPredi
             result = predictive(item.scores, task_temperature(prior, item.support))
             confidences.append(result.confidence)
             corrects.append(result.answer == item.answers)
-    return metrics.expected_calibration_error(torch.cat(confidences), torch.cat(corrects))
+    return torch.cat(confidences), torch.cat(corrects)

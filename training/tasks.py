@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,22 @@ def _example(record: Any, where: str) -> Example:
     except AbmllError as error:
         raise InvalidExamples(f"{where}: {error.message}", field=where) from error
     return Example(text, tuple(options), answer)
+
+
+def examples_of(records: Iterable[Example | Mapping[str, Any]]) -> tuple[Example, ...]:
+    """Returns labelled examples given as they are, or as records like the lines of ``read_examples``.
+
+    Raises:
+        InvalidExamples: There are none, one is malformed, or some have options and some have not.
+    """
+    found = tuple(
+        record if isinstance(record, Example) else _example(dict(record), f"examples[{number}]")
+        for number, record in enumerate(records)
+    )
+    if not found:
+        raise InvalidExamples("there are no examples; give at least one", field="examples")
+    check_one_kind(found)
+    return found
 
 
 def read_examples(path: Path) -> tuple[Example, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from abmll import metrics
 from abmll.calibration import Calibration
+from abmll.curves import curves
 from abmll.examples import Example
 from abmll.layers import Attached
 from abmll.posterior import Posterior
@@ -136,6 +137,7 @@ def fit_text_calibration(
         right = torch.cat([item.answers.correct for item in group])
         before = torch.cat([item.answers.judged.logits.sigmoid() for item in group])
         tasks, correct = [item.task for item in group], [item.answers.correct for item in group]
+        held_out = _held_out_answers(group, others)
         entries.append(
             TextCalibration(
                 **fit.model_dump(),
@@ -143,8 +145,9 @@ def fit_text_calibration(
                 risk=task_risk(tasks, _confidence(fit, group), correct),
                 accuracy=right.double().mean().item(),
                 ece_before=metrics.expected_calibration_error(before, right),
-                ece_after=_held_out_ece(group, others),
+                ece_after=metrics.expected_calibration_error(*held_out),
                 questions=len(right),
+                curves=curves(*held_out),
             )
         )
     return entries
@@ -160,14 +163,16 @@ def _confidence(fit: TextConfidence, group: Sequence[TextPredictions]) -> list[T
     return [fit.confidence(item.answers.judged.logits) for item in group]
 
 
-def _held_out_ece(group: Sequence[TextPredictions], familiar: Sequence[TextPredictions]) -> float:
-    """ECE of the confidence where each family's answers get it by a fit to the other families."""
+def _held_out_answers(
+    group: Sequence[TextPredictions], familiar: Sequence[TextPredictions]
+) -> tuple[Tensor, Tensor]:
+    """Confidence of all answers, each family's by a fit to the others, and whether they were right."""
     confidences: list[Tensor] = []
     corrects: list[Tensor] = []
     for inside, others in held_out_families(group):
         confidences += _confidence(_fit(others, familiar), inside)
         corrects += [item.answers.correct for item in inside]
-    return metrics.expected_calibration_error(torch.cat(confidences), torch.cat(corrects))
+    return torch.cat(confidences), torch.cat(corrects)
 
 
 class TextScores(BaseModel, frozen=True):

@@ -1,0 +1,108 @@
+"""The notebook's way: load, adapt, predict, look."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.image
+import pandas as pd
+import pytest
+from matplotlib.patches import Rectangle
+
+import abmll
+from abmll.errors import AbmllError, InvalidExamples, InvalidRequest
+from training.notebook import LoadedPosterior
+
+OPTIONS = ["lights", "music"]
+EXAMPLES = [
+    {"prompt": f"{verb} the {what}", "options": OPTIONS, "answer": answer}
+    for verb in ("turn on", "I want", "please stop")
+    for what, answer in (("lamp", "lights"), ("song", "music"))
+]
+
+
+@pytest.fixture(scope="module")
+def posterior() -> LoadedPosterior:
+    return abmll.load()
+
+
+@pytest.fixture(scope="module")
+def task(posterior: LoadedPosterior) -> LoadedPosterior:
+    return posterior.adapt(EXAMPLES, task="home")
+
+
+def test_a_taught_task_answers_and_knows_how_sure_it_is(posterior: LoadedPosterior, task: LoadedPosterior) -> None:
+    questions = ["switch off the lamp", "play a song"]
+    before, after = posterior.predict(questions, OPTIONS), task.predict(questions, OPTIONS)
+    assert [item.answer for item in after] == OPTIONS
+    assert all(b.confidence < a.confidence <= 1 for b, a in zip(before, after, strict=True))
+    for item in after:
+        assert item.calibrated
+        assert item.probabilities is not None
+        assert sum(item.probabilities) == pytest.approx(1)
+        assert max(item.probabilities) == item.confidence
+        assert item.total == pytest.approx(item.aleatoric + item.epistemic)
+        assert item.answer in (item.prediction_set or ())
+
+
+def test_it_is_saved_and_loaded_as_it_was(task: LoadedPosterior, tmp_path: Path) -> None:
+    task.save(tmp_path / "home")
+    again = abmll.load(tmp_path / "home")
+    assert again.record.task == "home"
+    asked = "switch off the lamp"
+    assert again.predict(asked, OPTIONS)[0] == task.predict(asked, OPTIONS)[0]
+
+
+def test_a_frame_teaches_and_answers_come_as_one(posterior: LoadedPosterior, task: LoadedPosterior) -> None:
+    frame = pd.DataFrame(EXAMPLES)
+    assert posterior.adapt(frame, task="home").posterior.digest() == task.posterior.digest()
+    answers = task.predict(["one lamp", "one song", "both"], [OPTIONS, OPTIONS, [*OPTIONS, "neither"]])
+    table = answers.frame()
+    assert list(table["answer"]) == [item.answer for item in answers]
+    assert [len(row) for row in table["probabilities"]] == [2, 2, 3]
+    assert table["probabilities"].map(sum).tolist() == pytest.approx([1, 1, 1])
+
+
+def test_free_text_is_taught_and_answered(posterior: LoadedPosterior) -> None:
+    texts = [{"prompt": example["prompt"], "answer": example["answer"]} for example in EXAMPLES]
+    task = posterior.adapt(texts, task="words")
+    (item,) = task.predict("turn on the lamp")
+    assert item.answer == "lights"
+    assert item.calibrated
+    assert item.options is None
+    assert 0 < item.confidence < 1
+    # As a row of a frame with options elsewhere has none: NaN.
+    mixed = pd.DataFrame(texts).assign(options=float("nan"))
+    assert posterior.adapt(mixed, task="words").posterior.digest() == task.posterior.digest()
+
+
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_answers_draw_themselves(task: LoadedPosterior, tmp_path: Path, count: int) -> None:
+    answers = task.predict([f"lamp {number}" for number in range(count)], OPTIONS, draws=4)
+    (tmp_path / "shown.png").write_bytes(answers._repr_png_())  # pyright: ignore[reportPrivateUsage] -- notebooks call it
+    picture = matplotlib.image.imread(tmp_path / "shown.png")
+    assert picture.shape[1] > 500
+    assert picture[..., :3].min() < 0.2  # something dark is drawn
+    patches = [patch for axes in answers.plot().axes for patch in axes.patches]
+    widths = sorted(patch.get_width() for patch in patches if isinstance(patch, Rectangle))
+    few = [p for item in answers for p in (item.probabilities or ())]
+    told = few if count <= 6 else [item.confidence for item in answers]
+    assert widths == pytest.approx(sorted(told))
+    assert f"{count} answers of task 'home'" in repr(answers)
+
+
+def test_what_cannot_be_is_said(posterior: LoadedPosterior, task: LoadedPosterior) -> None:
+    with pytest.raises(AbmllError, match="adapt the one that `load` gave"):
+        task.adapt(EXAMPLES)
+    with pytest.raises(InvalidExamples, match=r"examples\[1\]"):
+        posterior.adapt([EXAMPLES[0], {"prompt": "x", "options": OPTIONS, "answer": "neither"}])
+    with pytest.raises(InvalidExamples, match="at least one"):
+        posterior.adapt([])
+    with pytest.raises(InvalidRequest, match="2 questions, but options for 1"):
+        task.predict(["a", "b"], [OPTIONS])
+    with pytest.raises(InvalidRequest, match="blank"):
+        task.predict([" "], OPTIONS)
+    with pytest.raises(InvalidRequest, match="draws is 0"):
+        task.predict("lamp", OPTIONS, draws=0)
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        _ = abmll.lode

@@ -1,0 +1,248 @@
+"""A posterior at hand, in a notebook or a script: loaded, taught, and asked without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from abmll.calibration import Calibration, prediction_set
+from abmll.draw_scores import score_draws
+from abmll.errors import AbmllError, InvalidRequest
+from abmll.examples import Example, check_options
+from abmll.layers import Attached
+from abmll.posterior import Posterior
+from abmll.predictive import predictive
+from abmll.scoring import tokenize
+from abmll.sequences import text_predictive
+from abmll.store import Record, StoredPosterior, load_posterior, save_posterior
+from abmll.text_calibration import text_logits
+from training.adaptation import AdaptConfig
+from training.base_model import BaseModel as Base
+from training.commands.opening import open_base
+from training.decoded_texts import answer_texts
+from training.embedded import POSTERIOR
+from training.predictions import Prediction, Predictions
+from training.task_calibration import adapt_and_calibrate
+from training.tasks import examples_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_COVERAGE = "0.9"
+
+
+def load(
+    posterior: str | Path | None = None, *, model: str | None = None, device: str | None = None, dtype: str = "float32"
+) -> LoadedPosterior:
+    """Loads a posterior with its base model.
+
+    Args:
+        posterior: Its folder; the embedded global posterior by default.
+        model: Hub name or folder of the base model, where it is not found by the name that the posterior has.
+        device: Such as ``cuda:1``; a GPU by default, if there is one.
+        dtype: Of the base weights: ``float32`` or ``bfloat16``.
+
+    Raises:
+        AbmllError: The posterior is damaged, or the base model is not there or another one.
+    """
+    stored = load_posterior(POSTERIOR if posterior is None else Path(posterior))
+    base, attached, ready = open_base(stored.posterior, model, dtype, device)
+    return LoadedPosterior(base, attached, ready, stored.record, stored.calibration)
+
+
+@dataclass(frozen=True)
+class LoadedPosterior:
+    """A posterior with its base model; ``abmll.load`` gives the first one, ``adapt`` those of tasks.
+
+    Attributes:
+        base: Model and tokenizer.
+        attached: The same model, attached; all tasks of one ``load`` share it.
+        posterior: The parameters, on the model's device.
+        record: Where they come from.
+        calibration: How confidence is made; None: it is not calibrated.
+    """
+
+    base: Base
+    attached: Attached
+    posterior: Posterior
+    record: Record
+    calibration: Calibration | None
+
+    def __repr__(self) -> str:
+        config = self.posterior.config
+        return (
+            f"<{config.family} posterior of {self.record.task!r}, {self.record.shots} shots, over {config.base_model}>"
+        )
+
+    def adapt(
+        self,
+        examples: Iterable[Example | Mapping[str, Any]] | pd.DataFrame,
+        *,
+        task: str = "task",
+        steps: int | None = None,
+        seed: int = 0,
+    ) -> LoadedPosterior:
+        """Adapts the global posterior to a task; it is left as it is.
+
+        Args:
+            examples: Records or rows with ``prompt``, ``answer`` and, but for free text, ``options``.
+            task: The task's name.
+            steps: Gradient steps; as in meta-training by default.
+            seed: The same seed and examples give the same posterior.
+
+        Raises:
+            AbmllError: This is a task's posterior already, or the task is to be named ``global``.
+            InvalidExamples: An example is malformed, or adaptation diverged.
+            PromptTooLong: An example exceeds the model's context.
+        """
+        if self.record.shots:
+            raise AbmllError(f"this is the posterior of task {self.record.task!r}; adapt the one that `load` gave")
+        if task == "global":
+            raise AbmllError("the task name 'global' means the global posterior; choose another", field="task")
+        support = examples_of(_records(examples))
+        inner = AdaptConfig.from_record(self.record.training)
+        if steps is not None:
+            inner = inner.with_steps(steps)
+        phi, calibration = adapt_and_calibrate(
+            self.base, self.attached, self.posterior, support, inner, self.calibration, seed=seed
+        )
+        record = Record(
+            task=task,
+            parent=self.posterior.digest(),
+            seed=seed,
+            shots=len(support),
+            training={"inner": inner.model_dump()},
+        )
+        return LoadedPosterior(self.base, self.attached, phi, record, calibration)
+
+    def predict(
+        self,
+        prompts: str | Sequence[str],
+        options: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        *,
+        draws: int = 8,
+        seed: int = 0,
+    ) -> Predictions:
+        """Answers questions under draws from the posterior.
+
+        Args:
+            prompts: A question, or several.
+            options: What to choose from, for all questions or for each; None: free text.
+            draws: Draws from the posterior, at least 1.
+            seed: Their seed.
+
+        Raises:
+            InvalidRequest: A question is blank, or its options are not 2 to 64 distinct texts.
+            PromptTooLong: A question exceeds the model's context.
+        """
+        asked = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not asked or not all(prompt.strip() for prompt in asked):
+            raise InvalidRequest("there is no question, or a blank one; give texts", field="prompts")
+        if draws < 1:
+            raise InvalidRequest(f"draws is {draws}; give at least 1", field="draws")
+        if options is None:
+            return Predictions(self._texts(asked, draws, seed), self.record.task)
+        each = [tuple(options)] * len(asked) if _shared(options) else [tuple(given) for given in options]
+        if len(each) != len(asked):
+            raise InvalidRequest(f"there are {len(asked)} questions, but options for {len(each)}", field="options")
+        return Predictions(self._choices(asked, cast("list[tuple[str, ...]]", each), draws, seed), self.record.task)
+
+    def save(self, folder: str | Path) -> StoredPosterior:
+        """Writes a posterior folder, which ``load``, ``abmll serve`` and all other commands read.
+
+        Raises:
+            StoreFailure: The disk is full or not writable.
+        """
+        return save_posterior(
+            Path(folder), self.posterior.map(lambda tensor: tensor.cpu()), self.record, self.calibration
+        )
+
+    def _choices(
+        self, prompts: Sequence[str], options: Sequence[tuple[str, ...]], draws: int, seed: int
+    ) -> list[Prediction]:
+        for given in options:
+            check_options(given)
+        template, context = self.posterior.config.template, self.base.context
+        questions = [
+            tokenize(self.base.tokenizer, template, prompt, given, context)
+            for prompt, given in zip(prompts, options, strict=True)
+        ]
+        scores = score_draws(self.attached, self.posterior, questions, range(draws), seed)
+        entry = None if self.calibration is None else self.calibration.nearest(self.record.shots)
+        raw = predictive(scores)
+        result = predictive(scores, 1.0 if entry is None else entry.temperature, mirrored=True)
+        threshold = None if entry is None else entry.conformal.get(_COVERAGE)
+        inside = None if threshold is None else prediction_set(result.probabilities, threshold).tolist()
+        found: list[Prediction] = []
+        for at, (prompt, given) in enumerate(zip(prompts, options, strict=True)):
+            best, count = int(result.answer[at]), len(given)
+            found.append(
+                Prediction(
+                    prompt=prompt,
+                    answer=given[best],
+                    confidence=result.confidence[at].item(),
+                    calibrated=entry is not None,
+                    raw_confidence=raw.probabilities[at, best].item(),
+                    options=given,
+                    probabilities=tuple(result.probabilities[at, :count].tolist()),
+                    standard_errors=tuple(result.standard_errors[at, :count].tolist()),
+                    prediction_set=None
+                    if inside is None
+                    else tuple(option for option, member in zip(given, inside[at], strict=False) if member),
+                    total=result.total[at].item(),
+                    aleatoric=result.aleatoric[at].item(),
+                    epistemic=result.epistemic[at].item(),
+                    standard_error=result.standard_error[at].item(),
+                    draws=draws,
+                )
+            )
+        return found
+
+    def _texts(self, prompts: Sequence[str], draws: int, seed: int) -> list[Prediction]:
+        answers = answer_texts(self.base, self.attached, self.posterior, prompts, draws, seed)
+        entry = None if self.calibration is None else self.calibration.nearest_text(self.record.shots)
+        end: int | None = self.base.tokenizer.eos_token_id
+        found: list[Prediction] = []
+        for at, (prompt, text, tokens) in enumerate(zip(prompts, answers.texts, answers.tokens, strict=True)):
+            whole = text_predictive(answers.log_probs[:, at], len(tokens))
+            calibrated = entry is not None and tokens[-1:] == (end,)
+            confidence = whole.per_token
+            if entry is not None and calibrated:
+                confidence = entry.confidence(text_logits(answers.log_probs[:, at : at + 1])).item()
+            found.append(
+                Prediction(
+                    prompt=prompt,
+                    answer=text,
+                    confidence=confidence,
+                    calibrated=calibrated,
+                    raw_confidence=whole.probability,
+                    options=None,
+                    probabilities=None,
+                    standard_errors=None,
+                    prediction_set=None,
+                    total=whole.total,
+                    aleatoric=whole.aleatoric,
+                    epistemic=whole.epistemic,
+                    standard_error=whole.standard_error,
+                    draws=draws,
+                )
+            )
+        return found
+
+
+def _records(examples: Any) -> Iterable[Example | Mapping[str, Any]]:
+    """Rows of a frame, what is missing in them left out; else the examples as they are."""
+    if hasattr(examples, "to_dict") and hasattr(examples, "columns"):
+        rows: list[dict[str, Any]] = examples.to_dict("records")
+        return [{key: value for key, value in row.items() if not _missing(value)} for row in rows]
+    return examples
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def _shared(options: Sequence[str] | Sequence[Sequence[str]]) -> bool:
+    return all(isinstance(option, str) for option in options)
