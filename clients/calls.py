@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from clients.errors import InvalidReply, JobCancelled, JobFailed, api_error
 from clients.examples import LabelledExample
-from clients.replies import Answer, Feedback, Job, Recalibration, TaskInfo
+from clients.replies import Answer, Feedback, Job, Recalibration, Reliability, TaskInfo
 
 T = TypeVar("T")
 Normalize = Literal["sum", "mean"]
@@ -132,6 +132,12 @@ def serve(name: str, versions: Mapping[int, float] | int | None) -> Call[TaskInf
     shares = {versions: 1.0} if isinstance(versions, int) else versions
     body = None if shares is None else {str(number): share for number, share in shares.items()}
     return Call("PUT", f"/tasks/{quote(name, safe='')}/serving", _reader(TaskInfo), {"versions": body})
+
+
+def reliability(name: str, *, version: int | None) -> Call[Reliability]:
+    """Asks how far a version's confidence held."""
+    query = "" if version is None else f"?version={version}"
+    return Call("GET", f"/tasks/{quote(name, safe='')}/reliability{query}", _reader(Reliability))
 
 
 def recalibrate(name: str, *, version: int | None, apply: bool) -> Call[Recalibration]:

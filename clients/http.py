@@ -15,7 +15,7 @@ from clients.calls import Call, Normalize
 from clients.connection import BROKEN, check_deadline, pauses, settings_of, translate
 from clients.errors import ApiError, ReplyTimeout, ServerUnreachable
 from clients.examples import LabelledExample
-from clients.replies import Answer, Feedback, Job, Recalibration, StreamedToken, TaskInfo
+from clients.replies import Answer, Feedback, Job, Recalibration, Reliability, StreamedToken, TaskInfo
 from clients.streaming import cut_off, read_event
 
 T = TypeVar("T")
@@ -233,6 +233,10 @@ class Client:
         """Tells the right answer (text or index) to a question that was answered, or whether the answer was right."""
         request_id = answered if isinstance(answered, str) else answered.request_id
         return self._send(calls.feedback(request_id, answer=answer, correct=correct))
+
+    def reliability(self, name: str, *, version: int | None = None) -> Reliability:
+        """Tells how far the confidence of a task's version held; of the one that answers (most) by default."""
+        return self._send(calls.reliability(name, version=version))
 
     def recalibrate(self, name: str, *, version: int | None = None, apply: bool = False) -> Recalibration:
         """Fits a task's temperature to its feedback; with ``apply``, makes a new version with it."""

@@ -129,6 +129,7 @@ class Answer(Reply):
         confidence: Probability of the answer, calibrated where ``calibrated`` is true.
         raw_confidence: The same before calibration.
         standard_error: Monte Carlo standard error of the answer's probability.
+        standard_errors: Those of ``probabilities``; None for free text.
         prediction_set: Options that together hold the right one at the server's coverage, if it says.
         tokens: Of a free text, where they were asked for.
         semantics: Of a free text, where samples were asked for.
@@ -147,6 +148,7 @@ class Answer(Reply):
     prediction_set: list[str] | None = None
     uncertainty: Uncertainty
     standard_error: float
+    standard_errors: list[float] | None = None
     draws: int
     tokens: list[Token] | None = None
     semantics: Semantics | None = None
@@ -213,6 +215,40 @@ class Measured(Reply):
     ece: float
     nll: float
     brier: float
+
+
+class ReliabilityBin(Reply):
+    """Answers with a confidence above ``low`` and up to ``high``: their number, mean confidence and share of right."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float
+    accuracy: float
+
+
+class RiskPoint(Reply):
+    """Where the surest ``coverage`` of the questions are answered, ``risk`` of the answers are wrong."""
+
+    coverage: float
+    risk: float
+
+
+class Curves(Reply):
+    """Reliability diagram (bins with answers) and risk-coverage curve (ascending) of judged answers."""
+
+    answers: int
+    bins: list[ReliabilityBin]
+    risk_coverage: list[RiskPoint]
+
+
+class Reliability(Reply):
+    """How far a version's confidence held, on validation tasks and on its own judged answers; None: not known."""
+
+    task: str
+    version: int
+    validation: Curves | None = None
+    feedback: Curves | None = None
 
 
 class Recalibration(Reply):

@@ -40,6 +40,7 @@ from server.schemas import (
     PosteriorId,
     ScoreRequest,
     Timing,
+    Usage,
 )
 from server.settings import Settings
 from server.store import GLOBAL, TaskStore
@@ -141,6 +142,7 @@ class Answerer:
                     answer, scores = await self._choose(stored, question, request, options, draws, least)
         if text is not None and (isinstance(request, ScoreRequest) or request.tokens):
             answer = replace(answer, tokens=await asyncio.to_thread(tell_tokens, self.tokenizer, text))
+        usage = Usage(prompt_tokens=len(question.prompt), answer_tokens=_answer_tokens(question, answer, text))
         abstained = (
             None
             if least is None
@@ -172,6 +174,7 @@ class Answerer:
             posterior=PosteriorId(id=stored.digest, version=stored.record.version, task=request.task),
             options=options,
             abstained=abstained,
+            usage=usage,
             timing=Timing(total_ms=1e3 * total, engine_ms=1e3 * clock.engine, queue_ms=1e3 * clock.queued),
             **vars(answer),
         )
@@ -292,8 +295,9 @@ class Answerer:
             return await self._entails(request, first, second)
 
         found = await free_text(self.engine, self.tokenizer, served, question, request, range(draws), entails, tell)
-        entry = text_calibration(stored, request) if found.ended else None
-        return replace(judge_text(found.text, found.scores, entry), semantics=found.semantics), found.scores
+        entry = text_calibration(stored, request) if found.finish == "end" else None
+        judged = judge_text(found.text, found.scores, entry)
+        return replace(judged, finish=found.finish, semantics=found.semantics), found.scores
 
     async def _entails(self, request: GenerateRequest, first: str, second: str) -> bool:
         """Asks under the global posterior: a task's has learnt to answer its own questions alone."""
@@ -320,6 +324,13 @@ class Answerer:
         # Fitted on likeliest texts, it holds for one that is the likeliest in each place under the mean.
         likeliest = bool((scores.others[:, 0] == scores.tokens).all())
         return replace(judge_text(request.answer, scores, entry), calibrated=entry is not None and likeliest), scores
+
+
+def _answer_tokens(question: Question, answer: Judged, text: TokenScores | None) -> int:
+    if text is not None:
+        return len(text.tokens)
+    assert answer.answer_index is not None
+    return len(question.options[answer.answer_index])
 
 
 def _lot(request: GenerateRequest | ScoreRequest) -> float:

@@ -29,6 +29,7 @@ from abmll.errors import (
     TaskNotFound,
     Unauthorized,
 )
+from server.openai_api.requests import ChatMessage, ChatRequest, CompletionRequest
 from server.schemas import ErrorBody, ErrorReply, GenerateRequest, ScoreRequest
 from server.task_schemas import AdaptRequest, ExampleIn, FeedbackRequest, RecalibrateRequest, ServingRequest
 
@@ -55,6 +56,7 @@ STATUS: Sequence[tuple[type[AbmllError], int]] = (
 )
 _REQUESTS = (
     GenerateRequest, ScoreRequest, AdaptRequest, ExampleIn, ServingRequest, FeedbackRequest, RecalibrateRequest,
+    CompletionRequest, ChatRequest, ChatMessage,
 )  # fmt: skip
 _FIELDS = {name for model in _REQUESTS for name in model.model_fields}
 _NAMES = {400: "MalformedJSON", 404: "NotFound", 405: "MethodNotAllowed", 413: "BodyTooLarge"}

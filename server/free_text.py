@@ -17,7 +17,7 @@ from abmll.scoring import Question
 from abmll.sequences import TokenScores
 from server.clock import together
 from server.engine import Engine, Served, Tell
-from server.schemas import GenerateRequest, Meaning, Semantics, Uncertainty
+from server.schemas import Finish, GenerateRequest, Meaning, Semantics, Uncertainty
 from server.texts import LIKELY, until_stop
 
 # Of samples, where the request says none: as the model puts it.
@@ -30,13 +30,13 @@ class FreeText:
 
     Attributes:
         text: The answer.
-        ended: Whether it came to its end: the model, not a limit or a stop string, ended it.
+        finish: What ended it: the model (``end``), a stop string (``stop``) or a limit (``length``).
         scores: Of its tokens, its end included.
         semantics: What other samples say, where there are any.
     """
 
     text: str
-    ended: bool
+    finish: Finish
     scores: TokenScores
     semantics: Semantics | None
 
@@ -73,22 +73,24 @@ async def free_text(
     """
     sampling = Sampling(request.max_tokens, tuple(request.stop), request.temperature, request.top_p, request.seed)
 
-    def finished(decoded: Sequence[int]) -> tuple[tuple[int, ...], str]:
+    def finished(decoded: Sequence[int]) -> tuple[tuple[int, ...], str, Finish]:
         tokens, text, stopped = until_stop(tokenizer, decoded, request.stop)
-        return tuple(tokens if stopped else with_end(tokens, tokenizer, sampling)), text.strip()
+        if stopped:
+            return tuple(tokens), text.strip(), "stop"
+        whole = tuple(with_end(tokens, tokenizer, sampling))
+        return whole, text.strip(), "end" if whole[-1:] == (tokenizer.eos_token_id,) else "length"
 
     async def scored(tokens: Sequence[int], others: int = 0) -> TokenScores:
         return await engine.score_tokens(served, question.prompt, tokens, draws, request.seed, others)
 
     decoded = await engine.generate(served, question.prompt, sampling, tell)
-    tokens, text = finished(decoded)
-    ended = tokens[-1:] == (tokenizer.eos_token_id,)
+    tokens, text, finish = finished(decoded)
     scores = await scored(tokens, LIKELY if request.tokens else 0)
     if not request.samples:
-        return FreeText(text, ended, scores, None)
+        return FreeText(text, finish, scores, None)
     sampling = replace(sampling, temperature=request.temperature or _TEMPERATURE)
     samples = await engine.sample(served, question.prompt, sampling, range(request.samples), request.seed)
-    sampled = [finished(sample) for sample in samples]
+    sampled = [finished(sample)[:2] for sample in samples]
     wordings = {tokens: text} | dict(sampled)
     rest = [wording for wording in wordings if wording != tokens]
     log_probs = [scores.log_probs] + [one.log_probs for one in await together(map(scored, rest))]
@@ -96,7 +98,8 @@ async def free_text(
     groups = group_meanings(list(wordings.values()))
     if request.meaning == "entailment":
         groups = await merge_meanings(list(wordings.values()), groups, entails)
-    return FreeText(text, ended, scores, semantics(wordings, groups, of_texts, [wording for wording, _ in sampled]))
+    told = semantics(wordings, groups, of_texts, [wording for wording, _ in sampled])
+    return FreeText(text, finish, scores, told)
 
 
 def semantics(

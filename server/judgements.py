@@ -11,7 +11,7 @@ from abmll.calibration import ShotCalibration, prediction_set
 from abmll.predictive import predictive
 from abmll.sequences import TokenScores, sequence_predictive
 from abmll.text_calibration import TextCalibration, text_logits
-from server.schemas import Candidate, Semantics, TokenReply, Uncertainty
+from server.schemas import Candidate, Finish, Semantics, TokenReply, Uncertainty
 
 COVERAGE = "0.9"
 
@@ -30,6 +30,8 @@ class Judged:
     uncertainty: Uncertainty
     standard_error: float
     draws: int
+    standard_errors: list[float] | None = None
+    finish: Finish | None = None
     tokens: list[TokenReply] | None = None
     semantics: Semantics | None = None
 
@@ -52,6 +54,7 @@ def judge_options(options: Sequence[str], scores: Tensor, entry: ShotCalibration
         ),
         standard_error=result.standard_error.item(),
         draws=result.draws,
+        standard_errors=result.standard_errors.tolist(),
     )
 
 

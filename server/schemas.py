@@ -14,6 +14,8 @@ MAX_EXAMPLES = 64
 MAX_TOKENS = 512
 MAX_CHARACTERS = 200_000
 
+# What ended a free text: the model, a stop string, or `max_tokens`.
+Finish = Literal["end", "stop", "length"]
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
 
 
@@ -151,6 +153,13 @@ class PosteriorId(BaseModel):
     task: str = Field(description="The task.", examples=["global"])
 
 
+class Usage(BaseModel):
+    """Tokens of a question and its answer, each counted once whatever the number of draws."""
+
+    prompt_tokens: int = Field(examples=[17])
+    answer_tokens: int = Field(description="Of the likeliest answer, given or withheld.", examples=[2])
+
+
 class Timing(BaseModel):
     """Where the time went, in milliseconds."""
 
@@ -280,7 +289,16 @@ class GenerateReply(BaseModel):
     standard_error: float = Field(
         description="Monte Carlo standard error of `confidence`; of free text, of `raw_confidence`.", examples=[0.02]
     )
+    standard_errors: list[float] | None = Field(
+        description="Monte Carlo standard errors of `probabilities`; null for free text.", examples=[[0.02, 0.02]]
+    )
     draws: int = Field(description="Draws used.", examples=[8])
+    finish: Finish | None = Field(
+        description="What ended a free text: the model (`end`), a stop string (`stop`) or `max_tokens` (`length`); null "
+        "with options, and for a text that was scored.",
+        examples=[None],
+    )
+    usage: Usage
     tokens: list[TokenReply] | None = Field(description="Of a free text, where it was asked to tell them.")
     semantics: Semantics | None = Field(description="Of a free text, where `samples` were asked for.")
     timing: Timing

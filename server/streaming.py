@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic import BaseModel
@@ -15,12 +15,44 @@ from pydantic import BaseModel
 from abmll.errors import EngineFailure
 from server.engine import Tell
 from server.errors import body_of
-from server.schemas import GenerateReply, StreamedToken
+from server.schemas import ErrorReply, GenerateReply, StreamedToken
 
 logger = logging.getLogger(__name__)
 
 # An event, an error that ends the stream, or its end.
 _Item = bytes | Exception | None
+
+
+class Events(Protocol):
+    """How a stream's events are written."""
+
+    def token(self, token: StreamedToken) -> bytes:
+        """A token."""
+        ...
+
+    def answer(self, reply: GenerateReply) -> bytes:
+        """The whole reply, at the end."""
+        ...
+
+    def error(self, error: ErrorReply) -> bytes:
+        """What ended the stream in its place."""
+        ...
+
+
+class TokenEvents:
+    """Those of ``POST /generate``: ``token``, then ``answer`` or ``error``."""
+
+    def token(self, token: StreamedToken) -> bytes:
+        """A token."""
+        return _event("token", token)
+
+    def answer(self, reply: GenerateReply) -> bytes:
+        """The whole reply, at the end."""
+        return _event("answer", reply)
+
+    def error(self, error: ErrorReply) -> bytes:
+        """What ended the stream in its place."""
+        return _event("error", error)
 
 
 class WholeText:
@@ -74,16 +106,18 @@ class WholeText:
 async def stream(
     work: Callable[[Tell], Coroutine[Any, Any, GenerateReply]],
     text: WholeText,
+    events: Events,
     first_of: Callable[[Coroutine[Any, Any, _Item]], Awaitable[_Item]],
     finished: Callable[[GenerateReply], None],
 ) -> EventSourceResponse:
-    """Answers with a stream of events: ``token`` for each token, then ``answer``, or ``error``.
+    """Answers with a stream of events: for each token, then for the answer, or an error.
 
     What fails before the first token is raised, so that it has a status of its own. The work ends with its reader.
 
     Args:
         work: Answers, and tells each token of the text.
         text: Splits the tokens' text.
+        events: Writes them.
         first_of: Awaits the first event on the client's behalf.
         finished: Told of the reply.
     """
@@ -91,15 +125,15 @@ async def stream(
 
     def tell(token: int, log_prob: float) -> None:
         if not text.ended:
-            items.put_nowait(_event("token", StreamedToken(text=text.add(token), probability=math.exp(log_prob))))
+            items.put_nowait(events.token(StreamedToken(text=text.add(token), probability=math.exp(log_prob))))
 
     async def answer() -> None:
         try:
             reply = await work(tell)
             finished(reply)
             if rest := text.rest():
-                items.put_nowait(_event("token", StreamedToken(text=rest, probability=None)))
-            items.put_nowait(_event("answer", reply))
+                items.put_nowait(events.token(StreamedToken(text=rest, probability=None)))
+            items.put_nowait(events.answer(reply))
         except Exception as error:
             items.put_nowait(error)
         finally:
@@ -121,20 +155,24 @@ async def stream(
         await end()
         raise
 
-    async def events(item: _Item) -> AsyncGenerator[bytes]:
+    async def written(item: _Item) -> AsyncGenerator[bytes]:
         try:
             while item is not None:
                 if isinstance(item, Exception):
                     logger.warning("a stream ends with an error: %s: %s", type(item).__name__, item)
-                    item = _event("error", body_of(item, "POST /generate"))
+                    item = events.error(body_of(item, "a stream"))
                 yield item
                 item = await items.get()
         finally:
             await end()
 
-    return EventSourceResponse(events(first), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    return EventSourceResponse(written(first), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+
+def data_of(content: BaseModel) -> str:
+    """JSON of an event's data; in ASCII, for a line's end that JSON allows, such as U+2028, would part the data."""
+    return json.dumps(content.model_dump(mode="json"))
 
 
 def _event(name: str, content: BaseModel) -> bytes:
-    # In ASCII: a line's end that JSON allows within a text, such as U+2028, would part the event's data.
-    return format_sse_event(event=name, data_str=json.dumps(content.model_dump(mode="json")))
+    return format_sse_event(event=name, data_str=data_of(content))

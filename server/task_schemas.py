@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from abmll.calibration import Calibration
+from abmll.curves import Curves
 from server.jobs import Job, Status
 from server.schemas import MAX_EXAMPLES, PosteriorId, Request, Text
 
@@ -141,6 +142,20 @@ class Measured(BaseModel):
     ece: float = Field(description="Expected calibration error, 15 bins.")
     nll: float = Field(description="Mean negative log-likelihood of the right option, in nats.")
     brier: float = Field(description="Mean Brier score, 0 to 2.")
+
+
+class ReliabilityReply(BaseModel):
+    """How far a version's confidence held."""
+
+    task: str
+    version: int
+    validation: Curves | None = Field(
+        description="On validation tasks taught with about as many examples, each family calibrated on the others; null: "
+        "not known."
+    )
+    feedback: Curves | None = Field(
+        description="On the version's own answers with options that were judged, the newest thousand; null: none was."
+    )
 
 
 class RecalibrationReply(BaseModel):
