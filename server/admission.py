@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 
 from abmll.errors import Overloaded
 from server.clock import current_clock
+from server.tracing import stage
 
 # Weight of the newest question in the running mean of how long one holds its place.
 _RECENT = 0.05
@@ -61,13 +62,15 @@ class Admission:
             Overloaded: Too many questions wait.
         """
         begun = time.perf_counter()
-        await self._enter(task)
+        with stage("queue"):
+            await self._enter(task)
         entered = time.perf_counter()
         clock = current_clock()
         if clock is not None:
             clock.queued += entered - begun
         try:
-            yield
+            with stage("engine"):
+                yield
         finally:
             self._held += _RECENT * (time.perf_counter() - entered - self._held)
             self._leave(task)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from abmll.curves import Curves, curves
 from abmll.errors import AnswerNotFound, InvalidRequest, StoreFailure
 from abmll.metrics import brier, expected_calibration_error, negative_log_likelihood
 from server.database import Database
@@ -126,9 +127,10 @@ class Window:
             self.judged.popitem(last=False)
 
     def told(self) -> dict[str, float]:
-        """Measures of the judged, and mean confidence and epistemic uncertainty, by the names of their metrics."""
+        """Measures of the judged, and of the newest answers judged or not, by the names of their metrics."""
         told = {f"feedback_{name}": value for name, value in self.measures().items()}
         if self.confidence:
+            told["recent_count"] = float(len(self.confidence))
             told["recent_confidence"] = math.fsum(self.confidence) / len(self.confidence)
             told["recent_epistemic_nats"] = math.fsum(self.epistemic) / len(self.epistemic)
         return told
@@ -322,6 +324,15 @@ class Feedback:
                 for key, window in self._windows.items()
             }
         return [(task, version, window.told()) for (task, version), window in windows.items()]
+
+    def curves(self, task: str, version: int) -> Curves | None:
+        """Reliability and risk-coverage of a version's newest judged answers; None where none was judged."""
+        with self._lock:
+            window = self._windows.get((task, version))
+            found = [] if window is None else list(window.judged.values())
+        if not found:
+            return None
+        return curves(torch.tensor([item.confidence for item in found]), torch.tensor([item.correct for item in found]))
 
     def _window(self, task: str, version: int) -> Window:
         return self._windows.setdefault((task, version), Window())

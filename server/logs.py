@@ -21,7 +21,7 @@ from server.settings import Settings
 _access = logging.getLogger("abmll.access")
 _audit = logging.getLogger("abmll.audit")
 # Asked every few seconds by machines: their lines would hide the others.
-_QUIET = ("/healthz", "/readyz", "/metrics")
+QUIET = ("/healthz", "/readyz", "/metrics")
 _HEADER = "X-Request-ID"
 
 
@@ -127,7 +127,7 @@ class Logged:
         finally:
             path, ms = scope["path"][:200], round(1000 * (time.perf_counter() - begun), 1)
             _access.log(
-                logging.DEBUG if path in _QUIET else logging.INFO,
+                logging.DEBUG if path in QUIET else logging.INFO,
                 "%s %s %d %.1f ms", scope["method"], path.encode("unicode_escape").decode(), status, ms,
                 extra={"method": scope["method"], "path": path, "status": status, "ms": ms},
             )  # fmt: skip

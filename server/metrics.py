@@ -37,7 +37,8 @@ class Snapshot:
         seconds: Their run times' sum.
         questions_again: Questions (or their parts) whose scores were there already.
         windows: Task, version and rolling measures of each version that has answered.
-        references: Mean confidence and epistemic uncertainty (nats) on the validation set, by task and version.
+        references: Mean confidence, epistemic uncertainty (nats) and expected calibration error on the validation set,
+            by task and version.
         engine_restarts: Times that the engine has died.
         worker_restarts: Times that the adaptation process has died.
     """
@@ -52,7 +53,7 @@ class Snapshot:
     seconds: float
     questions_again: int
     windows: Sequence[tuple[str, int, dict[str, float]]]
-    references: Mapping[tuple[str, int], tuple[float, float]]
+    references: Mapping[tuple[str, int], tuple[float, float, float]]
     engine_restarts: int
     worker_restarts: int
 
@@ -162,8 +163,10 @@ _ROLLING = {
     "feedback_count": f"Judged answers among those that the measures look back on, {WINDOW} at most.",
     "feedback_accuracy": "Share of judged answers that were right.",
     "feedback_ece": "Expected calibration error of judged answers, 15 bins.",
+    "promised_ece": "Expected calibration error on the posterior's validation set, after calibration.",
     "feedback_brier": "Brier score of judged answers whose right option is known.",
     "feedback_nll": "Negative log-likelihood of the right option in nats, where it is known.",
+    "recent_count": f"Answers with options that the next measures look back on, {WINDOW} at most.",
     "recent_confidence": f"Mean confidence of the newest {WINDOW} answers with options.",
     "recent_epistemic_nats": f"Mean epistemic uncertainty of the newest {WINDOW} answers with options.",
     "confidence_drift": "Recent confidence less that on the posterior's validation set.",
@@ -178,6 +181,8 @@ def _feedback(seen: Snapshot) -> Iterable[Metric]:
     for task, version, told in seen.windows:
         values = dict(told)
         reference = seen.references.get((task, version))
+        if reference is not None:
+            values["promised_ece"] = reference[2]
         if reference is not None and "recent_confidence" in told:
             values["confidence_drift"] = told["recent_confidence"] - reference[0]
             values["epistemic_drift_nats"] = told["recent_epistemic_nats"] - reference[1]

@@ -23,10 +23,12 @@ from server.feedback import Feedback
 from server.jobs import JobRegistry
 from server.metrics import Snapshot
 from server.recalibration import refit
+from server.reliability import reliability
 from server.settings import Settings
 from server.store import GLOBAL, TaskStore
 from server.supervisor import Supervisor
-from server.task_schemas import RecalibrationReply
+from server.task_schemas import RecalibrationReply, ReliabilityReply
+from server.tracing import vllm_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +92,7 @@ def make_engine(settings: Settings, prior: StoredPosterior) -> Engine:
             layers=prior.posterior.config.layers,
             max_rank=prior.posterior.config.draw_rank,
             cache_bytes=settings.cache,
-            options=settings.vllm_options,
+            options=vllm_arguments(settings) | settings.vllm_options,
         )
     import torch
 
@@ -171,7 +173,7 @@ class Service:
         self._running: asyncio.Task[None] | None = None
         self._writing: asyncio.Task[None] | None = None
         self._recalibrating = threading.Lock()
-        self._reference: dict[tuple[str, int], tuple[float, float] | None] = {}
+        self._reference: dict[tuple[str, int], tuple[float, float, float] | None] = {}
 
     @property
     def answerer(self) -> Answerer:
@@ -302,8 +304,8 @@ class Service:
             worker_restarts=0 if self.supervisor is None else self.supervisor.restarts,
         )
 
-    def _references(self, versions: Sequence[tuple[str, int]]) -> dict[tuple[str, int], tuple[float, float]]:
-        """Mean confidence and epistemic uncertainty on the validation set, of each version that has answered."""
+    def _references(self, versions: Sequence[tuple[str, int]]) -> dict[tuple[str, int], tuple[float, float, float]]:
+        """Mean confidence, epistemic uncertainty and ECE on the validation set, of each version that has answered."""
         for task, version in versions:
             if (task, version) not in self._reference:
                 with contextlib.suppress(AbmllError, OSError):
@@ -311,7 +313,7 @@ class Service:
                     self._reference[task, version] = None
                     entry = None if stored.calibration is None else stored.calibration.nearest(stored.record.shots)
                     if entry is not None and entry.confidence is not None and entry.epistemic is not None:
-                        self._reference[task, version] = entry.confidence, entry.epistemic
+                        self._reference[task, version] = entry.confidence, entry.epistemic, entry.ece_after
         # Copied: another scrape, or a task's end, may change it meanwhile.
         return {key: value for key, value in self._reference.copy().items() if value is not None}
 
@@ -333,11 +335,22 @@ class Service:
         finally:
             self._recalibrating.release()
 
-    def _recalibrate(self, task: str, version: int | None, apply: bool) -> RecalibrationReply:
+    def reliability(self, task: str, version: int | None) -> ReliabilityReply:
+        """Tells how far the confidence of a task's version held; of the one that answers (most) by default.
+
+        Raises:
+            TaskNotFound: There is no such task or version.
+        """
+        return reliability(self._version(task, version), self.feedback)
+
+    def _version(self, task: str, version: int | None) -> StoredPosterior:
         serving = self.store.serving(task)
         if version is None and serving:
             version = max(serving, key=lambda number: serving[number])
-        stored = self.store.choose(task, version, 0.0)
+        return self.store.choose(task, version, 0.0)
+
+    def _recalibrate(self, task: str, version: int | None, apply: bool) -> RecalibrationReply:
+        stored = self._version(task, version)
         labelled = self.feedback.labelled(task, stored.record.version)
         calibration, reply = refit(stored, labelled, self.prior.calibration)
         if not apply:

@@ -25,6 +25,7 @@ from abmll.sequences import TokenScores, no_tokens
 from server.adapters import Adapter, AdapterCache
 from server.clock import current_clock
 from server.engine import EngineState, Served, Tell
+from server.tracing import trace_headers
 from server.trie import Step, option_steps, token_steps
 from server.vllm_requests import Following, ask_params, decode_params, decoded, read_params
 from server.vllm_setup import adapter_rank, fused, set_environment, target_shapes
@@ -376,7 +377,13 @@ class VllmEngine:
         request_id = f"abmll-{next(self._requests)}"
         last: Any = None
         try:
-            stream = llm.generate({"prompt_token_ids": list(prompt)}, params, request_id=request_id, lora_request=lora)
+            stream = llm.generate(
+                {"prompt_token_ids": list(prompt)},
+                params,
+                request_id=request_id,
+                lora_request=lora,
+                trace_headers=trace_headers(),
+            )
             async for output in stream:
                 last = output
                 if follow is not None:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TypeVar
 
 from abmll.errors import AbmllError, InvalidPosterior, StoreFailure, TaskNotFound
@@ -21,6 +22,7 @@ from server.jobs import Job, JobCancelled, JobRegistry
 from server.logs import configure
 from server.settings import Settings
 from server.store import TaskStore
+from server.tracing import Tracing, tell
 
 logger = logging.getLogger("abmll.worker")
 
@@ -50,6 +52,7 @@ class Adapter:
             self._adapt(job)
         except JobCancelled:
             logger.info("job %s was cancelled", job.id)
+            tell(status="cancelled")
         except AbmllError as error:
             logger.warning("job %s failed: %s", job.id, error.message)
             self._fail(job, error.message)
@@ -58,9 +61,11 @@ class Adapter:
             self._fail(job, f"adaptation failed: {type(error).__name__}; see the server's log")
         else:
             logger.info("job %s is done", job.id)
+            tell(status="done")
 
     def _fail(self, job: Job, reason: str) -> None:
         persist(lambda: self.registry.fail(job.id, reason))
+        tell(status="failed")
 
     def _report(self, job: Job, progress: float) -> None:
         try:
@@ -147,6 +152,7 @@ def main() -> None:
     """Works until the server ends."""
     settings = Settings.model_validate_json(sys.stdin.readline())
     configure(settings)
+    tracing = Tracing.of(settings)
     wake = threading.Event()
     threading.Thread(target=_watch_server, args=(wake,), daemon=True).start()
 
@@ -169,7 +175,8 @@ def main() -> None:
             wake.wait(POLL_SECONDS)
             wake.clear()
         else:
-            adapter.run(job)
+            with nullcontext() if tracing is None else tracing.job(job.id, job.task, job.attempts):
+                adapter.run(job)
 
 
 if __name__ == "__main__":
