@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,14 +15,14 @@ import torch
 
 from abmll.adaptive import Scatter
 from abmll.calibration import Calibration, ShotCalibration
+from abmll.curves import curves
 from abmll.layers import attach, init_posterior
 from abmll.posterior import Posterior, PosteriorConfig
 from abmll.store import Record, StoredPosterior, save_posterior
 from abmll.text_calibration import TextCalibration
 from server.settings import Settings
+from tests.server.process import start
 from training.base_model import BaseModel, load_base
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +73,7 @@ def global_posterior(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathF
             scatter=Scatter(within=0.1, curvature=0.5),
             confidence=0.6,
             epistemic=0.05,
+            curves=None if shots == 0 else curves(torch.linspace(0.3, 0.9, 50), torch.arange(50) % 3 > 0),
         )
         for shots, t, spread in ((0, 2.0, 0.0), (4, 1.5, 0.5), (16, 1.25, 0.5))
     ]
@@ -111,17 +110,8 @@ class Server:
     def __init__(self, settings: Settings, log: Path) -> None:
         self.settings = settings
         self.url = f"http://127.0.0.1:{settings.port}"
-        code = "import sys; from server.run import run; from server.settings import Settings; "
-        code += "sys.exit(run(Settings.model_validate_json(sys.argv[1])))"
         self.log = log
-        with log.open("w") as stream:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", code, settings.model_dump_json()],
-                cwd=ROOT,
-                stdout=stream,
-                stderr=stream,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )
+        self.process = start(settings, log)
         self.http = httpx.Client(base_url=self.url, timeout=60)
 
     def wait_ready(self, seconds: float = 90) -> None:

@@ -18,7 +18,7 @@ from abmll.errors import AnswerNotFound, StoreFailure
 from abmll.metrics import brier, expected_calibration_error, negative_log_likelihood
 from abmll.predictive import predictive
 from abmll.store import StoredPosterior
-from clients.errors import RequestRejected
+from clients.errors import NotFound, RequestRejected
 from clients.http import Client
 from server.feedback import Answered, Feedback
 from server.recalibration import refit
@@ -101,6 +101,8 @@ def test_feedback_is_measured_survives_kill_and_refits_the_temperature(
         "feedback_ece": expected_calibration_error(confidence, index == answers),
         "feedback_brier": brier(probabilities, answers),
         "feedback_nll": negative_log_likelihood(probabilities, answers),
+        "promised_ece": 0.05,
+        "recent_count": 60,
         "recent_confidence": confidence.mean().item(),
         "confidence_drift": confidence.mean().item() - 0.6,
     }
@@ -114,6 +116,13 @@ def test_feedback_is_measured_survives_kill_and_refits_the_temperature(
     server = start_server(tmp_path / "store")
     wait_for(lambda: "feedback_count" in measures(server, "judged"))
     assert measures(server, "judged") == pytest.approx(found)
+
+    told = server.http.get("/tasks/judged/reliability").json()
+    assert (told["task"], told["version"]) == ("judged", 1)
+    assert told["feedback"]["answers"] == 60
+    assert told["feedback"]["risk_coverage"][-1]["risk"] == pytest.approx(1 - expected["feedback_accuracy"])
+    assert told["validation"]["answers"] == 50
+    assert server.http.get("/tasks/global/reliability").json()["feedback"] is None
 
     # The labels were thrown: an honest temperature is high, and the confidence falls to what chance gives.
     shown = server.http.post("/tasks/judged/recalibrate", json={}).json()
@@ -182,6 +191,7 @@ def test_judging_again_replaces_and_old_answers_go(tmp_path: Path) -> None:
         "feedback_ece": pytest.approx(0.3),
         "feedback_brier": pytest.approx(0.18),
         "feedback_nll": pytest.approx(-math.log(0.7)),
+        "recent_count": 5.0,
         "recent_confidence": pytest.approx(0.7),
         "recent_epistemic_nats": pytest.approx(0.01),
     }
@@ -211,7 +221,8 @@ def test_answers_in_flight_while_their_task_is_deleted_are_not_its_successors(tm
     again = Feedback(path, kept=9)
     again.load(["t"])
     for kept in (feedback, again):
-        assert dict_of(kept) == {"feedback_count": 0.0, "recent_confidence": 0.7, "recent_epistemic_nats": 0.01}
+        told = {"recent_count": 1.0, "recent_confidence": 0.7, "recent_epistemic_nats": 0.01}
+        assert dict_of(kept) == {"feedback_count": 0.0} | told
         assert kept.judge("new", 0, None).correct
         for name in ("written", "in flight"):
             with pytest.raises(AnswerNotFound):
@@ -276,6 +287,11 @@ def test_the_client_judges_and_rolls_back(start_server: Callable[..., Server], t
             said = client.feedback(answer, answer=number % 3)
             assert (said.task, said.version, said.correct) == ("clients", 1, answer.answer == OPTIONS[number % 3])
         assert client.recalibrate("clients").applied is None
+        told = client.reliability("clients", version=1)
+        assert told.feedback is not None
+        assert sum(part.count for part in told.feedback.bins) == told.feedback.answers == 20
+        with pytest.raises(NotFound):
+            client.reliability("clients", version=7)
         assert client.recalibrate("clients", apply=True).applied == 2
         assert client.generate("film", options=OPTIONS, task="clients").posterior.version == 2
         assert client.serve("clients", 1).serving == {"1": 1.0}
