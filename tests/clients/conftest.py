@@ -1,4 +1,4 @@
-"""A small HTTP server that replies what a test tells it, broken replies included."""
+"""A small HTTP server that replies what a test tells it, broken replies included; and a real one, with keys."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,10 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+
+from server.keys import RIGHTS, Keys
+from server.settings import Settings
+from tests.server.conftest import Server, free_port
 
 ANSWER: dict[str, Any] = {
     "request_id": "a1b2",
@@ -71,3 +76,33 @@ def free_url() -> str:
     """Address that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         return f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+@dataclass
+class Keyed:
+    """A real server over the embedded model, which asks for keys, and one key of each kind."""
+
+    server: Server
+    owner: str  # may do everything
+    reader: str  # may ask
+    slow: str  # may ask once an hour
+
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+
+@pytest.fixture(scope="session")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
+    """One for all JavaScript: it takes ten seconds to start."""
+    folder: Path = tmp_path_factory.mktemp("keyed")
+    keys = Keys(folder / "keys.sqlite3")
+    owner, reader = keys.add("owner", list(RIGHTS)), keys.add("reader", ["query"])
+    slow = keys.add("slow", ["query"], "1/hour")
+    settings = Settings(port=free_port(), engine="torch", store=folder / "store", keys=keys.path)
+    server = Server(settings, folder / "server.log")
+    try:
+        server.wait_ready()
+        yield Keyed(server, owner, reader, slow)
+    finally:
+        server.stop()

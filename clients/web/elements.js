@@ -1,0 +1,101 @@
+/** Makes elements. No text ever becomes markup: what a model or a person wrote stays text. */
+
+const SVG = "http://www.w3.org/2000/svg";
+
+/**
+ * An HTML element.
+ *
+ * @param {string} tag
+ * @param {Record<string, any>} [settings] Attributes; `onclick` and the like listen, `style` sets properties, a boolean
+ *   is an attribute that is there or not, null one that is not.
+ * @param {...(Node | string | null | undefined | false)} children
+ * @returns {any}
+ */
+export function h(tag, settings = {}, ...children) {
+  return fill(document.createElement(tag), settings, children);
+}
+
+/**
+ * An SVG element.
+ *
+ * @param {string} tag
+ * @param {Record<string, any>} [settings] As for `h`.
+ * @param {...(Node | string | null | undefined | false)} children
+ * @returns {any}
+ */
+export function svg(tag, settings = {}, ...children) {
+  return fill(document.createElementNS(SVG, tag), settings, children);
+}
+
+/**
+ * @param {any} element
+ * @param {Record<string, any>} settings
+ * @param {any[]} children
+ */
+function fill(element, settings, children) {
+  for (const [name, value] of Object.entries(settings)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name === "style") for (const [key, what] of Object.entries(value)) element.style.setProperty(key, what);
+    else if (typeof value === "boolean" && !name.startsWith("aria-")) element.toggleAttribute(name, value);
+    else if (value !== null && value !== undefined) element.setAttribute(name, String(value));
+  }
+  element.append(...children.filter((child) => child !== null && child !== undefined && child !== false));
+  return element;
+}
+
+let made = 0;
+
+/** An id that no other element has. */
+export function newId() {
+  made += 1;
+  return `e${made}`;
+}
+
+/**
+ * A control with its label, and a hint below where there is one.
+ *
+ * @param {string} label
+ * @param {HTMLElement} control
+ * @param {string} [hint]
+ * @returns {HTMLElement}
+ */
+export function field(label, control, hint) {
+  control.id ||= newId();
+  if (!hint) return h("div", { class: "field" }, h("label", { for: control.id }, label), control);
+  const id = newId();
+  control.setAttribute("aria-describedby", id);
+  return h(
+    "div",
+    { class: "field" },
+    h("label", { for: control.id }, label),
+    control,
+    h("p", { class: "hint", id }, hint),
+  );
+}
+
+/**
+ * A table that scrolls by itself where it is wider than the page.
+ *
+ * @param {string} caption
+ * @param {string[]} columns
+ * @param {(Node | string)[][]} rows The first cell heads its row.
+ * @param {string} [kind] A class.
+ * @returns {HTMLElement}
+ */
+export function table(caption, columns, rows, kind = "") {
+  const id = newId();
+  const head = h("thead", {}, h("tr", {}, ...columns.map((column) => h("th", { scope: "col" }, column))));
+  const body = rows.map(([first, ...rest]) =>
+    h("tr", {}, h("th", { scope: "row" }, first), ...rest.map((cell) => h("td", {}, cell))),
+  );
+  return h(
+    "div",
+    {},
+    h("p", { class: "caption", id }, caption),
+    h(
+      "div",
+      { class: "scroller", tabindex: 0, role: "region", "aria-labelledby": id },
+      h("table", { class: kind, "aria-labelledby": id }, head, h("tbody", {}, ...body)),
+    ),
+  );
+}

@@ -1,0 +1,98 @@
+/** The page's connection to its server: the key that it needs, and errors in words. */
+
+import { AccessDenied, Client } from "../js/abmll.js";
+
+const KEPT = "abmll-key";
+
+/** @param {string | null} key */
+function connect(key) {
+  return new Client({ url: location.href.replace(/[?#].*/, "").replace(/[^/]*$/, ""), key, timeout: 120 });
+}
+
+/** Calls the server; where it asks for a key, so does the page, once for all calls that wait. */
+export class Session {
+  /**
+   * @param {(reason: string) => Promise<string | null>} askForKey
+   * @param {(known: boolean) => void} keyChanged
+   */
+  constructor(askForKey, keyChanged) {
+    this.askForKey = askForKey;
+    this.keyChanged = keyChanged;
+    /** @type {Promise<string | null> | null} */
+    this.asking = null;
+    this.key = sessionStorage.getItem(KEPT);
+    this.client = connect(this.key);
+    keyChanged(this.key !== null);
+  }
+
+  /** @param {string | null} key */
+  use(key) {
+    this.key = key;
+    if (key === null) sessionStorage.removeItem(KEPT);
+    else sessionStorage.setItem(KEPT, key);
+    this.client = connect(key);
+    this.keyChanged(key !== null);
+  }
+
+  /**
+   * Does what needs the server.
+   *
+   * @template T
+   * @param {(client: Client) => Promise<T>} work
+   * @returns {Promise<T>}
+   */
+  async call(work) {
+    for (;;) {
+      const used = this.key;
+      try {
+        return await work(this.client);
+      } catch (error) {
+        if (!(await this.mayRetry(error, used))) throw error;
+      }
+    }
+  }
+
+  /**
+   * Asks for a free text and gives its tokens as they come.
+   *
+   * @param {string} prompt
+   * @param {object} question
+   */
+  async *stream(prompt, question) {
+    for (;;) {
+      const used = this.key;
+      try {
+        yield* this.client.stream(prompt, question);
+        return;
+      } catch (error) {
+        if (!(await this.mayRetry(error, used))) throw error;
+      }
+    }
+  }
+
+  /**
+   * @param {unknown} error
+   * @param {string | null} used The key that was refused.
+   */
+  async mayRetry(error, used) {
+    if (!(error instanceof AccessDenied) || error.status !== 401) return false;
+    if (this.key !== used) return true; // another call has found a key meanwhile
+    this.asking ??= this.askForKey(used === null ? "" : error.message);
+    const key = await this.asking;
+    this.asking = null;
+    if (key !== null && this.key === used) this.use(key);
+    return this.key !== used;
+  }
+}
+
+/**
+ * What an error says to the page's reader.
+ *
+ * @param {any} error
+ * @returns {string}
+ */
+export function inWords(error) {
+  const message = String(error?.message ?? error);
+  const text = message.charAt(0).toUpperCase() + message.slice(1);
+  return error?.retryAfter ? `${text}. Ask again in ${error.retryAfter} s.` : `${text}.`;
+}

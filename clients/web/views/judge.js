@@ -1,0 +1,64 @@
+/** "Was this right?": sends what the reader knows as feedback. */
+
+import { field, h } from "../elements.js";
+import { inWords } from "../session.js";
+
+/**
+ * @param {any} answer
+ * @param {{session: any}} page
+ * @returns {HTMLElement}
+ */
+export function judge(answer, { session }) {
+  const withheld = answer.abstained !== null;
+  const root = h("section", { class: "judge" });
+  const trouble = h("p", { class: "trouble", role: "alert", hidden: true });
+
+  /** @param {object} said */
+  async function send(said) {
+    trouble.hidden = true;
+    try {
+      const { correct } = await session.call((/** @type {any} */ client) => client.feedback(answer, said));
+      const thanks = `Noted: the answer was ${correct ? "right" : "wrong"}. It counts when ${answer.task} is judged.`;
+      root.replaceChildren(h("p", { class: "noted", tabindex: -1 }, thanks));
+      root.firstElementChild.focus();
+    } catch (error) {
+      trouble.textContent = inWords(error);
+      trouble.hidden = false;
+    }
+  }
+
+  function askWhich() {
+    const others = answer.options.filter((/** @type {string} */ option) => withheld || option !== answer.answer);
+    const which = h("select", {}, ...others.map((/** @type {string} */ option) => h("option", {}, option)));
+    const tell = h("button", { type: "button", onclick: () => send({ answer: which.value }) }, "This was right");
+    const unknown = h(
+      "button",
+      { type: "button", class: "quiet", onclick: () => send({ correct: false }) },
+      "I do not know which",
+    );
+    root.replaceChildren(
+      field(withheld ? "Which answer is right?" : "Which was right?", which),
+      h("div", { class: "row" }, tell, !withheld && unknown),
+      trouble,
+    );
+    if (!withheld) which.focus();
+  }
+
+  if (withheld && answer.options === null) return root; // no answer, nothing that could be right
+  if (withheld) {
+    askWhich();
+    return root;
+  }
+  const wrong = () => (answer.options === null ? send({ correct: false }) : askWhich());
+  root.append(
+    h("h3", {}, "Was this right?"),
+    h(
+      "div",
+      { class: "row" },
+      h("button", { type: "button", onclick: () => send({ correct: true }) }, "Yes"),
+      h("button", { type: "button", onclick: wrong }, "No"),
+    ),
+    trouble,
+  );
+  return root;
+}

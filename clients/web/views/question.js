@@ -1,0 +1,209 @@
+/** The form that a question is asked with. */
+
+import { field, h } from "../elements.js";
+import { inWords } from "../session.js";
+
+const MOST_OPTIONS = 64;
+const EXAMPLE = { prompt: "could you dim the lamp in the bedroom", options: ["lights", "music", "alarm"] };
+
+/**
+ * @typedef {object} Asked
+ * @property {string} prompt
+ * @property {Record<string, any>} settings As the client takes them.
+ */
+
+/** Question, answers to choose from, task, and how to answer. */
+export class QuestionForm {
+  /** @param {import("../session.js").Session} session */
+  constructor(session) {
+    this.session = session;
+    this.prompt = h("textarea", { rows: 3, required: true });
+    this.options = h("ul", { class: "options", "aria-labelledby": "options-title" });
+    this.add = h(
+      "button",
+      { type: "button", class: "quiet", onclick: () => this.addOption("").focus() },
+      "Add an answer",
+    );
+    this.task = h("select", {
+      onchange: () => this.showVersions().catch((/** @type {any} */ error) => this.complain(inWords(error), "task")),
+    });
+    this.version = h("select", {});
+    this.draws = h("input", { type: "number", min: 1, placeholder: "auto" });
+    this.below = h("input", { type: "number", min: 0, max: 100, step: "any", placeholder: "never" });
+    this.length = h("input", { type: "number", min: 1, max: 512, value: 32, required: true });
+    this.send = h("button", { type: "submit", class: "main" }, "Ask");
+    this.stop = h("button", { type: "button", hidden: true }, "Stop");
+    this.trouble = h("p", { class: "trouble", role: "alert", hidden: true });
+    this.root = h(
+      "form",
+      { class: "panel", novalidate: true },
+      field("Question", this.prompt, "Ctrl and Enter asks."),
+      h(
+        "fieldset",
+        { class: "plain" },
+        h("legend", { id: "options-title" }, "Answers to choose from"),
+        this.options,
+        this.add,
+        h("p", { class: "hint" }, "None: it answers in its own words. Several lines can be pasted at once."),
+      ),
+      h("div", { class: "pair" }, field("Task", this.task), field("Version", this.version)),
+      h(
+        "details",
+        {},
+        h("summary", {}, "How to answer"),
+        h(
+          "div",
+          { class: "trio" },
+          field("Draws", this.draws, "A number, or auto."),
+          field("Abstain below", this.below, "In percent."),
+          field("Longest text", this.length, "In tokens."),
+        ),
+      ),
+      this.trouble,
+      h("div", { class: "row" }, this.send, this.stop),
+    );
+    this.prompt.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.root.requestSubmit();
+    });
+    this.setTasks([{ task: "global" }], "global");
+    this.showVersions();
+  }
+
+  /** @param {string} text */
+  addOption(text) {
+    const input = h("input", { type: "text", autocomplete: "off" });
+    input.value = text;
+    const remove = h("button", { type: "button", class: "quiet cross" }, "×");
+    const item = h("li", {}, input, remove);
+    remove.addEventListener("click", () => {
+      const next = item.nextElementSibling ?? item.previousElementSibling;
+      item.remove();
+      this.nameOptions();
+      (next?.querySelector("input") ?? this.add).focus();
+    });
+    input.addEventListener("paste", (/** @type {ClipboardEvent} */ event) => this.paste(event, input));
+    this.options.append(item);
+    this.nameOptions();
+    return input;
+  }
+
+  /** Fills in a question that can be tried. */
+  fillIn() {
+    this.prompt.value = EXAMPLE.prompt;
+    this.options.replaceChildren();
+    for (const option of EXAMPLE.options) this.addOption(option);
+    this.send.focus();
+  }
+
+  nameOptions() {
+    [...this.options.children].forEach((item, index) => {
+      item.querySelector("input").setAttribute("aria-label", `Answer ${index + 1}`);
+      item.querySelector("button").setAttribute("aria-label", `Remove answer ${index + 1}`);
+    });
+    this.add.hidden = this.options.children.length >= MOST_OPTIONS;
+  }
+
+  /**
+   * @param {ClipboardEvent} event
+   * @param {HTMLInputElement} input
+   */
+  paste(event, input) {
+    const lines = (event.clipboardData?.getData("text") ?? "").split(/\r?\n/).filter((line) => line.trim());
+    if (lines.length < 2) return;
+    event.preventDefault();
+    const [first = "", ...rest] = lines;
+    input.value += first;
+    for (const line of rest.slice(0, MOST_OPTIONS - this.options.children.length)) this.addOption(line);
+  }
+
+  /**
+   * @param {{task: string}[]} tasks
+   * @param {string} chosen
+   */
+  setTasks(tasks, chosen) {
+    this.task.replaceChildren(...tasks.map(({ task }) => h("option", {}, task)));
+    if (tasks.some(({ task }) => task === chosen)) this.task.value = chosen;
+  }
+
+  /** Lists the tasks anew; an error is shown here, where the list is. */
+  async refresh(/** @type {string} */ wanted) {
+    const tasks = await this.session.call((client) => client.tasks());
+    this.setTasks(
+      tasks.filter(({ status }) => status === "ready"),
+      wanted || this.task.value,
+    );
+    await this.showVersions();
+  }
+
+  async showVersions() {
+    const served = h("option", { value: "" }, "as served");
+    const chosen = this.version.value;
+    const name = this.task.value;
+    this.version.replaceChildren(served);
+    if (name === "global") return;
+    const { versions } = await this.session.call((client) => client.task(name));
+    if (this.task.value !== name) return; // another was chosen meanwhile
+    for (const { version, status } of versions) {
+      if (status === "ready") this.version.append(h("option", { value: version }, `${version}`));
+    }
+    this.version.value = chosen;
+    if (this.version.selectedIndex < 0) this.version.value = "";
+  }
+
+  /** @returns {Asked} */
+  read() {
+    const options = [...this.options.querySelectorAll("input")]
+      .map((input) => input.value)
+      .filter((text) => text.trim());
+    const number = (/** @type {HTMLInputElement} */ input) => (input.value === "" ? null : Number(input.value));
+    const below = number(this.below);
+    const settings = {
+      task: this.task.value,
+      version: number(this.version),
+      options: options.length > 0 ? options : null,
+      draws: number(this.draws) ?? "auto",
+      abstain_below: below === null ? null : below / 100,
+      max_tokens: number(this.length) ?? 32,
+    };
+    return { prompt: this.prompt.value, settings };
+  }
+
+  /**
+   * Says what is wrong, and marks where.
+   *
+   * @param {string} message Empty: nothing.
+   * @param {string | null} [where] The request's field.
+   */
+  complain(message, where = null) {
+    this.trouble.textContent = message;
+    this.trouble.hidden = message === "";
+    const inputs = this.inputs();
+    for (const input of Object.values(inputs)) input?.removeAttribute("aria-invalid");
+    const wrong = where === null ? null : inputs[where.replace(/\W.*/, "")];
+    if (!wrong) return;
+    wrong.setAttribute("aria-invalid", "true");
+    const hidden = wrong.closest("details");
+    if (hidden) hidden.open = true;
+    wrong.focus();
+  }
+
+  /** @returns {Record<string, any>} */
+  inputs() {
+    return {
+      prompt: this.prompt,
+      options: this.options.querySelector("input") ?? this.add,
+      task: this.task,
+      version: this.version,
+      draws: this.draws,
+      abstain_below: this.below,
+      max_tokens: this.length,
+    };
+  }
+
+  /** @param {boolean} busy */
+  setBusy(busy) {
+    this.send.setAttribute("aria-disabled", String(busy)); // disabled, it would lose the focus
+    this.stop.hidden = !busy;
+    this.root.setAttribute("aria-busy", String(busy));
+  }
+}

@@ -1,0 +1,83 @@
+/** Which versions of a task answer: the newest, one, or several that share the questions. */
+
+import { field, h } from "../elements.js";
+import { inWords } from "../session.js";
+
+/**
+ * @param {import("../../js/abmll.js").TaskInfo} task
+ * @param {{session: import("../session.js").Session, announce: (text: string) => void}} page
+ * @param {(task: import("../../js/abmll.js").TaskInfo) => void} changed
+ */
+export function servingForm({ task: name, versions, serving, version: answering }, { session, announce }, changed) {
+  const usable = versions.filter(({ status }) => status === "ready").map(({ version }) => version);
+  const pinned = serving === null ? [] : Object.keys(serving);
+  const kind = pinned.length === 0 ? "newest" : pinned.length === 1 ? "one" : "share";
+  const trouble = h("p", { class: "trouble", role: "alert", hidden: true });
+  const which = h("select", {}, ...usable.map((version) => h("option", {}, `${version}`)));
+  which.value = `${answering}`;
+  const shares = usable.map((version) => {
+    const input = h("input", { type: "number", min: 0, max: 100, step: "any" });
+    input.value = serving === null ? (version === answering ? 100 : 0) : Math.round(100 * (serving[version] ?? 0));
+    return { version, input };
+  });
+
+  const choice = (/** @type {string} */ value, /** @type {string} */ label, /** @type {Node | null} */ more = null) => {
+    const radio = h("input", {
+      type: "radio",
+      name: "serving",
+      value,
+      id: `serving-${value}`,
+      checked: value === kind,
+    });
+    return h("div", { class: "choice" }, radio, h("label", { for: radio.id }, label), more);
+  };
+  const parts = h(
+    "div",
+    { class: "shares" },
+    ...shares.map(({ version, input }) => field(`Version ${version}, %`, input)),
+  );
+  const form = h(
+    "form",
+    { class: "panel", novalidate: true },
+    h(
+      "fieldset",
+      { class: "plain" },
+      h("legend", {}, h("h2", {}, "Which version answers")),
+      choice("newest", "Always the newest"),
+      choice("one", "One version"),
+      h("div", { class: "under", "data-for": "one" }, field("Version", which)),
+      usable.length > 1 && choice("share", "Several that share the questions"),
+      usable.length > 1 && h("div", { class: "under", "data-for": "share" }, parts),
+    ),
+    trouble,
+    h("div", { class: "row" }, h("button", { type: "submit" }, "Apply")),
+  );
+  const chosen = () => new FormData(form).get("serving");
+  const reveal = () => {
+    for (const under of form.querySelectorAll(".under")) under.hidden = under.dataset.for !== chosen();
+  };
+
+  function wanted() {
+    if (chosen() === "newest") return null;
+    if (chosen() === "one") return Number(which.value);
+    const given = shares.filter(({ input }) => Number(input.value) > 0);
+    return Object.fromEntries(given.map(({ version, input }) => [version, Number(input.value) / 100]));
+  }
+
+  form.addEventListener("change", reveal);
+  form.addEventListener("submit", async (/** @type {Event} */ event) => {
+    event.preventDefault();
+    try {
+      const told = await session.call((client) => client.serve(name, wanted()));
+      changed(told);
+      announce(
+        `Done. Version ${told.version} answers${told.serving && Object.keys(told.serving).length > 1 ? " most" : ""}.`,
+      );
+    } catch (error) {
+      trouble.textContent = inWords(error);
+      trouble.hidden = false;
+    }
+  });
+  reveal();
+  return form;
+}

@@ -1,0 +1,204 @@
+/** The view that teaches a task from examples, and shows on those held back what it has learnt. */
+
+import { JobCancelled } from "../../js/abmll.js";
+import { field, h } from "../elements.js";
+import { several } from "../figures.js";
+import { inWords } from "../session.js";
+import { readExamples } from "./examples.js";
+import { preview } from "./preview.js";
+import { attempt, holdBack, usualShare } from "./trial.js";
+import { verdict } from "./verdict.js";
+
+const FORMS =
+  "CSV with a line that names the columns: prompt, answer and, where each question has its own, options (a|b|c). " +
+  "Or JSON Lines with the same names.";
+const SAMPLE = `prompt,answer
+turn on the lamp in the kitchen,lights
+play the new album by that band,music
+wake me up at half past six,alarm
+it is too dark in here,lights
+skip this song please,music
+remind me in ten minutes to look at the oven,alarm
+make the living room brighter,lights
+put on something to dance to,music
+set the clock for tomorrow morning at seven,alarm
+switch off the lamp beside my bed,lights
+what is this tune called,music
+do not let me sleep past nine,alarm
+`;
+
+/** @param {{session: import("../session.js").Session, announce: (text: string) => void}} page */
+export function teachView({ session, announce }) {
+  const name = h("input", {
+    type: "text",
+    required: true,
+    autocomplete: "off",
+    spellcheck: "false",
+    placeholder: "home",
+  });
+  const text = h("textarea", { rows: 9, spellcheck: "false", class: "code", placeholder: "prompt,answer,options" });
+  const file = h("input", { type: "file", accept: ".csv,.tsv,.jsonl,.json,.txt,text/csv" });
+  const shared = h("input", { type: "checkbox", checked: true, id: "shared-options" });
+  const held = h("input", { type: "number", min: 0, value: 0 });
+  const start = h("button", { type: "submit", class: "main", disabled: true }, "Teach");
+  const trouble = h("p", { class: "trouble", role: "alert", hidden: true });
+  const shown = h("div", { class: "shown" });
+  const progress = h("div", { class: "panel progress", hidden: true });
+  const result = h("div", {});
+  let chosen = false; // whether the reader said how many to hold back
+  /** @type {AbortController | null} */
+  let running = null;
+
+  const sample = h("button", { type: "button", class: "quiet" }, "Fill in twelve examples");
+  const form = h(
+    "form",
+    { class: "panel", novalidate: true },
+    field(
+      "Name of the task",
+      name,
+      "Small letters, digits, . _ and -. A name that is there already gets a new version.",
+    ),
+    field("Examples, 1 to 64", text, FORMS),
+    h("div", { class: "row" }, field("Or a file", file), sample),
+    h(
+      "p",
+      { class: "check" },
+      shared,
+      h("label", { for: "shared-options" }, "The answers that occur are every question's options"),
+    ),
+    h("p", { class: "hint" }, "Without options the task is taught to answer in its own words."),
+    field("Hold back to test", held, "They are not taught; the task is asked them before and after."),
+    trouble,
+    h("div", { class: "row" }, start),
+  );
+
+  function read() {
+    const { examples: found, faults, own } = readExamples(text.value, shared.checked);
+    shared.disabled = own;
+    held.max = Math.max(0, found.length - 1);
+    if (!chosen) held.value = usualShare(found.length);
+    const count = Math.min(Math.max(0, Math.trunc(Number(held.value)) || 0), Math.max(0, found.length - 1));
+    const parts = holdBack(found, count);
+    shown.replaceChildren(...preview(found, faults, new Set(parts.held)));
+    start.disabled = found.length === 0 || faults.length > 0;
+    start.setAttribute("aria-disabled", String(running !== null));
+    start.textContent = found.length ? `Teach from ${several(found.length - count, "example")}` : "Teach";
+    return parts;
+  }
+
+  /** @param {unknown} error */
+  function complain(error) {
+    trouble.textContent = error ? inWords(error) : "";
+    trouble.hidden = !error;
+    const where = /** @type {any} */ (error)?.field;
+    name.setAttribute("aria-invalid", String(where === "task"));
+    if (where === "task") name.focus();
+  }
+
+  /**
+   * @param {string} task
+   * @param {import("./examples.js").Example[]} taught
+   * @param {AbortSignal} signal
+   */
+  async function teach(task, taught, signal) {
+    const rows = taught.map(({ prompt, options, answer }) => ({ prompt, options, answer }));
+    let job = await session.call((client) => client.adapt(task, rows, { signal }));
+    const cancel = h("button", { type: "button" }, "Cancel");
+    cancel.addEventListener("click", () => {
+      cancel.setAttribute("aria-disabled", "true");
+      session.call((client) => client.cancel(job.job)).catch(complain);
+    });
+    const bar = h("progress", { max: 1, value: 0, "aria-label": "Progress of teaching" });
+    const state = h("p", { role: "status" }, "Waiting for its turn");
+    progress.replaceChildren(state, bar, h("div", { class: "row" }, cancel));
+    for await (const seen of session.client.follow(job, { poll: 0.3, signal })) {
+      job = seen;
+      bar.value = seen.progress;
+      const wording =
+        seen.status === "running" ? `Teaching ${seen.task} from ${several(taught.length, "example")}` : null;
+      if (wording && state.textContent !== wording) state.textContent = wording;
+    }
+    return session.client.wait(job); // it has ended; throws what went wrong
+  }
+
+  /**
+   * @param {string} task
+   * @param {import("./examples.js").Example[]} taught
+   * @param {import("./examples.js").Example[]} asked
+   */
+  async function run(task, taught, asked) {
+    running = new AbortController();
+    const { signal } = running;
+    complain(null);
+    read();
+    result.replaceChildren();
+    progress.hidden = false;
+    try {
+      progress.replaceChildren(h("p", { role: "status" }, "Asking before anything is taught"));
+      const before = await attempt(session, asked, { task: "global", signal });
+      const { posterior } = await teach(task, taught, signal);
+      progress.replaceChildren(h("p", { role: "status" }, "Asking what it has learnt"));
+      const version = posterior?.version;
+      const after = await attempt(session, asked, { task, version, signal });
+      const all = [...taught, ...asked].sort((a, b) => a.line - b.line);
+      const again = asked.length > 0 ? () => run(task, all, []) : null;
+      result.replaceChildren(verdict({ task, version, taught, asked, before, after, again }));
+      result.querySelector("h2").focus();
+    } catch (error) {
+      if (error instanceof JobCancelled) announce("Cancelled.");
+      start.focus();
+      complain(error);
+    } finally {
+      running = null;
+      progress.hidden = true;
+      read();
+    }
+  }
+
+  form.addEventListener("submit", (/** @type {Event} */ event) => {
+    event.preventDefault();
+    if (running) return;
+    const { taught, held: asked } = read();
+    run(name.value.trim(), taught, asked);
+  });
+  text.addEventListener("input", read);
+  shared.addEventListener("change", read);
+  held.addEventListener("input", () => {
+    chosen = held.value !== "";
+    read();
+  });
+  file.addEventListener("change", async () => {
+    const [first] = file.files;
+    if (!first) return;
+    text.value = await first.text();
+    name.value ||= nameOf(first.name);
+    read();
+  });
+  sample.addEventListener("click", () => {
+    text.value = SAMPLE;
+    name.value ||= "home";
+    read();
+  });
+  read();
+
+  const root = h(
+    "section",
+    {},
+    h("h1", {}, "Teach"),
+    h("div", { class: "bench" }, form, h("div", { class: "stack" }, progress, result, shown)),
+  );
+  return { root };
+}
+
+/**
+ * A task's name out of a file's.
+ *
+ * @param {string} file
+ */
+function nameOf(file) {
+  const bare = file.replace(/\.[^.]*$/, "").toLowerCase();
+  return bare
+    .replace(/[^a-z0-9._-]+/g, "-")
+    .replace(/^[^a-z0-9]+/, "")
+    .slice(0, 64);
+}

@@ -1,0 +1,133 @@
+/** A free text coloured token by token: how likely each was, or how much the model does not know there. */
+
+import { field, h, newId, table } from "../elements.js";
+import { nats, percent, visible } from "../figures.js";
+
+// Where one colour gives way to the next, from the surest to the least sure.
+const MEASURES = {
+  probability: {
+    label: "probability",
+    steps: [0.9, 0.6, 0.3, 0.1],
+    legend: ["over 90 %", "60 to 90 %", "30 to 60 %", "10 to 30 %", "under 10 %"],
+    step: (/** @type {any} */ token) => MEASURES.probability.steps.filter((edge) => token.probability < edge).length,
+  },
+  epistemic: {
+    label: "what the model does not know",
+    steps: [0.02, 0.1, 0.25, 0.5],
+    legend: ["under 0.02 nats", "0.02 to 0.1", "0.1 to 0.25", "0.25 to 0.5", "over 0.5"],
+    step: (/** @type {any} */ token) =>
+      MEASURES.epistemic.steps.filter((edge) => token.uncertainty.epistemic >= edge).length,
+  },
+};
+
+/** The text, its legend, what stands at the token that is looked at, and all tokens in a table. */
+export class Tokens {
+  /** @param {any[]} tokens */
+  constructor(tokens) {
+    this.tokens = tokens;
+    this.measure = MEASURES.probability;
+    this.detail = h("div", { class: "detail" });
+    this.legend = h("ul", { class: "legend" });
+    this.places = tokens.map((token, index) => this.place(token, index));
+    const hint = newId();
+    this.text = h(
+      "div",
+      { class: "tokens", role: "group", "aria-label": "The answer, token by token", "aria-describedby": hint },
+      ...this.places.flatMap((place, index) => (tokens[index].text.includes("\n") ? [place, h("br")] : [place])),
+    );
+    const choose = h(
+      "select",
+      {},
+      ...Object.entries(MEASURES).map(([value, { label }]) => h("option", { value }, label)),
+    );
+    choose.addEventListener("change", () => this.colour(choose.value));
+    this.root = h(
+      "div",
+      {},
+      this.text,
+      h("div", { class: "key" }, field("Coloured by", choose), this.legend),
+      h("p", { class: "hint", id: hint }, "Choose a token to see what else might stand there; arrow keys go along."),
+      this.detail,
+      h("details", {}, h("summary", {}, "Every token in a table"), this.all()),
+    );
+    this.colour("probability");
+  }
+
+  /**
+   * @param {any} token
+   * @param {number} index
+   */
+  place(token, index) {
+    const place = h(
+      "button",
+      { type: "button", class: "token", tabindex: index === 0 ? 0 : -1, "aria-label": this.spoken(token) },
+      visible(token.text),
+    );
+    place.addEventListener("focus", () => this.look(index));
+    place.addEventListener("click", () => this.look(index));
+    place.addEventListener("mouseenter", () => this.look(index));
+    place.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
+      const last = this.tokens.length - 1;
+      const goal = { ArrowRight: index + 1, ArrowLeft: index - 1, Home: 0, End: last }[event.key];
+      if (goal === undefined) return;
+      event.preventDefault();
+      this.places[Math.min(last, Math.max(0, goal))].focus();
+    });
+    return place;
+  }
+
+  /** @param {any} token */
+  spoken(token) {
+    return `${visible(token.text).trim()}, ${percent(token.probability)}`;
+  }
+
+  /** @param {string} name */
+  colour(name) {
+    this.measure = MEASURES[/** @type {keyof typeof MEASURES} */ (name)];
+    this.places.forEach((place, index) => (place.dataset.step = this.measure.step(this.tokens[index])));
+    this.legend.replaceChildren(
+      ...this.measure.legend.map((text, step) => h("li", {}, h("span", { class: "swatch", "data-step": step }), text)),
+    );
+  }
+
+  /** @param {number} index */
+  look(index) {
+    this.places.forEach((place, other) => {
+      place.tabIndex = other === index ? 0 : -1;
+      place.classList.toggle("looked", other === index);
+    });
+    const { text, probability, uncertainty, likeliest } = this.tokens[index];
+    this.detail.replaceChildren(
+      h(
+        "p",
+        {},
+        h("strong", {}, visible(text)),
+        ` ${percent(probability)} likely · epistemic ${nats(uncertainty.epistemic)}`,
+        ` · aleatoric ${nats(uncertainty.aleatoric)} nats`,
+      ),
+      h(
+        "ul",
+        { class: "others" },
+        ...likeliest.map((/** @type {any} */ other) =>
+          h("li", {}, h("span", {}, visible(other.text)), h("span", { class: "number" }, percent(other.probability))),
+        ),
+      ),
+    );
+  }
+
+  all() {
+    const rows = this.tokens.map(({ text, probability, uncertainty, likeliest }, index) => [
+      `${index + 1}`,
+      visible(text),
+      percent(probability),
+      nats(uncertainty.epistemic),
+      nats(uncertainty.aleatoric),
+      likeliest
+        .slice(0, 3)
+        .map((/** @type {any} */ other) => `${visible(other.text)} ${percent(other.probability)}`)
+        .join(", "),
+    ]);
+    const columns = ["Place", "Token", "Probability", "Epistemic, nats", "Aleatoric, nats", "Likeliest there"];
+    return table("The answer, token by token", columns, rows, "figures");
+  }
+}

