@@ -23,18 +23,27 @@ _LIKELIER = 3
 _MEANINGS = 5
 
 
-def answer(reply: Answer, options: Sequence[str] | None) -> RenderableType:
-    """Shows an answer: confidence, a bar for each option, and what the doubt is made of."""
+def answer(reply: Answer, options: Sequence[str] | None, *, told: bool = True, legend: bool = False) -> RenderableType:
+    """Shows an answer: confidence, a bar for each option, and what the doubt is made of.
+
+    Args:
+        reply: The answer.
+        options: What it was chosen from; None for free text.
+        told: Whether to show the text itself, which may stand there already.
+        legend: Whether to say what the tokens' colours mean.
+    """
     note = "" if reply.calibrated is not False else ", not calibrated"
-    told = Text(reply.answer or "", "bold green") if reply.tokens is None else _coloured(reply.tokens)
-    headline = Text.assemble(told, f"   {_percent(reply.confidence)} confident{note}")
+    text = Text(_printable(reply.answer or ""), "bold green") if reply.tokens is None else _coloured(reply.tokens)
+    sure = f"{_percent(reply.confidence)} confident{note}"
+    headline = Text.assemble(text, f"   {sure}") if told else Text(sure)
     if reply.abstained is not None:
         headline = Text.assemble(("no answer", "bold yellow"), f": {reply.abstained.reason}")
         if not reply.probabilities:
-            likeliest = told if reply.tokens else Text(reply.abstained.candidates[0].answer)
+            likeliest = text if reply.tokens else Text(reply.abstained.candidates[0].answer)
             headline = Text.assemble(headline, "\n\nit would have been: ", likeliest)
     parts: list[RenderableType] = [headline, Text()]
     if reply.tokens is not None:
+        parts += [_legend(), Text()] if legend else []
         parts += [_doubtful(reply.tokens), Text()]
     if reply.semantics is not None:
         parts += [_meanings(reply.semantics), Text()]
@@ -45,6 +54,14 @@ def answer(reply: Answer, options: Sequence[str] | None) -> RenderableType:
     most = math.log(len(options)) if options and reply.probabilities is not None else None
     parts += [_doubt(reply, most), Text(), Text(_footer(reply), style="dim")]
     return Group(*parts)
+
+
+def token(text: str, probability: float | None) -> Text:
+    """A token in the colour of its probability; plain where there is none."""
+    text = _printable(text)
+    if probability is None:
+        return Text(text)
+    return Text(text, f"bold {next(style for least, style in _COLOURS if probability >= least)}")
 
 
 def tasks(rows: Sequence[TaskInfo]) -> RenderableType:
@@ -68,11 +85,23 @@ def how_to_ask(task: str, example: LabelledExample) -> str:
 
 def _coloured(tokens: Sequence[Token]) -> Text:
     """A text, each token in the colour of its probability."""
-    text = Text()
-    for token in tokens:
-        style = next(style for least, style in _COLOURS if token.probability >= least)
-        text.append(token.text, f"bold {style}")
-    return _stripped(text)
+    return _stripped(Text.assemble(*(token(item.text, item.probability) for item in tokens)))
+
+
+def _legend() -> Text:
+    """What the colours mean."""
+    parts = [(f"{_bounds(at)}  ", f"bold {style}") for at, (_, style) in enumerate(_COLOURS)]
+    return Text.assemble(("a token's probability: ", "dim"), *parts)
+
+
+def _bounds(at: int) -> str:
+    least, most = _COLOURS[at][0], _COLOURS[at - 1][0]
+    return f"below {100 * most:.0f} %" if at == len(_COLOURS) - 1 else f"from {100 * least:.0f} %"
+
+
+def _printable(text: str) -> str:
+    """A text without the characters that steer a terminal: a model may say anything."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
 
 
 def _stripped(text: Text) -> Text:

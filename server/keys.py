@@ -1,4 +1,4 @@
-"""API keys: made, hashed at rest, and looked up; the commands ``abmll keys``."""
+"""API keys: made, hashed at rest, and looked up."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Literal, get_args
 
-import typer
 from limits import RateLimitItem, parse_many
 from pydantic import BaseModel
 
@@ -162,45 +161,3 @@ class Keys:
                 db.close()
         except sqlite3.Error as error:
             raise AbmllError(f"the file of keys {self.path} cannot be used: {error}", field="keys") from error
-
-
-_File = Annotated[Path, typer.Option("--keys", envvar="ABMLL_KEY_FILE", help="File of the keys.")]
-_DEFAULT = Path("abmll-keys.sqlite3")
-
-
-def register(app: typer.Typer) -> None:
-    """Adds ``abmll keys`` to the command line."""
-    keys = typer.Typer(help="Make, list and revoke API keys for `abmll serve --keys`.", no_args_is_help=True)
-    keys.command("add")(add_command)
-    keys.command("list")(list_command)
-    keys.command("revoke")(revoke_command)
-    app.add_typer(keys, name="keys")
-
-
-def add_command(
-    name: Annotated[str, typer.Argument(help="Whose key it is; stands in the log.")],
-    rights: Annotated[
-        str, typer.Option(help="Joined by commas: query (ask), adapt (make tasks), admin (delete tasks).")
-    ] = "query",
-    rate: Annotated[
-        str | None, typer.Option(show_default="any number", help="Most requests in a time, such as 600/minute.")
-    ] = None,
-    file: _File = _DEFAULT,
-) -> None:
-    """Make a key, and show it this once."""
-    typer.echo(Keys(file).add(name, [right.strip() for right in rights.split(",")], rate))
-
-
-def list_command(file: _File = _DEFAULT) -> None:
-    """List the keys, without their secrets."""
-    for key in Keys(file).all():
-        rights = ",".join(sorted(key.rights))
-        typer.echo(f"{key.name}\t{rights}\t{key.rate or 'any number'}\t{key.created}")
-
-
-def revoke_command(
-    name: Annotated[str, typer.Argument(help="The key's name.")],
-    file: _File = _DEFAULT,
-) -> None:
-    """End a key at once, in a running server too."""
-    Keys(file).revoke(name)

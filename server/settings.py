@@ -1,47 +1,82 @@
-"""Settings of the server: one tree, with units and defaults; the command line is a view of it."""
+"""Settings of the server: one tree, with units and defaults; command line, environment and file are views of it.
+
+What stands after ``; default:`` in a description is shown as the default, where the default itself says less.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from training.embedded import POSTERIOR, resolve
 
 
 class Settings(BaseModel, frozen=True, extra="forbid"):
-    """What ``abmll serve`` can be told."""
+    """What ``abmll serve`` can be told. Built in code it reads nothing from outside: ``clients.config.load`` does."""
 
-    host: str = Field(default="127.0.0.1", description="address to listen on")
+    host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on")
-    engine: Literal["vllm", "torch"] = Field(default="torch", description="vllm: production; torch: starts in seconds")
-    model: str | None = Field(default=None, description="hub name or folder of the base model; None: the embedded one")
+    engine: Literal["vllm", "torch"] = Field(
+        default="torch", description="what runs the model; torch starts in seconds; default: vllm where it is installed"
+    )
+    model: str | None = Field(default=None, description="base model, hub name or folder; default: the embedded one")
     revision: str | None = Field(default=None, description="commit or tag of the base model on the hub")
-    posterior: Path | None = Field(default=None, description="folder of the global posterior; None: the embedded one")
+    posterior: Path | None = Field(
+        default=None, description="folder of the global posterior; default: the embedded one"
+    )
     store: Path = Field(default=Path("abmll-store"), description="folder of task posteriors and adaptation jobs")
-    draws: int = Field(default=8, ge=1, description="draws of a request that says none, or auto, at most")
-    max_draws: int = Field(default=64, ge=1, description="most draws that a request may ask for")
-    context: int | None = Field(default=None, ge=16, description="tokens of prompt and answer; None: the model's limit")
+    draws: int = Field(default=8, ge=1, description="draws of a question that says none, or auto, at most")
+    max_draws: int = Field(default=64, ge=1, description="most draws that a question may ask for")
+    context: int | None = Field(
+        default=None, ge=16, description="longest prompt and answer, in tokens; default: the model's limit"
+    )
     device: str = Field(default="auto", description="device of the torch engine; auto: a GPU if there is one")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="base weights of the torch engine and of adaptation"
     )
-    threads: int | None = Field(default=None, ge=1, description="CPU threads of the torch engine; None: torch's choice")
-    vllm_options: dict[str, Any] = Field(default={}, description="further arguments of vLLM's engine, by their names")
-    adapt_device: str = Field(default="cpu", description="device that adaptation runs on")
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads of the torch engine; default: torch's choice"
+    )
+    vllm_options: dict[str, Any] = Field(
+        default={},
+        description="arguments of vLLM's engine, by their names; default: vLLM's own",
+        json_schema_extra={"option": "--vllm-option"},
+    )
+    adapt_device: str = Field(
+        default="cpu", description="device of adaptation, such as cuda:1; vLLM takes the whole of its own GPU"
+    )
     adapt_threads: int = Field(default=1, ge=1, description="CPU threads of adaptation, which runs at low priority")
     concurrency: int = Field(default=32, ge=1, description="questions in the engine at a time")
     queue: int = Field(default=512, ge=0, description="questions that may wait for the engine; 429 past that")
     job_queue: int = Field(default=256, ge=1, description="adaptation jobs that may wait; 429 past that")
     timeout: float = Field(default=60.0, gt=0, description="seconds until an unanswered question is given up; 504")
-    max_body: int = Field(default=16 << 20, ge=1024, description="largest body of a request in bytes; 413 past that")
-    cache: int = Field(default=1 << 30, ge=1 << 20, description="bytes of posteriors to keep; as many of draws")
+    max_body: int = Field(default=16 << 20, ge=1024, description="largest body of a request, in bytes; 413 past that")
+    cache: int = Field(
+        default=1 << 30, ge=1 << 20, description="bytes of posteriors to keep in memory, and as many of draws"
+    )
     feedback_kept: int = Field(default=200_000, ge=1, description="newest answers that feedback can be given on")
-    keys: Path | None = Field(default=None, description="file of API keys; None: everybody may do everything")
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    keys: Path | None = Field(
+        default=None,
+        description="file of API keys, as `abmll keys add` makes it; default: everybody may do everything",
+        json_schema_extra={"variable": "ABMLL_KEY_FILE"},
+    )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        description="OpenTelemetry collector of traces, http://HOST:4317 or http://HOST:4318/v1/traces; default: none",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least severe log")
     log_format: Literal["text", "json"] = Field(default="text", description="lines for people, or one JSON object each")
     log_prompts: bool = Field(default=False, description="write the questions into the log")
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _is_url(cls, endpoint: str | None) -> str | None:
+        if endpoint is not None and not re.fullmatch(r"https?://[^/\s]+(/\S*)?", endpoint):
+            raise ValueError("give http://HOST:4317 (gRPC) or http://HOST:4318/v1/traces (HTTP)")
+        return endpoint
 
     @model_validator(mode="after")
     def _draws_in_range(self) -> Settings:

@@ -1,4 +1,4 @@
-"""A tiny Llama with a tokenizer of its own, made once a session."""
+"""A tiny Llama with a tokenizer of its own, made once a session; and the command line."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.command_line import CommandLine
 
 _CORPUS = (
     "the film was a delight and i would see it again",
@@ -57,3 +59,9 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             parameter.mul_(4.0)  # larger than at initialization, so that answers differ from uniform
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def abmll(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    monkeypatch.setenv("COLUMNS", "100")
+    return CommandLine(monkeypatch, capsys)

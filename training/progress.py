@@ -40,6 +40,25 @@ def silent(name: str, total: float) -> Generator[Bar, None, None]:
     yield _Silent()
 
 
+class _Pace:
+    """Steps a second, or pieces of work where no step is told and there are several."""
+
+    def __init__(self, total: float) -> None:
+        self.total = total
+        self.begin: tuple[float, float] | None = None
+
+    def __call__(self, done: float, values: Mapping[str, float]) -> str:
+        count = values.get("step", done)
+        if "step" not in values and self.total <= 1:
+            return ""
+        now = time.monotonic()
+        if self.begin is None:  # work that goes on does not begin at 0
+            self.begin = (now, count)
+        seconds, since = now - self.begin[0], count - self.begin[1]
+        unit = "steps/s" if "step" in values else "/s"
+        return f"{since / seconds:.3g} {unit}  " if seconds > 0 and since > 0 else ""
+
+
 class _Lines:
     """A line on stderr at most every ``every`` seconds, for logs."""
 
@@ -61,15 +80,22 @@ def track(name: str, total: float) -> Generator[Bar, None, None]:
         yield _Lines(name, total)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    pace = _Pace(total)
     with RichProgress(*columns, console=Console(stderr=True)) as rich:
         handle = rich.add_task(name, total=total, note="")
 
         class _Rich:
             def update(self, done: float, values: Mapping[str, float]) -> None:
-                rich.update(handle, completed=done, note=_figures(values))
+                rich.update(handle, completed=done, note=f"{pace(done, values)}{_figures(values)}")
 
         yield _Rich()

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,14 +26,19 @@ queries = 4
 PINS = ["--pin", "family_3=validation", "--pin", "family_4=test"]
 
 
-def abmll(*arguments: object, code: int = 0) -> str:
+def abmll(*arguments: object, code: int = 0, told: bool = True) -> str:
     command = [sys.executable, "-m", "server.cli", *map(str, arguments)]
     root = Path(__file__).parents[2]
     done = subprocess.run(
         command, cwd=root, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return done.stdout + (done.stderr if told else "")
+
+
+def document(*arguments: object) -> Any:
+    """What a command prints with ``--json``: one document on stdout, whatever stderr tells."""
+    return json.loads(abmll(*arguments, "--json", told=False))
 
 
 def write_texts(path: Path, examples: Path) -> Path:
@@ -63,18 +69,19 @@ def test_train_adapt_and_eval(trained: tuple[Path, Path, str], tmp_path: Path) -
     assert stored.calibration is not None
     assert stored.calibration.fitted_on == ["rule_3"]
     assert stored.record.training["split"]["families"]["family_4"] == "test"
-    table = tmp_path / "table.json"
     wanted = ["--queries", 6, "--draws", 2, "--shots", "0,2", "--by", "category,task"]
-    printed = abmll("eval", theta, "--tasks", data, *wanted, "--json", table)
-    assert "| rule | 2 | 1 |" in printed
-    assert "| rule_4 | 2 | 1 |" in printed
-    rows = json.loads(table.read_text())
+    rows = document("eval", theta, "--tasks", data, *wanted)
     assert [(row.get("category") or row["task"], row["shots"], row["tasks"]) for row in rows] == [
         (name, shots, 1) for level in ("rule", "rule_4") for name in (level, "all") for shots in (0, 2)
     ]
     examples = data / "tasks" / "rule_4.jsonl"
-    abmll("adapt", theta, "--examples", examples, "--task", "films", "--out", tmp_path / "phi", "--steps", 3)
+    adapted = document(
+        "adapt", theta, "--examples", examples, "--task", "films", "--out", tmp_path / "phi", "--steps", 3
+    )
     phi = load_posterior(tmp_path / "phi")
+    assert adapted == {
+        "folder": str(tmp_path / "phi"), "task": "films", "posterior": phi.digest, "parent": stored.digest, "shots": 40,
+    }  # fmt: skip
     assert (phi.record.task, phi.record.shots, phi.record.parent) == ("films", 40, stored.digest)
     assert stored.calibration is not None
     assert phi.calibration is not None

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from training.commands.document import print_json
+
 if TYPE_CHECKING:
     from training.benchmark.run import BenchConfig, Parts
     from training.benchmark.world import World
@@ -49,6 +51,7 @@ def bench_command(
     quick: Annotated[bool, typer.Option(help="A run of minutes that shows how it works, not how good it is.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Processes at a time, which share the cores.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU if there is one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the measures as one JSON document.")] = False,
 ) -> None:
     """Compare ABMLL with what one would use instead: same base model, data, shots and budget."""
     from training.benchmark.catalogue import compared
@@ -85,12 +88,25 @@ def bench_command(
     )
     text = _report(rows, config)
     (out / "report.md").write_text(text, encoding="utf-8")
-    typer.echo(text)
+    if not as_json:
+        typer.echo(text)
     pictures = draw_all(rows, out)
     if betas is not None:
         pictures.append(against_beta(rows, out))
+    if as_json:
+        files = {"report": out / "report.md", "pictures": pictures}
+        print_json(files | {"settings": config, "rows": _measures(rows)})
+        return
     for picture in pictures:
         typer.echo(f"drew {picture}")
+
+
+def _measures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without what was measured of each single answer."""
+    return [
+        {key: value for key, value in row.items() if key != "identity" and not isinstance(value, list | dict)}
+        for row in rows
+    ]
 
 
 def _generated(world: World, config: BenchConfig, seed: int) -> Parts:

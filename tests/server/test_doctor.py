@@ -1,0 +1,129 @@
+"""What the doctor finds on this machine, and where something is wrong."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from abmll.store import StoredPosterior
+from server import machine_checks, service_checks
+from server.findings import Finding, guarded
+from server.keys import Keys
+from server.settings import Settings
+from tests.command_line import CommandLine
+from tests.server.conftest import Server, free_port
+
+
+def status(check: Callable[[Settings], Iterator[Finding]], **settings: object) -> tuple[str, str, str]:
+    """The only finding of a check: its status, what was found, and what would mend it."""
+    (found,) = check(Settings.model_validate(settings))
+    assert (found.status == "ok") == (found.mend == ""), found
+    return found.status, found.detail, found.mend
+
+
+def test_a_machine_that_serves_has_nothing_that_fails(
+    abmll: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = {row["name"]: row for row in abmll("doctor", "--port", free_port(), "--json").json}
+    names = {"settings", "python", "packages", "builds", "memory", "shared memory", "store", "port", "keys", "model"}
+    assert names | {"torch", "device", "vllm", "posterior"} <= found.keys()
+    assert {row["status"] for row in found.values()} <= {"ok", "warn"}
+    assert torch.__version__ in found["torch"]["detail"]
+    assert "whole" in found["posterior"]["detail"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_wrong_is_told_with_how_to_mend_it_and_by_the_exit_status(
+    abmll: CommandLine,
+    global_posterior: tuple[Path, StoredPosterior],
+    tiny_model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine_checks, "start_vllm", lambda: None)  # importing it takes ten seconds
+    damaged = tmp_path / "damaged"
+    shutil.copytree(global_posterior[0], damaged)
+    (damaged / "calibration.json").write_text("{}")
+    monkeypatch.setenv("ABMLL_PROT", "1")
+    ran = abmll("doctor", "--model", tiny_model_folder, "--posterior", damaged, "--keys", tmp_path / "none")
+    assert ran.code == 1
+    lines = [line.rstrip().split(maxsplit=2) for line in ran.out.splitlines()]
+    found = {words[1]: (words[0], words[2]) for words in lines if words[0] in ("ok", "warn", "fail")}
+    assert found["posterior"][0] == found["keys"][0] == "fail"
+    assert found["settings"] == ("warn", "no file; ABMLL_PROT names no setting")
+    assert found["model"][0] == "ok"
+    assert ran.out.count("→") == sum(state != "ok" for state, _ in found.values())
+    assert "\x1b" not in ran.out
+
+
+def test_the_port_is_free_or_ours_or_anothers(server: Server) -> None:
+    assert status(service_checks.port, port=free_port())[0] == "ok"
+    state, detail, _ = status(service_checks.port, port=server.settings.port)
+    assert (state, detail.startswith("abmll "), "answers at" in detail) == ("ok", True, True)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        other.settimeout(0)
+        assert status(service_checks.port, port=other.getsockname()[1])[0] == "fail"
+
+
+def test_a_store_is_looked_at_without_making_it(tmp_path: Path) -> None:
+    state, detail, _ = status(service_checks.store, store=tmp_path / "a" / "b")
+    assert (state, "will be made" in detail, list(tmp_path.iterdir())) == ("ok", True, [])
+    (tmp_path / "file").write_text("")
+    assert status(service_checks.store, store=tmp_path / "file" / "store")[0] == "fail"
+
+
+def test_keys_that_others_can_read_and_a_server_without_any_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "keys.sqlite3"
+    Keys(path).add("ann", ["query"])
+    assert status(service_checks.keys, keys=path)[0] == "ok"
+    path.chmod(0o640)
+    assert status(service_checks.keys, keys=path)[2] == f"`chmod 600 {path}`"
+    assert status(service_checks.keys)[0] == "ok"
+    assert status(service_checks.keys, host="0.0.0.0")[0] == "warn"
+
+
+def test_a_model_that_cannot_be_had_offline_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    state, detail, mend = status(service_checks.hub, model="meta-llama/Meta-Llama-3-8B")
+    assert (state, "not in the hub's cache" in detail, "HF_HUB_OFFLINE" in mend) == ("fail", True, True)
+    assert status(service_checks.hub, model=str(tmp_path / "nowhere"))[0] == "fail"
+    assert status(service_checks.hub, model=str(tmp_path))[0] == "fail"
+    assert status(service_checks.hub)[0] == "ok"
+
+
+def test_a_build_for_cuda_beside_torch_for_the_cpu_is_found_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, version in (("torch", "2.13.0+cpu"), ("torchvision", "0.28.0"), ("torchaudio", "2.13.0+cpu")):
+        folder = tmp_path / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (found,) = [found for found in machine_checks.packages() if found.name == "builds"]
+    assert (found.status, found.mend) == ("fail", "`uv pip uninstall torchvision`")
+    assert "torchaudio" not in found.detail
+
+
+def test_a_process_that_dies_or_hangs_is_told_of() -> None:
+    assert machine_checks.Child(["-c", "raise ImportError('no such library')"]).told() == (
+        [],
+        "ImportError: no such library",
+    )
+    told, why = machine_checks.Child(["-c", "print('{\"a\": 1}', flush=True); import time; time.sleep(60)"], 1).told()
+    assert (told, why) == ([{"a": 1}], "no end after 1 s")
+
+
+def test_a_check_that_breaks_is_a_finding() -> None:
+    def broken() -> Iterator[Finding]:
+        yield Finding("first", "ok", "")
+        raise ZeroDivisionError("x\ny")
+
+    (found,) = guarded("thing", broken)
+    assert (found.name, found.status) == ("thing", "warn")
+    assert "ZeroDivisionError: x y" in found.detail

@@ -1,0 +1,72 @@
+"""The command ``abmll calibrate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from training.commands.document import print_json
+from training.commands.opening import open_base
+from training.commands.options import Device, Dtype, Jobs, Json, Model, Tasks
+from training.commands.parts import tasks_of_part
+from training.settings import checked, numbers
+
+
+def calibrate_command(
+    posterior: Annotated[Path, typer.Argument(help="Folder of the global posterior; its calibration is replaced.")],
+    tasks: Tasks,
+    model: Model = None,
+    split: Annotated[Path | None, typer.Option(help="Split file; default: the posterior's own.")] = None,
+    shots: Annotated[str, typer.Option(help="Numbers of shots, joined by commas.")] = "0,4,16",
+    draws: Annotated[int, typer.Option(help="Draws.")] = 8,
+    queries: Annotated[int, typer.Option(help="Items predicted in each task, at most.")] = 100,
+    supports: Annotated[int, typer.Option(help="Support sets of each task and number of shots.")] = 1,
+    seed: int = 0,
+    jobs: Jobs = 1,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Calibrate a global posterior anew, on validation families and new tasks of the training families' kinds."""
+    from abmll.store import load_posterior, save_posterior
+    from training.adaptation import AdaptConfig
+    from training.base.corpus import unseen_items
+    from training.calibrate import calibrate_all
+    from training.embedded import resolve
+    from training.evaluation import EvalConfig
+    from training.progress import track
+    from training.tasks import load_tasks
+
+    stored = load_posterior(posterior)
+    loaded = load_tasks(tasks)
+    validation = tasks_of_part(loaded, split, "validation", stored)
+    training = unseen_items(
+        Path(resolve(model or stored.posterior.config.base_model)), tasks_of_part(loaded, split, "train", stored)
+    )
+    config = checked(
+        EvalConfig,
+        {"shots": numbers(shots, "shots"), "draws": draws, "queries": queries, "supports": supports, "seed": seed},
+    )
+    base, attached, theta = open_base(stored.posterior, model, dtype, device)
+    inner = AdaptConfig.from_record(stored.record.training)
+    calibration, results, tables = calibrate_all(
+        base, attached, theta, validation, training, inner, config, track, jobs
+    )
+    save_posterior(posterior, stored.posterior, stored.record.model_copy(update={"results": results}), calibration)
+    if as_json:
+        written = {"folder": posterior, "posterior": stored.digest, "results": results}
+        print_json(written | {"calibration": calibration})
+        return
+    typer.echo("\n\n".join(tables))
+    for entry in calibration.by_shots:
+        typer.echo(
+            f"{entry.shots} shots: temperatures around {entry.temperature:.2f}, log spread {entry.spread:.2f}; "
+            f"ECE {entry.ece_before:.3f} before, {entry.ece_after:.3f} after"
+        )
+    for entry in calibration.texts:
+        typer.echo(
+            f"{entry.shots} shots, free text: slope {entry.slope:.2f}, offset {entry.offset:.2f}; "
+            f"ECE {entry.ece_before:.3f} before, {entry.ece_after:.3f} after"
+        )

@@ -1,0 +1,19 @@
+"""Options that several training commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Tasks = Annotated[Path, typer.Option(help="Folder of tasks: JSON Lines files, with a manifest.json if you have one.")]
+Model = Annotated[str | None, typer.Option(help="Base model: hub name or folder. Default: the embedded small model.")]
+Revision = Annotated[str | None, typer.Option(help="Commit or tag of the base model on the hub.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with further settings.")]
+SplitFile = Annotated[Path | None, typer.Option(help="Split file to read; made from --seed and --pin if absent.")]
+Pins = Annotated[list[str] | None, typer.Option("--pin", help="FAMILY=train|validation|test; may be repeated.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Processes that share the predictions, each with its own model.")]
+Dtype = Annotated[str, typer.Option(help="Dtype of the frozen base weights: float32 or bfloat16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the results as one JSON document.")]

@@ -1,0 +1,129 @@
+"""The command ``abmll train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from training.commands.document import print_json
+from training.commands.opening import dtype_of
+from training.commands.options import (
+    ConfigFile,
+    Device,
+    Dtype,
+    Jobs,
+    Json,
+    Model,
+    Pins,
+    Revision,
+    SplitFile,
+    Tasks,
+)
+from training.commands.parts import chosen_split
+from training.settings import checked, choose_device, read_toml
+
+
+def train_command(
+    tasks: Tasks,
+    out: Annotated[Path, typer.Option(help="Posterior folder to make; checkpoints lie in OUT.work.")],
+    model: Model = None,
+    revision: Revision = None,
+    split: SplitFile = None,
+    seed: Annotated[int, typer.Option(help="Seed of split and training.")] = 0,
+    pin: Pins = None,
+    family: Annotated[str, typer.Option(help="Scale family: kronecker, lowrank or subspace.")] = "kronecker",
+    targets: Annotated[str, typer.Option(help="Names of the targeted modules, joined by commas.")] = "q_proj,v_proj",
+    layers: Annotated[
+        str, typer.Option(help="Blocks of the model that are Gaussian: all, last, or the top share, such as top-25%.")
+    ] = "all",
+    rank: Annotated[int | None, typer.Option(help="Rank of the mean. Default: 7; 16 for subspace.")] = None,
+    steps: Annotated[int, typer.Option(help="Meta-training steps.")] = 400,
+    minutes: Annotated[float | None, typer.Option(help="Train by wall clock instead of steps.")] = None,
+    beta: Annotated[
+        float | None, typer.Option(help="Weight of KL. Default: 1e-4; 1e-2 for subspace.", show_default=False)
+    ] = None,
+    config: ConfigFile = None,
+    books: Annotated[Path | None, typer.Option(help="Book shards to make pseudo-tasks from.")] = None,
+    pseudo: Annotated[int, typer.Option("--pseudo-tasks", help="Pseudo-tasks of each kind.")] = 30,
+    calibration_draws: Annotated[int, typer.Option(help="Draws in calibration.")] = 8,
+    context: Annotated[int | None, typer.Option(help="Longest prompt in tokens; the model's limit by default.")] = None,
+    jobs: Jobs = 1,
+    dtype: Dtype = "float32",
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute activations to save memory.")] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Meta-train a global posterior on training families and calibrate it on validation families."""
+    from abmll.layers import attach
+    from abmll.posterior import PosteriorConfig
+    from abmll.store import Record, save_posterior
+    from training.adaptation import family_settings
+    from training.base.corpus import unseen_items
+    from training.base_model import load_base
+    from training.calibrate import calibrate_all
+    from training.embedded import NAME, resolve
+    from training.evaluation import EvalConfig
+    from training.meta import MetaConfig, meta_train
+    from training.progress import track
+    from training.pseudo_tasks import kind_tasks, pseudo_tasks
+    from training.tasks import load_tasks
+
+    values = read_toml(config)
+    posterior_values: dict[str, Any] = {"family": family, "layers": layers} | values.pop("posterior", {})
+    if rank is not None:
+        posterior_values = {"rank": rank} | posterior_values
+    inner = family_settings(posterior_values["family"]) | ({} if beta is None else {"beta": beta})
+    inner |= values.pop("inner", {})
+    settings = checked(MetaConfig, {"steps": steps, "minutes": minutes, "seed": seed, "inner": inner} | values)
+    loaded = load_tasks(tasks)
+    work = out.with_name(out.name + ".work")
+    chosen = chosen_split(loaded, split, seed, pin, work / "split.json")
+    source = resolve(model)
+    base = load_base(
+        source,
+        revision=revision,
+        dtype=dtype_of(dtype),
+        device=choose_device(device),
+        context=context,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    posterior_config = checked(
+        PosteriorConfig,
+        {
+            "base_model": model or NAME,
+            "base_revision": revision,
+            "targets": tuple(targets.split(",")),
+        }
+        | posterior_values,
+    )
+    attached = attach(base.model, posterior_config.targets, posterior_config.layers)
+    familiar = unseen_items(Path(source), chosen.select(loaded, "train"))
+    from_books = pseudo_tasks(books, pseudo, seed) if books is not None else []
+    training_tasks = [*familiar, *kind_tasks(familiar, pseudo, seed), *from_books]
+    theta = meta_train(base, attached, training_tasks, posterior_config, settings, work)
+    theta = theta.map(lambda tensor: tensor.to(base.device))
+    evaluation = EvalConfig(draws=calibration_draws, seed=seed)
+    validation = chosen.select(loaded, "validation")
+    calibration, results = None, {}
+    if validation:
+        calibration, results, tables = calibrate_all(
+            base, attached, theta, validation, familiar, settings.inner, evaluation, track, jobs
+        )
+        if not as_json:
+            typer.echo("\n\n".join(tables))
+    extra = {
+        "split": chosen.model_dump(),
+        "pseudo_tasks": {"tasks": pseudo, "books": pseudo if books is not None else 0},
+    }
+    record = Record(
+        seed=seed,
+        training=settings.model_dump(mode="json") | extra,
+        results=results,
+    )
+    stored = save_posterior(out, theta, record, calibration)
+    if as_json:
+        print_json({"folder": out, "posterior": stored.digest, "split": chosen, "results": results})
+    else:
+        typer.echo(f"wrote {out}, posterior {stored.digest}")
