@@ -118,6 +118,24 @@ class TaskGradient:
     kl_nats: float
 
 
+def backward_data(
+    attached: Attached,
+    phi: Posterior,
+    data: Sequence[Labelled],
+    generator: torch.Generator | None,
+    max_tokens: int = 4096,
+) -> Tensor:
+    """Adds the gradient of ``data_loss`` per data point to the parameters of phi, pass by pass; returns its value."""
+    total = torch.zeros(())
+    for group in micro_batches(data, max_tokens):
+        signs = None if generator is None else row_signs(phi, len(group), generator)
+        with attached.using(phi, signs) as model:
+            loss = _negative_log_likelihood(model, phi, group) / len(data)
+            loss.backward()  # in here: gradient checkpointing runs the layers again, under the same posterior
+        total = total + loss.detach().cpu()
+    return total
+
+
 def task_gradient(
     attached: Attached,
     q: Posterior,
@@ -143,14 +161,7 @@ def task_gradient(
         max_tokens: Padded tokens in one forward pass.
     """
     leaves = {key: tensor.detach().requires_grad_() for key, tensor in q.tensors().items()}
-    phi = q.with_tensors(leaves)
-    total = torch.zeros(())
-    for group in micro_batches(data, max_tokens):
-        signs = None if generator is None else row_signs(phi, len(group), generator)
-        with attached.using(phi, signs) as model:
-            loss = _negative_log_likelihood(model, phi, group) / len(data)
-            loss.backward()  # in here: gradient checkpointing runs the layers again, under the same posterior
-        total = total + loss.detach().cpu()
+    total = backward_data(attached, q.with_tensors(leaves), data, generator, max_tokens)
     data_gradient = {key: _gradient(leaf) for key, leaf in leaves.items()}
     q_leaves = {key: tensor.detach().requires_grad_() for key, tensor in q.tensors().items()}
     p_leaves = {key: tensor.detach().requires_grad_() for key, tensor in p.tensors().items()}

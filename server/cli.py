@@ -21,6 +21,7 @@ import training.cli
 from abmll.errors import AbmllError, DeadlineExceeded, EngineFailure, StoreFailure
 from clients.errors import ClientError
 from server.options import ConfigFile, load_settings, with_settings
+from server.plan_command import plan_command
 
 _EPILOG = "Exit status: 0 done, 1 failed, 2 wrong input, 130 interrupted."
 _SETTINGS = (
@@ -63,6 +64,7 @@ def create_cli() -> typer.Typer:
     clients.cli.register(app)
     training.cli.register(app)
     server.draws_command.register(app)
+    app.command("plan")(plan_command)
     server.key_commands.register(app)
     server.config_commands.register(app)
     server.doctor.register(app)

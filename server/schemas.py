@@ -294,8 +294,8 @@ class GenerateReply(BaseModel):
     )
     draws: int = Field(description="Draws used.", examples=[8])
     finish: Finish | None = Field(
-        description="What ended a free text: the model (`end`), a stop string (`stop`) or `max_tokens` (`length`); null "
-        "with options, and for a text that was scored.",
+        description="What ended a free text: the model (`end`), a stop string (`stop`) or `max_tokens` (`length`); "
+        "null with options, and for a text that was scored.",
         examples=[None],
     )
     usage: Usage

@@ -150,8 +150,8 @@ class ReliabilityReply(BaseModel):
     task: str
     version: int
     validation: Curves | None = Field(
-        description="On validation tasks taught with about as many examples, each family calibrated on the others; null: "
-        "not known."
+        description="On validation tasks taught with about as many examples, each family calibrated on the others; "
+        "null: not known."
     )
     feedback: Curves | None = Field(
         description="On the version's own answers with options that were judged, the newest thousand; null: none was."

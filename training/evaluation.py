@@ -411,9 +411,7 @@ def held_out_families(group: Sequence[_OfTask]) -> Iterator[tuple[list[_OfTask],
         yield inside, [item for item in group if item.task.family != family] or inside
 
 
-def _held_out_answers(
-    group: Sequence[TaskPredictions], familiar: Sequence[TaskPredictions]
-) -> tuple[Tensor, Tensor]:
+def _held_out_answers(group: Sequence[TaskPredictions], familiar: Sequence[TaskPredictions]) -> tuple[Tensor, Tensor]:
     """Confidence of all answers, each family's tempered by a fit to the others, and whether they were right."""
     confidences: list[Tensor] = []
     corrects: list[Tensor] = []

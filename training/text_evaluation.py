@@ -163,9 +163,7 @@ def _confidence(fit: TextConfidence, group: Sequence[TextPredictions]) -> list[T
     return [fit.confidence(item.answers.judged.logits) for item in group]
 
 
-def _held_out_answers(
-    group: Sequence[TextPredictions], familiar: Sequence[TextPredictions]
-) -> tuple[Tensor, Tensor]:
+def _held_out_answers(group: Sequence[TextPredictions], familiar: Sequence[TextPredictions]) -> tuple[Tensor, Tensor]:
     """Confidence of all answers, each family's by a fit to the others, and whether they were right."""
     confidences: list[Tensor] = []
     corrects: list[Tensor] = []

@@ -20,7 +20,7 @@ from clients.http import Client
 from clients.replies import Answer, StreamedToken
 from server.engine import Tell
 from server.schemas import GenerateReply
-from server.streaming import WholeText, stream
+from server.streaming import TokenEvents, WholeText, stream
 from tests.server.conftest import Server
 from tests.server.test_http import without_times
 
@@ -77,8 +77,8 @@ def test_an_error_before_the_first_token_is_raised_and_a_later_one_told() -> Non
 
     async def ask() -> list[tuple[str, Any]]:
         with pytest.raises(TaskNotFound):
-            await stream(fails, WholeText(Bytes(), []), as_is, print)
-        return await events(await stream(breaks, WholeText(Bytes(), []), as_is, print))
+            await stream(fails, WholeText(Bytes(), []), TokenEvents(), as_is, print)
+        return await events(await stream(breaks, WholeText(Bytes(), []), TokenEvents(), as_is, print))
 
     told = asyncio.run(ask())
     assert [kind for kind, _ in told] == ["token"] * 5 + ["error"]
@@ -99,7 +99,7 @@ def test_a_reader_who_goes_away_ends_the_work() -> None:
             ended.append(True)
 
     async def ask() -> None:
-        response = await stream(goes_on, WholeText(Bytes(), []), as_is, print)
+        response = await stream(goes_on, WholeText(Bytes(), []), TokenEvents(), as_is, print)
         iterator: Any = response.body_iterator
         assert b'"text": "A"' in await anext(iterator)
         await iterator.aclose()

@@ -1,0 +1,144 @@
+"""What training takes, from the base model's configuration alone: a step done on tensors without contents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import BaseModel, Field
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from abmll.errors import AbmllError
+from abmll.kl import kl
+from abmll.layers import attach
+from abmll.objective import Labelled, backward_data
+from abmll.posterior import Posterior, PosteriorConfig, init_layer
+from abmll.scoring import Question
+from training.live_memory import LiveMemory
+
+# theta, where it began (hyperprior), its gradient and Adam's two moments.
+_OF_THETA = 5
+# A question of the step has so many options of one token.
+_OPTIONS = 4
+
+
+class TrainingPlan(BaseModel, frozen=True):
+    """Sizes of a gradient step of a task's posterior, and of what meta-training keeps beside it.
+
+    Attributes:
+        base_parameters: Of the base model, frozen.
+        posterior_parameters: Of one posterior.
+        base: Bytes of the base model's weights and buffers.
+        theta: Bytes of the global posterior with its gradient and optimizer.
+        phi: Bytes of a task's posterior with its optimizer.
+        step: Bytes that a step takes besides at its peak: activations, gradients, the KL term.
+        step_flops: Floating-point operations of a step, a multiplication and addition counted as two.
+    """
+
+    base_parameters: int
+    posterior_parameters: int
+    base: int = Field(description="bytes")
+    theta: int = Field(description="bytes")
+    phi: int = Field(description="bytes")
+    step: int = Field(description="bytes")
+    step_flops: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak of meta-training."""
+        return self.base + self.theta + self.phi + self.step
+
+
+def read_config(model: str, revision: str | None = None) -> Any:
+    """Returns a model's configuration; its weights are not needed.
+
+    Raises:
+        AbmllError: It cannot be had.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model, revision=revision)
+    except (OSError, ValueError) as error:
+        raise AbmllError(
+            f"cannot read the configuration of {model}: {error}; give a folder that holds its config.json, or check "
+            "the name, your access and HF_TOKEN",
+            field="model",
+        ) from error
+
+
+def plan_training(
+    config: Any,
+    posterior: PosteriorConfig,
+    *,
+    rows: int,
+    tokens: int,
+    dtype: torch.dtype = torch.bfloat16,
+    checkpointing: bool = False,
+    max_tokens: int = 4096,
+) -> TrainingPlan:
+    """Does a step of the inner loop with tensors that have shapes but no contents, and counts bytes and operations.
+
+    Args:
+        config: The base model's configuration, as ``read_config`` gives it.
+        posterior: What the posterior is made of.
+        rows: Examples in a step.
+        tokens: Tokens of each, prompt and answer.
+        dtype: Of the base weights; posterior and KL are float32.
+        checkpointing: Whether activations are computed again in the backward pass.
+        max_tokens: Padded tokens in one forward pass.
+
+    Raises:
+        AbmllError: The model has no such targets.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options = tuple((token,) for token in range(_OPTIONS))
+    data = [Labelled(Question((0,) * max(1, tokens - 1), options), 0) for _ in range(rows)]
+    memory, flops = LiveMemory(), FlopCounterMode(display=False)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+        attached = attach(model, posterior.targets, posterior.layers)
+        generator = torch.Generator()
+        layers = {
+            name: init_layer(layer.base.out_features, layer.base.in_features, posterior, generator)
+            for name, layer in attached.layers.items()
+        }
+        prior = Posterior(posterior, layers)
+        theta, phi = prior.tensors(), {key: tensor.clone() for key, tensor in prior.tensors().items()}
+        base = memory.track([*model.parameters(), *model.buffers()])
+        one = memory.track(theta.values())
+        memory.track(phi.values())
+        optimizer = torch.optim.Adam(phi.values())
+
+        def step() -> None:
+            leaves = {key: tensor.detach().requires_grad_() for key, tensor in phi.items()}
+            backward_data(attached, prior.with_tensors(leaves), data, generator, max_tokens)
+            q, p = ({key: tensor.detach().requires_grad_() for key, tensor in of.items()} for of in (phi, theta))
+            (kl(prior.with_tensors(q), prior.with_tensors(p)) / rows).backward()
+            for key, tensor in phi.items():
+                parts = [part for part in (leaves[key].grad, q[key].grad) if part is not None]
+                tensor.grad = sum(parts[1:], parts[0]) if parts else None
+            optimizer.step()
+            optimizer.zero_grad()
+
+        with memory:
+            step()  # makes the optimizer's moments
+            kept = memory.now
+            memory.peak = kept
+            with flops:
+                step()
+    parameters = sum(tensor.numel() for tensor in theta.values())
+    return TrainingPlan(
+        base_parameters=sum(tensor.numel() for tensor in model.parameters()),
+        posterior_parameters=parameters,
+        base=base,
+        theta=_OF_THETA * one,
+        phi=kept - base - one,
+        step=memory.peak - kept,
+        step_flops=flops.get_total_flops(),
+    )
