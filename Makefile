@@ -49,7 +49,7 @@ FLAGS += --torch-backend cpu
 endif
 endif
 
-.PHONY: help serve test bench bench-llama soak eval lint types imports format clean install install-dev
+.PHONY: help serve test bench bench-llama soak eval docs lint types imports format clean install install-dev
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,6 +81,10 @@ soak: $(SERVING) ## mixed traffic with faults for MINUTES (15): errors, lost job
 eval: $(SERVING) ## measure accuracy and calibration on TASKS, a folder (ARGS go to abmll eval)
 	@test -n "$(TASKS)" || { echo "name a folder of tasks: make eval TASKS=folder" >&2; exit 2; }
 	@$(BIN)/abmll eval --tasks "$(TASKS)" $(ARGS)
+
+docs: $(DEVELOPING) ## build the documentation into build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file clients/docs/mkdocs.yml
+	@echo "build/site/index.html"
 
 lint: $(DEVELOPING) ## ruff: rules and format
 	@$(BIN)/ruff check
