@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.command_line import CommandLine
+
+# Processes that tests start are forked from one that has imported these: imports are most of a start.
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["server.run", "server.torch_engine", "training.base_model", "training.meta", "transformers.models.llama"]
+)
 
 _CORPUS = (
     "the film was a delight and i would see it again",

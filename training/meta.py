@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import random
 import time
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ from abmll.store import replace_file
 from training.adaptation import AdaptConfig, run_inner
 from training.base_model import BaseModel as Base
 from training.episodes import EpisodeConfig, label, sample_episode, short_items
-from training.progress import Progress, track
+from training.progress import Progress, silent, track
+from training.ranks import ALONE, Ranks
 from training.tasks import Task
 
 
@@ -65,10 +67,15 @@ def hyperprior(theta: Posterior, start: Posterior) -> Tensor:
 class _Checkpoint:
     """Everything that a resumed run needs, in one file that is replaced as a whole."""
 
-    def __init__(self, path: Path, fingerprint: dict[str, Any]) -> None:
-        self.path, self.fingerprint = path, fingerprint
+    def __init__(self, path: Path, fingerprint: dict[str, Any], ranks: Ranks) -> None:
+        self.path, self.fingerprint, self._ranks = path, fingerprint, ranks
+
+    def _there(self) -> bool:
+        return self._ranks.main and self.path.is_file()
 
     def save(self, step: int, leaves: dict[str, Tensor], optimizer: torch.optim.Optimizer, seconds: float) -> None:
+        if not self._ranks.main:
+            return
         state = {
             "settings": json.dumps(self.fingerprint, sort_keys=True),
             "step": step,
@@ -81,9 +88,9 @@ class _Checkpoint:
         replace_file(self.path, stream.getvalue())
 
     def load(self, leaves: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-        if not self.path.is_file():
+        state = self._ranks.of_main(torch.load(self.path, weights_only=True) if self._there() else None)
+        if state is None:
             return 0, 0.0
-        state = torch.load(self.path, weights_only=True)
         if state["settings"] != json.dumps(self.fingerprint, sort_keys=True):
             raise AbmllError(
                 f"{self.path} was made with other settings, tasks or base model; "
@@ -111,6 +118,7 @@ def meta_train(
     work: Path,
     *,
     progress: Progress = track,
+    ranks: Ranks = ALONE,
 ) -> Posterior:
     """Meta-trains a global posterior by ABMLL's objective, first order.
 
@@ -130,12 +138,15 @@ def meta_train(
         work: Folder for ``checkpoint.pt`` and ``log.jsonl``; a run that was killed goes on from there and
             ends with the same theta as one that was not.
         progress: Shows progress.
+        ranks: The processes that share each step's tasks; with the same seed theta is the same for any number of
+            them, up to the order in which gradients are added.
 
     Returns:
         theta, on the CPU.
 
     Raises:
-        AbmllError: The checkpoint belongs to other settings, or the loss is not finite.
+        AbmllError: The checkpoint belongs to other settings, the loss is not finite, there are more processes than
+            tasks in a step, or one of them has gone.
     """
     limit = config.episodes.max_chars
     if limit is not None:
@@ -156,19 +167,23 @@ def meta_train(
         "posterior": start.config.model_dump(mode="json", exclude={"base_model"}),
         "tasks": [[task.name, len(task.examples)] for task in tasks],
     }
-    checkpoint = _Checkpoint(work / "checkpoint.pt", identity)
+    checkpoint = _Checkpoint(work / "checkpoint.pt", identity, ranks)
     done, seconds = checkpoint.load(leaves, optimizer)
     clock = _Clock(config, seconds)
-    log_path = work / "log.jsonl"
+    log_path = work / "log.jsonl" if ranks.main else Path(os.devnull)
     _truncate_log(log_path, done)
-    with log_path.open("a", encoding="utf-8") as log, progress("meta-train", total=1.0) as bar:
+    with (
+        log_path.open("a", encoding="utf-8") as log,
+        (progress if ranks.main else silent)("meta-train", total=1.0) as bar,
+    ):
         step = done
-        while (share := clock.share(step)) < 1.0:
+        # By wall clock, the processes would disagree on when it is over.
+        while (share := ranks.of_main(clock.share(step))) < 1.0:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 warm = min(1.0, (step + 1) / max(1, config.warmup))
                 group["lr"] = rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
             theta = start.with_tensors(leaves)
-            row = _accumulate(base, attached, theta, start, tasks, config, step, leaves)
+            row = _accumulate(base, attached, theta, start, tasks, config, step, leaves, ranks)
             norm = torch.nn.utils.clip_grad_norm_(leaves.values(), config.clip)
             if not torch.isfinite(norm):
                 raise AbmllError(f"the gradient at step {step} is not finite; lower learning_rate or beta")
@@ -193,12 +208,13 @@ def _accumulate(
     config: MetaConfig,
     step: int,
     leaves: dict[str, Tensor],
+    ranks: Ranks,
 ) -> dict[str, float]:
     """Puts theta's gradient into ``leaves`` and returns the loss parts, in nats per data point."""
     for leaf in leaves.values():
         leaf.grad = torch.zeros_like(leaf)
     sums = {"before": 0.0, "data": 0.0, "kl": 0.0, "query": 0.0}
-    for number in range(config.tasks_per_step):
+    for number in ranks.mine(config.tasks_per_step):
         rng = random.Random(f"{config.seed}:{step}:{number}:episode")
         generator = _generator(config.seed, step, number)
         episode = sample_episode(tasks, config.episodes, rng)
@@ -228,6 +244,8 @@ def _accumulate(
                 sums[name] += nll / len(query)
         sums["data"] += result.data_nats
         sums["kl"] += result.kl_nats
+    parts = torch.tensor(list(sums.values()), device=base.device)
+    ranks.add_up([*(leaf.grad for leaf in leaves.values() if leaf.grad is not None), parts])
     penalty_leaves = {key: leaf.detach().requires_grad_() for key, leaf in leaves.items()}
     penalty = config.gamma * hyperprior(theta.with_tensors(penalty_leaves), start)
     penalty.backward()
@@ -236,7 +254,7 @@ def _accumulate(
         assert leaf.grad is not None
         assert gradient is not None
         leaf.grad += gradient
-    row = {name: round(value / config.tasks_per_step, 5) for name, value in sums.items()}
+    row = {n: round(v / config.tasks_per_step, 5) for n, v in zip(sums, parts.tolist(), strict=True)}
     return row | {"hyperprior": round(penalty.item(), 6)}
 
 

@@ -14,7 +14,6 @@ from server.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["server.run", "server.torch_engine", "training.base_model", "transformers.models.llama"])
 
 
 def _serve(settings: str, log: str) -> None:

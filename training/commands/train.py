@@ -68,6 +68,7 @@ def train_command(
     from training.meta import MetaConfig, meta_train
     from training.progress import track
     from training.pseudo_tasks import kind_tasks, pseudo_tasks
+    from training.ranks import Ranks
     from training.tasks import load_tasks
 
     values = read_toml(config)
@@ -79,13 +80,16 @@ def train_command(
     settings = checked(MetaConfig, {"steps": steps, "minutes": minutes, "seed": seed, "inner": inner} | values)
     loaded = load_tasks(tasks)
     work = out.with_name(out.name + ".work")
-    chosen = chosen_split(loaded, split, seed, pin, work / "split.json")
+    ranks = Ranks.join(device)
+    # One process makes the split's file.
+    chosen = ranks.of_main(chosen_split(loaded, split, seed, pin, work / "split.json") if ranks.main else None)
+    assert chosen is not None
     source = resolve(model)
     base = load_base(
         source,
         revision=revision,
         dtype=dtype_of(dtype),
-        device=choose_device(device),
+        device=choose_device(ranks.device(device)),
         context=context,
         gradient_checkpointing=gradient_checkpointing,
     )
@@ -102,7 +106,10 @@ def train_command(
     familiar = unseen_items(Path(source), chosen.select(loaded, "train"))
     from_books = pseudo_tasks(books, pseudo, seed) if books is not None else []
     training_tasks = [*familiar, *kind_tasks(familiar, pseudo, seed), *from_books]
-    theta = meta_train(base, attached, training_tasks, posterior_config, settings, work)
+    theta = meta_train(base, attached, training_tasks, posterior_config, settings, work, ranks=ranks)
+    ranks.leave()
+    if not ranks.main:
+        return
     theta = theta.map(lambda tensor: tensor.to(base.device))
     evaluation = EvalConfig(draws=calibration_draws, seed=seed)
     validation = chosen.select(loaded, "validation")

@@ -1,0 +1,132 @@
+"""Meta-training in two processes that talk over gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from abmll.errors import AbmllError
+from abmll.layers import attach
+from abmll.posterior import PosteriorConfig
+from tests.training.conftest import TARGETS, rule_task
+from training.adaptation import AdaptConfig, family_settings
+from training.base_model import load_base
+from training.episodes import EpisodeConfig
+from training.meta import MetaConfig, meta_train
+from training.progress import silent
+from training.ranks import Ranks
+
+TASKS = [rule_task(number) for number in range(5)]
+# Its shared factors have a gradient at every inner step, besides.
+POSTERIOR = PosteriorConfig(base_model="tiny", targets=TARGETS, family="subspace", rank=3)
+CONFIG = MetaConfig(
+    steps=8,
+    tasks_per_step=4,
+    warmup=2,
+    checkpoint_every=1,
+    inner=AdaptConfig(steps=2).model_copy(update=family_settings("subspace")),
+    episodes=EpisodeConfig(shots=(4, 8), queries=8),
+)
+
+
+def _work(folder: str, work: str, rank: int, port: int, config: MetaConfig, pipe: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}  # fmt: skip
+    ranks = Ranks.join("cpu")
+    assert (ranks.rank, ranks.world, ranks.main) == (rank, 2, rank == 0)
+    base = load_base(folder)
+    attached = attach(base.model, TARGETS)
+    try:
+        theta = meta_train(base, attached, TASKS, POSTERIOR, config, Path(work), progress=silent, ranks=ranks)
+        pipe.send({key: tensor.numpy() for key, tensor in theta.tensors().items()})
+    except AbmllError as error:
+        pipe.send(error.message)
+
+
+def _start(folder: Path, work: Path, config: MetaConfig = CONFIG) -> list[tuple[ForkServerProcess, Any]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    started: list[tuple[ForkServerProcess, Any]] = []
+    for rank in range(2):
+        mine, other = context.Pipe()
+        process = context.Process(target=_work, args=(str(folder), str(work), rank, port, config, other))
+        process.start()
+        other.close()
+        started.append((process, mine))
+    return started
+
+
+def _results(started: list[tuple[ForkServerProcess, Any]]) -> list[Any]:
+    told = [pipe.recv() for _, pipe in started]
+    for process, _ in started:
+        process.join()
+    return told
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    base = load_base(str(tiny_model_folder))
+    attached = attach(base.model, TARGETS)
+    work = tmp_path_factory.mktemp("alone")
+    return meta_train(base, attached, TASKS, POSTERIOR, CONFIG, work, progress=silent).tensors()
+
+
+def _assert_close(found: dict[str, Any], expected: dict[str, torch.Tensor]) -> None:
+    for key, tensor in expected.items():
+        # Gradients are added in another order; Adam's first steps make of a tiny difference a small one.
+        torch.testing.assert_close(torch.from_numpy(found[key]), tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_make_the_theta_of_one(
+    tiny_model_folder: Path, tmp_path: Path, alone: dict[str, torch.Tensor]
+) -> None:
+    first, second = _results(_start(tiny_model_folder, tmp_path))
+    for key, values in first.items():
+        assert (values == second[key]).all(), key  # the same to the last bit
+    _assert_close(first, alone)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == CONFIG.steps
+
+
+def test_a_killed_process_ends_the_other_and_both_go_on(
+    tiny_model_folder: Path, tmp_path: Path, alone: dict[str, torch.Tensor]
+) -> None:
+    started = _start(tiny_model_folder, tmp_path)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "checkpoint.pt").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    (_, pipe), (killed, _) = started
+    assert killed.pid is not None
+    os.kill(killed.pid, signal.SIGKILL)
+    said = pipe.recv()
+    for process, _ in started:
+        process.join()
+    assert "another process of this training has gone" in said
+    assert "go on from the last checkpoint" in said
+    first, _ = _results(_start(tiny_model_folder, tmp_path))
+    _assert_close(first, alone)
+
+
+def test_more_processes_than_tasks_are_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
+    few = CONFIG.model_copy(update={"tasks_per_step": 1})
+    told = _results(_start(tiny_model_folder, tmp_path, few))
+    assert all("too few for 2 processes" in message for message in told)
+
+
+def test_alone_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    ranks = Ranks.join(None)
+    assert (ranks.world, ranks.main, ranks.device(None)) == (1, True, None)
+    assert list(ranks.mine(3)) == [0, 1, 2]
