@@ -16,7 +16,7 @@ from abmll.draw_scores import under_draws
 from abmll.draws import Signs, draw_signs, stack_signs
 from abmll.layers import Attached, same_values
 from abmll.posterior import Posterior
-from abmll.scoring import Batch, Question, option_scores, pack
+from abmll.scoring import Batch, Question, option_scores, pack, sliding_window
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +111,7 @@ def reuses_beginnings(attached: Attached, posterior: Posterior) -> bool:
 
 
 def _windowed(config: Any) -> bool:
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    window, kinds = sliding_window(config)
     # A window as wide as the context leaves nothing out.
     narrow = window is not None and window < config.max_position_embeddings
-    return narrow or not kinds <= {"full_attention", "sliding_attention"}
+    return narrow or not set(kinds or ()) <= {"full_attention", "sliding_attention"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -214,12 +214,37 @@ def _logits(model: nn.Module, hidden: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
+def _masks(model: nn.Module, batch: Batch) -> Tensor | dict[str, Tensor] | None:
+    """The batch's mask as a model's layers take it; those with a sliding window see the nearest tokens alone."""
+    if batch.mask is None:
+        return None
+    dtype = next(model.parameters()).dtype
+
+    def added(allowed: Tensor) -> Tensor:
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
+            ~allowed, torch.finfo(dtype).min
+        )
+
+    window, kinds = sliding_window(model.config.get_text_config())  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    if window is None or batch.mask.shape[-1] != batch.mask.shape[-2]:
+        return added(batch.mask)
+    distance = batch.positions[:, None, :, None] - batch.positions[:, None, None, :]
+    near = added(batch.mask & (distance < window))
+    return near if kinds is None else {"full_attention": added(batch.mask), "sliding_attention": near}
+
+
+def sliding_window(config: Any) -> tuple[int | None, Sequence[str] | None]:
+    """Tokens that layers with a sliding window see, None: there is none; and the kinds of layers, None: one kind."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = getattr(config, "layer_types", None)
+    if window is None or (kinds is not None and "sliding_attention" not in kinds):
+        return None, kinds
+    return window, kinds
+
+
 def _next_logits(model: nn.Module, batch: Batch, draws: int, past: Cache | None) -> Tensor:
     """Logits at the batch's needed positions, shape (draws * n, vocabulary)."""
-    dtype = next(model.parameters()).dtype
-    mask = batch.mask
-    if mask is not None:
-        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    mask = _masks(model, batch)
     decoder = model.get_decoder()  # pyright: ignore[reportCallIssue] -- a transformers model's method
     given = {"use_cache": False} if past is None else {"past_key_values": past, "use_cache": True}
     hidden = decoder(input_ids=batch.ids, position_ids=batch.positions, attention_mask=mask, **given)

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -25,6 +27,8 @@ from abmll.posterior import Family, LayerPosterior, Posterior, PosteriorConfig, 
 FAMILIES: list[Family] = ["lowrank", "kronecker", "subspace"]
 ARCHITECTURES = {
     "llama": ("q_proj", "v_proj"),
+    "llama3": ("q_proj", "v_proj"),
+    "gemma2": ("q_proj", "gate_proj"),
     "mistral": ("q_proj", "o_proj", "down_proj"),
     "qwen2": ("k_proj", "up_proj"),
     "opt": ("q_proj", "fc1"),
@@ -38,6 +42,16 @@ _GROUPED: dict[str, Any] = {
 }
 
 
+_LLAMA3_ROPE: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
 def tiny_model(architecture: str, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
     shared: dict[str, Any] = {"vocab_size": 96, "max_position_embeddings": 128, "pad_token_id": 0}
@@ -45,6 +59,23 @@ def tiny_model(architecture: str, dtype: torch.dtype = torch.float32) -> Any:
     heads: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4}
     model: Any = {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**shared, **layers, **_GROUPED)),
+        # As Llama 3.2: rotary positions rescaled, output head tied to the embedding.
+        "llama3": lambda: LlamaForCausalLM(
+            LlamaConfig(**shared, **layers, **_GROUPED, tie_word_embeddings=True, rope_parameters=_LLAMA3_ROPE)
+        ),
+        # Logits are capped, every second layer sees a window alone, and the width of a head is its own.
+        "gemma2": lambda: Gemma2ForCausalLM(
+            Gemma2Config(
+                **shared,
+                **layers,
+                **_GROUPED,
+                head_dim=16,
+                query_pre_attn_scalar=16,
+                sliding_window=8,
+                final_logit_softcapping=3.0,
+                attn_implementation="eager",
+            )
+        ),
         "mistral": lambda: MistralForCausalLM(MistralConfig(**shared, **layers, **_GROUPED)),
         "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**shared, **layers, **_GROUPED)),
         "opt": lambda: OPTForCausalLM(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from abmll.draw_scores import score_draws
 from abmll.draws import draw_signs, stack_signs
@@ -23,6 +23,7 @@ QUESTIONS = [
     Question((5, 9, 33), ((2,), (7,))),
     Question((71, 14, 3, 6, 20, 44, 45), ((2, 3), (2, 4, 5), (40,))),
     Question((1,), ((7, 8, 9, 10), (7, 8, 9, 11), (7, 8), (50,), (60, 61))),
+    Question(tuple(range(1, 22)), ((7, 8, 9), (10, 11))),  # longer than the windows of some
 ]
 
 
@@ -41,10 +42,20 @@ def model_of(architecture: str) -> Any:
     if architecture == "gpt2":
         torch.manual_seed(0)
         return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=4)).eval()
+    if architecture == "mistral with a window":
+        config = MistralConfig(
+            vocab_size=96, max_position_embeddings=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, sliding_window=8,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        return MistralForCausalLM(config).eval()
     return tiny_model(architecture)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["llama", "llama3", "mistral", "mistral with a window", "qwen2", "gemma2", "gpt2", "gpt_neox"],
+)
 @pytest.mark.parametrize("normalize", ["sum", "mean"])
 def test_a_pack_scores_each_option_as_if_alone(architecture: str, normalize: Normalize) -> None:
     model = model_of(architecture)
