@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from abmll.adaptive import TOLERANCE
+from abmll.errors import InvalidRequest
 from abmll.examples import MAX_OPTIONS
 from server.schemas import MAX_TOKENS, Text
 
@@ -88,30 +89,32 @@ class CompletionRequest(OpenAIRequest):
         return self.logprobs
 
 
-class TextPart(BaseModel):
-    """A part of a message."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    type: Literal["text"]
-    text: Text
-
-
 class ChatMessage(BaseModel):
     """A message of a conversation."""
 
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart] | None = Field(examples=["The film was a delight. Sentiment?"])
+    content: Text | list[dict[str, Any]] | None = Field(
+        description='Text, or parts of it: `{"type": "text", "text": ...}`.',
+        examples=["The film was a delight. Sentiment?"],
+    )
     name: str | None = Field(None, description="Has no effect.")
     refusal: str | None = Field(None, description="Of an assistant's message, that of an earlier reply.")
 
     @property
     def text(self) -> str:
-        """The message's text."""
+        """The message's text.
+
+        Raises:
+            InvalidRequest: A part of it is no text.
+        """
         if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
+            texts = [part.get("text") for part in self.content if part.get("type") == "text"]
+            found = [text for text in texts if isinstance(text, str)]
+            if len(found) < len(self.content):
+                raise InvalidRequest("a message has a part that is no text; this model reads text alone", "messages")
+            return "".join(found)
         return self.content or self.refusal or ""
 
 

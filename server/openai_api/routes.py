@@ -138,7 +138,7 @@ class _Answering:
 
 def _renamed(error: Exception) -> Exception:
     """The same error, told of the field that the client gave."""
-    if isinstance(error, AbmllError) and error.field == "task":
+    if isinstance(error, AbmllError) and error.field in ("task", "version"):
         error.field = "model"
     return error
 

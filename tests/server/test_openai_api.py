@@ -169,6 +169,7 @@ def test_a_conversation_is_one_question_of_lines(client: openai.OpenAI, server: 
         ({"messages": [{"role": "user", "content": " "}]}, "prompt is empty"),
         ({"messages": [*ASKED, {"role": "assistant", "content": "yes"}]}, "end with a user's"),
         ({"messages": [{"role": "tool", "content": "yes", "tool_call_id": "x"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "text alone"),
         ({"extra_body": {"nonsense": 1}}, "nonsense: unknown field"),
         ({"extra_body": {"options": ["one"]}}, "options"),
     ],
