@@ -64,6 +64,9 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter("abmll_requests", "HTTP requests.", ["route", "method", "status"], registry=registry)
+        self.streams_broken = Counter(
+            "abmll_streams_broken", "Streams that ended with an error after they had begun.", registry=registry
+        )
         self.request_seconds = Histogram(
             "abmll_request_seconds", "Time to reply.", ["route"], buckets=_SECONDS, registry=registry
         )

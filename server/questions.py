@@ -66,6 +66,7 @@ class Questions:
             events,
             lambda first: while_connected(request, first),
             lambda reply: self.observe(question, reply),
+            self.metrics.streams_broken.inc,
         )
 
 

@@ -109,6 +109,7 @@ async def stream(
     events: Events,
     first_of: Callable[[Coroutine[Any, Any, _Item]], Awaitable[_Item]],
     finished: Callable[[GenerateReply], None],
+    broken: Callable[[], None],
 ) -> EventSourceResponse:
     """Answers with a stream of events: for each token, then for the answer, or an error.
 
@@ -120,6 +121,7 @@ async def stream(
         events: Writes them.
         first_of: Awaits the first event on the client's behalf.
         finished: Told of the reply.
+        broken: Told that an error has ended the stream.
     """
     items: asyncio.Queue[_Item] = asyncio.Queue()
 
@@ -159,6 +161,7 @@ async def stream(
         try:
             while item is not None:
                 if isinstance(item, Exception):
+                    broken()
                     logger.warning("a stream ends with an error: %s: %s", type(item).__name__, item)
                     item = events.error(body_of(item, "a stream"))
                 yield item

@@ -12,6 +12,7 @@ import pytest
 from fastapi.sse import EventSourceResponse
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Counter
 
 from abmll.errors import EngineFailure, TaskNotFound
 from clients.async_http import AsyncClient
@@ -77,10 +78,13 @@ def test_an_error_before_the_first_token_is_raised_and_a_later_one_told() -> Non
 
     async def ask() -> list[tuple[str, Any]]:
         with pytest.raises(TaskNotFound):
-            await stream(fails, WholeText(Bytes(), []), TokenEvents(), as_is, print)
-        return await events(await stream(breaks, WholeText(Bytes(), []), TokenEvents(), as_is, print))
+            await stream(fails, WholeText(Bytes(), []), TokenEvents(), as_is, print, print)
+        return await events(await stream(breaks, WholeText(Bytes(), []), TokenEvents(), as_is, print, broken.inc))
 
+    registry = CollectorRegistry()
+    broken = Counter("broken", "Streams.", registry=registry)
     told = asyncio.run(ask())
+    assert registry.get_sample_value("broken_total") == 1  # not the one that failed before it had begun
     assert [kind for kind, _ in told] == ["token"] * 5 + ["error"]
     assert [data["text"] for _, data in told[:-1]] == ["", "é", "", "", "\u2028"]
     assert told[0][1]["probability"] == pytest.approx(0.6065, abs=1e-4)
@@ -99,7 +103,7 @@ def test_a_reader_who_goes_away_ends_the_work() -> None:
             ended.append(True)
 
     async def ask() -> None:
-        response = await stream(goes_on, WholeText(Bytes(), []), TokenEvents(), as_is, print)
+        response = await stream(goes_on, WholeText(Bytes(), []), TokenEvents(), as_is, print, print)
         iterator: Any = response.body_iterator
         assert b'"text": "A"' in await anext(iterator)
         await iterator.aclose()
