@@ -72,16 +72,19 @@ class Prometheus:
 
     def ask(self, expression: str) -> list[dict[str, Any]]:
         """The series of an expression; what is not PromQL fails."""
-        reply = self.http.get("/query", params={"query": expression}).json()
-        assert reply["status"] == "success", (expression, reply)
-        return reply["data"]["result"]
+        reply = self.http.get("/query", params={"query": expression})
+        assert reply.is_success, (expression, reply.text)
+        return reply.json()["data"]["result"]
+
+    def ready(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
+        try:
+            return self.http.get("../../-/ready").is_success
+        except httpx.TransportError:
+            return False
 
     def knows(self, expression: str) -> bool:
-        try:
-            return bool(self.ask(expression))
-        except httpx.TransportError:  # it is starting
-            assert self.process.poll() is None, self.log.read_text()
-            return False
+        return bool(self.ask(expression))
 
 
 class Exporter:
@@ -118,6 +121,7 @@ def watched(server: Server, exporter: Exporter, tmp_path_factory: pytest.TempPat
     target = server.url.removeprefix("http://")
     made = Prometheus(tmp_path_factory.mktemp("prometheus"), [target, f"127.0.0.1:{exporter.http.server_port}", NOBODY])
     try:
+        wait_for(made.ready)
         ask_around(server)
         wait_for(lambda: made.knows('abmll_feedback_count{task="global"} > 0'))
         ask_around(server)
