@@ -85,7 +85,7 @@ def check_options(options: Sequence[str]) -> None:
     """
     if not 2 <= len(options) <= MAX_OPTIONS:
         raise InvalidRequest(
-            f"options has {len(options)} entries; give between 2 and {MAX_OPTIONS}, or null for a free-text answer",
+            f"options has {len(options)} entries; give between 2 and {MAX_OPTIONS}, or none for a free-text answer",
             field="options",
         )
     seen: set[str] = set()

@@ -72,9 +72,9 @@ def tokenize(tokenizer: Tokenizer, template: Template, prompt: str, options: Seq
     encoded = tuple(tuple(tokenizer.encode(template.option(o), add_special_tokens=False)) for o in options)
     question = Question(ids, encoded)
     if question.longest > context:
+        what = "prompt and longest option are" if options else "the prompt is"
         raise PromptTooLong(
-            f"prompt and longest option are {question.longest} tokens; the model takes {context}: shorten the prompt",
-            field="prompt",
+            f"{what} {question.longest} tokens; there is room for {context}: shorten the prompt", field="prompt"
         )
     return question
 

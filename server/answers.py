@@ -150,7 +150,9 @@ class Answerer:
         )
         if abstained is not None:
             answer = replace(answer, answer=None, answer_index=None)
-        standard = isinstance(request, ScoreRequest) or request.normalize in (None, stored.posterior.config.normalize)
+        standard = answer.calibrated
+        if options is not None and not isinstance(request, ScoreRequest):
+            standard = request.normalize in (None, stored.posterior.config.normalize)
         self.note(
             Answered(
                 request_id=request_id,
@@ -215,7 +217,13 @@ class Answerer:
                 f"max_tokens is {request.max_tokens}, but prompt and answer share {self.engine.context} tokens",
                 field="max_tokens",
             )
-        return await self._encode(stored, request.prompt, request.options or [], room)
+        try:
+            return await self._encode(stored, request.prompt, request.options or [], room)
+        except PromptTooLong as error:
+            if request.options is not None:
+                raise
+            leaves = f"max_tokens {request.max_tokens} leaves that of the model's {self.engine.context}"
+            raise PromptTooLong(f"{error.message}, or lower max_tokens ({leaves})", field="prompt") from error
 
     async def _tokenize_answer(self, stored: StoredPosterior, request: ScoreRequest) -> Question:
         # vLLM needs room for one token more than it is asked about.

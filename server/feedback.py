@@ -56,7 +56,7 @@ class Answered:
         version: Its version that answered.
         options: The options; None for free text.
         scores: Log-probabilities of the options in nats, shape (draws, options); None for free text.
-        standard: Whether options were scored as the posterior was trained.
+        standard: Whether options were scored as the posterior was trained; of free text, whether it was calibrated.
         draws: Draws used.
         answer: Index of the answer in the options; None for free text, or where none was given.
         probabilities: Of the options, as they were told; None for free text.
@@ -113,7 +113,7 @@ class Judged:
 
 @dataclass
 class Window:
-    """The newest answers with options, and judgements of them, of one version of a task."""
+    """The newest answers with options of one version of a task; and judgements, of calibrated free texts too."""
 
     confidence: deque[float] = field(default_factory=lambda: deque[float](maxlen=WINDOW))
     epistemic: deque[float] = field(default_factory=lambda: deque[float](maxlen=WINDOW))
@@ -193,12 +193,13 @@ class Feedback:
                     db.execute("DELETE FROM answers WHERE task = ?", (task,))
                     continue
                 window = windows[task, version] = Window()
-                where = "WHERE task = ? AND version = ? AND options IS NOT NULL"
-                newest = f"SELECT * FROM answers {where} {{}} ORDER BY number DESC LIMIT {WINDOW}"
-                for row in reversed(db.execute(newest.format(""), (task, version)).fetchall()):
+                newest = "SELECT * FROM answers WHERE task = ? AND version = ? AND {} ORDER BY number DESC"
+                newest += f" LIMIT {WINDOW}"
+                for row in reversed(db.execute(newest.format("options IS NOT NULL"), (task, version)).fetchall()):
                     window.confidence.append(row["confidence"])
                     window.epistemic.append(row["epistemic"])
-                for row in reversed(db.execute(newest.format("AND judged IS NOT NULL"), (task, version)).fetchall()):
+                counted = "judged IS NOT NULL AND (options IS NOT NULL OR standard)"
+                for row in reversed(db.execute(newest.format(counted), (task, version)).fetchall()):
                     window.judge(row["request_id"], _judged(row, bool(row["correct"]), row["label"]))
         with self._lock:
             for key, newer in self._windows.items():  # answers that came meanwhile
@@ -272,7 +273,8 @@ class Feedback:
                 (right, label, datetime.now(UTC).isoformat(timespec="milliseconds"), row["number"]),
             )
         judged = _judged(row, right, label)
-        if row["options"] is not None:
+        # A text's confidence is a probability where it is calibrated alone.
+        if row["options"] is not None or row["standard"]:
             with self._lock:
                 if begun >= self._forgotten.get(judged.task, -math.inf):
                     self._window(judged.task, judged.version).judge(request_id, judged)

@@ -154,7 +154,8 @@ class ReliabilityReply(BaseModel):
         "null: not known."
     )
     feedback: Curves | None = Field(
-        description="On the version's own answers with options that were judged, the newest thousand; null: none was."
+        description="On the version's own answers that were judged, with options and calibrated free texts, the newest "
+        "thousand; null: none was."
     )
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from abmll.calibration import Calibration, prediction_set
 from abmll.draw_scores import score_draws
-from abmll.errors import AbmllError, InvalidRequest
+from abmll.errors import AbmllError, InvalidExamples, InvalidRequest
 from abmll.examples import Example, check_options
 from abmll.layers import Attached
 from abmll.posterior import Posterior
@@ -47,6 +49,13 @@ def load(
     Raises:
         AbmllError: The posterior is damaged, or the base model is not there or another one.
     """
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise AbmllError(
+                f"device {device!r} cannot be used: {str(error).splitlines()[0]}", field="device"
+            ) from error
     stored = load_posterior(POSTERIOR if posterior is None else Path(posterior))
     base, attached, ready = open_base(stored.posterior, model, dtype, device)
     return LoadedPosterior(base, attached, ready, stored.record, stored.calibration)
@@ -104,6 +113,8 @@ class LoadedPosterior:
         support = examples_of(_records(examples))
         inner = AdaptConfig.from_record(self.record.training)
         if steps is not None:
+            if not 1 <= steps <= 1000:
+                raise InvalidRequest(f"steps is {steps}; give 1 to 1000", field="steps")
             inner = inner.with_steps(steps)
         phi, calibration = adapt_and_calibrate(
             self.base, self.attached, self.posterior, support, inner, self.calibration, seed=seed
@@ -137,17 +148,23 @@ class LoadedPosterior:
             InvalidRequest: A question is blank, or its options are not 2 to 64 distinct texts.
             PromptTooLong: A question exceeds the model's context.
         """
-        asked = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not asked or not all(prompt.strip() for prompt in asked):
-            raise InvalidRequest("there is no question, or a blank one; give texts", field="prompts")
-        if draws < 1:
-            raise InvalidRequest(f"draws is {draws}; give at least 1", field="draws")
+        asked = [prompts] if isinstance(prompts, str) else _texts_of(prompts, "prompts")
+        for number, prompt in enumerate(asked):
+            if not prompt.strip():
+                raise InvalidRequest(f"prompts[{number}] is blank; give a question", field="prompts")
+        if not isinstance(draws, int) or draws < 1:
+            raise InvalidRequest(f"draws is {draws!r}; give a whole number from 1", field="draws")
         if options is None:
             return Predictions(self._texts(asked, draws, seed), self.record.task)
-        each = [tuple(options)] * len(asked) if _shared(options) else [tuple(given) for given in options]
+        if isinstance(options, str):
+            raise InvalidRequest(f"options is the text {options!r}; give a list of texts", field="options")
+        if all(isinstance(option, str) for option in options):
+            each = [tuple(_texts_of(options, "options"))] * len(asked)
+        else:
+            each = [tuple(_texts_of(given, f"options[{number}]")) for number, given in enumerate(options)]
         if len(each) != len(asked):
             raise InvalidRequest(f"there are {len(asked)} questions, but options for {len(each)}", field="options")
-        return Predictions(self._choices(asked, cast("list[tuple[str, ...]]", each), draws, seed), self.record.task)
+        return Predictions(self._choices(asked, each, draws, seed), self.record.task)
 
     def save(self, folder: str | Path) -> StoredPosterior:
         """Writes a posterior folder, which ``load``, ``abmll serve`` and all other commands read.
@@ -236,13 +253,33 @@ def _records(examples: Any) -> Iterable[Example | Mapping[str, Any]]:
     """Rows of a frame, what is missing in them left out; else the examples as they are."""
     if hasattr(examples, "to_dict") and hasattr(examples, "columns"):
         rows: list[dict[str, Any]] = examples.to_dict("records")
-        return [{key: value for key, value in row.items() if not _missing(value)} for row in rows]
+        return [{key: _plain(value) for key, value in row.items() if not _missing(value)} for row in rows]
+    if isinstance(examples, str | Path | dict):
+        raise InvalidExamples("examples must be a list of records, or a frame; a file is read by pandas", "examples")
     return examples
+
+
+def _plain(value: Any) -> Any:
+    """A list where a frame's cell is an array."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and value != value)
 
 
-def _shared(options: Sequence[str] | Sequence[Sequence[str]]) -> bool:
-    return all(isinstance(option, str) for option in options)
+def _texts_of(given: Any, name: str) -> list[str]:
+    """Texts given as a list, a column or an array.
+
+    Raises:
+        InvalidRequest: There are none, or one is no text.
+    """
+    if isinstance(given, str) or not hasattr(given, "__iter__"):
+        raise InvalidRequest(f"{name} is {given!r}; give a list of texts", field=name)
+    texts: list[Any] = list(given)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InvalidRequest(f"{name}[{number}] is {text!r}; give a text", field=name)
+    if not texts:
+        raise InvalidRequest(f"{name} is empty; give at least one text", field=name)
+    return texts

@@ -57,6 +57,8 @@ def refusal_of(reply: GenerateReply) -> str | None:
 
 def finish_of(reply: GenerateReply) -> FinishReason:
     """What ended the answer, in OpenAI's words."""
+    if reply.abstained is not None:
+        return "content_filter"
     return "length" if reply.finish == "length" else "stop"
 
 
@@ -81,20 +83,27 @@ def logprobs_of(reply: GenerateReply, top: int | None) -> list[TokenLogprob] | N
         pairs = [_logprob(*pair) for pair in zip(reply.options, reply.probabilities, strict=True)]
         pairs.sort(key=lambda pair: -pair.logprob)
         return [TokenLogprob(**pairs[0].model_dump(), top_logprobs=pairs[:top], uncertainty=reply.uncertainty)]
-    found: list[TokenLogprob] = []
-    told = ""
-    for token in reply.tokens or []:
-        # What follows is the end of the text, or the string that stopped it.
-        if told.strip() == reply.answer and reply.answer:
-            break
-        told += token.text
-        found.append(
-            TokenLogprob(
-                **_logprob(token.text, token.probability).model_dump(),
-                top_logprobs=[_logprob(other.text, other.probability) for other in token.likeliest[:top]],
-                uncertainty=token.uncertainty,
-            )
+    tokens = reply.tokens or []
+    return [
+        TokenLogprob(
+            **_logprob(text, token.probability).model_dump(),
+            top_logprobs=[_logprob(other.text, other.probability) for other in token.likeliest[:top]],
+            uncertainty=token.uncertainty,
         )
+        for text, token in zip(_parts([token.text for token in tokens], reply.answer), tokens, strict=False)
+    ]
+
+
+def _parts(texts: Sequence[str], answer: str) -> list[str]:
+    """The tokens' parts of an answer: without the white space around it, its end, and the string that stopped it."""
+    start = len(joined := "".join(texts)) - len(joined.lstrip())
+    found: list[str] = []
+    told = -start
+    for text in texts:
+        if told >= len(answer):
+            break
+        found.append(answer[max(0, told) : max(0, told + len(text))])
+        told += len(text)
     return found
 
 

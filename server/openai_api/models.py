@@ -27,8 +27,11 @@ def find_model(store: TaskStore, name: str) -> Model:
     Raises:
         TaskNotFound: There is none of this name, or it is damaged.
     """
-    task, _ = model_of(name)
+    task, number = model_of(name)
     models = {model.id: model for model in _models(store, task)}
+    for version in store.versions(task) if number is not None else ():
+        if version.number == number and version.stored is not None:
+            return _model(name, version, task)
     if name in models:
         return models[name]
     known = ", ".join(models) or "none can be used"

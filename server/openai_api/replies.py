@@ -14,7 +14,8 @@ from server.schemas import (
     Uncertainty,
 )
 
-FinishReason = Literal["stop", "length"]
+# The last: not sure enough, nothing is told.
+FinishReason = Literal["stop", "length", "content_filter"]
 
 
 class Confidence(BaseModel):

@@ -48,7 +48,7 @@ def add_openai(app: FastAPI, questions: Questions, access: Access) -> None:
         wanted = questions_of(asked)
         if asked.stream:
             return await answer.streamed(asked, wanted[0], request)
-        replies = await answer.all(wanted, request)
+        replies = await answer.all(asked, wanted, request)
         return Completion(
             id=f"cmpl-{_id(replies)}",
             created=int(time.time()),
@@ -70,7 +70,7 @@ def add_openai(app: FastAPI, questions: Questions, access: Access) -> None:
         wanted = questions_of(asked)
         if asked.stream:
             return await answer.streamed(asked, wanted[0], request)
-        replies = await answer.all(wanted, request)
+        replies = await answer.all(asked, wanted, request)
         return ChatCompletion(
             id=f"chatcmpl-{_id(replies)}",
             created=int(time.time()),
@@ -105,7 +105,9 @@ class _Answering:
     def __init__(self, questions: Questions) -> None:
         self.questions = questions
 
-    async def all(self, wanted: Sequence[GenerateRequest], request: Request) -> list[GenerateReply]:
+    async def all(
+        self, asked: ChatRequest | CompletionRequest, wanted: Sequence[GenerateRequest], request: Request
+    ) -> list[GenerateReply]:
         """Answers all questions, or none."""
         id, answerer = self.questions.begin(wanted[0]), self.questions.service.answerer
         # Feedback is given on one answer: each of several has an id of its own.
@@ -119,7 +121,7 @@ class _Answering:
         try:
             replies = await while_connected(request, together())
         except ExceptionGroup as failed:
-            raise _renamed(failed.exceptions[0]) from failed
+            raise _renamed(failed.exceptions[0], asked) from failed
         for question, reply in zip(wanted, replies, strict=True):
             self.questions.observe(question, reply)
         return replies
@@ -133,13 +135,16 @@ class _Answering:
         try:
             return await self.questions.streamed(question, request, events)
         except AbmllError as error:
-            raise _renamed(error) from error
+            raise _renamed(error, asked) from error
 
 
-def _renamed(error: Exception) -> Exception:
+def _renamed(error: Exception, asked: ChatRequest | CompletionRequest | None = None) -> Exception:
     """The same error, told of the field that the client gave."""
-    if isinstance(error, AbmllError) and error.field in ("task", "version"):
-        error.field = "model"
+    if isinstance(error, AbmllError):
+        if error.field in ("task", "version"):
+            error.field = "model"
+        elif error.field == "prompt" and isinstance(asked, ChatRequest):
+            error.field = "messages"
     return error
 
 

@@ -133,6 +133,6 @@ def test_prompt_and_longest_option_must_fit_the_context() -> None:
     question = tokenize(_Letters(), template, "abc ", ["d", "efg"], 9)
     assert question.prompt == (0, *map(ord, "abc?"))
     assert question.options == ((32, 100), (32, 101, 102, 103))
-    with pytest.raises(PromptTooLong, match="are 9 tokens; the model takes 8") as caught:
+    with pytest.raises(PromptTooLong, match="are 9 tokens; there is room for 8") as caught:
         tokenize(_Letters(), template, "abc ", ["d", "efg"], 8)
     assert caught.value.field == "prompt"

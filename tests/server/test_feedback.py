@@ -278,6 +278,20 @@ def test_a_yes_of_three_options_is_no_label(tmp_path: Path) -> None:
     assert "feedback_nll" not in dict_of(feedback)
 
 
+def test_judged_texts_count_where_their_confidence_is_a_probability(tmp_path: Path) -> None:
+    feedback = Feedback(tmp_path / "f.sqlite3", kept=9)
+    for name, calibrated in (("sure", True), ("other", False)):
+        feedback.note(Answered(name, "t", 1, None, None, calibrated, 1, None, None, 0.7, 0.01, 0.0))
+        feedback.judge(name, None, True)
+    again = Feedback(tmp_path / "f.sqlite3", kept=9)
+    again.load(["t"])
+    for judged in (feedback, again):
+        assert dict_of(judged)["feedback_count"] == 1
+        found = judged.curves("t", 1)
+        assert found is not None
+        assert [part.confidence for part in found.bins] == [pytest.approx(0.7)]
+
+
 def test_the_client_judges_and_rolls_back(start_server: Callable[..., Server], tmp_path: Path) -> None:
     server = start_server(tmp_path / "store")
     assert server.wait_job(adapt(server, "clients", steps=1)["job"])["status"] == "done"

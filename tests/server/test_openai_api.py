@@ -41,6 +41,9 @@ def test_tasks_are_models(client: openai.OpenAI, server: Server) -> None:
     task = client.models.retrieve("openai")
     assert (task.owned_by, task.object) == ("abmll", "model")
     assert task.created > 1_700_000_000
+    assert client.models.retrieve("openai:1").model_extra == task.model_extra | {"parent": "openai"}  # pyright: ignore
+    with pytest.raises(openai.NotFoundError, match="no model 'openai:7'"):
+        client.models.retrieve("openai:7")
     with pytest.raises(openai.NotFoundError, match="no task 'nowhere'"):
         client.models.retrieve("nowhere")
     assert server.wait_job(adapt(server, "openai", steps=1)["job"])["status"] == "done"
@@ -80,7 +83,7 @@ def test_free_text_has_predictive_logprobs(client: openai.OpenAI, server: Server
     assert choice.finish_reason == {"end": "stop", "stop": "stop", "length": "length"}[own["finish"]]
     assert choice.logprobs is not None
     tokens = choice.logprobs.content or []
-    assert "".join(token.token for token in tokens).strip() == own["answer"]
+    assert "".join(token.token for token in tokens) == own["answer"]
     assert [token.logprob for token in tokens] == pytest.approx(
         [math.log(token["probability"]) for token in own["tokens"][: len(tokens)]]
     )
@@ -126,6 +129,7 @@ def test_a_doubtful_answer_is_refused_with_its_reason(client: openai.OpenAI) -> 
     message = reply.choices[0].message
     assert message.content is None
     assert "below the 100 % asked for" in (message.refusal or "")
+    assert reply.choices[0].finish_reason == "content_filter"
     assert len(extra(reply.choices[0])["abstained"]["candidates"]) == len(OPTIONS)
     chunks = list(client.chat.completions.create(model="global", messages=ASKED, extra_body=doubt, stream=True))
     assert chunks[0].choices[0].delta.refusal == message.refusal

@@ -100,8 +100,21 @@ def test_what_cannot_be_is_said(posterior: LoadedPosterior, task: LoadedPosterio
         posterior.adapt([])
     with pytest.raises(InvalidRequest, match="2 questions, but options for 1"):
         task.predict(["a", "b"], [OPTIONS])
-    with pytest.raises(InvalidRequest, match="blank"):
-        task.predict([" "], OPTIONS)
+    for prompts, options, says in (
+        ([" "], OPTIONS, r"prompts\[0\] is blank"),
+        ([1, 2], OPTIONS, r"prompts\[0\] is 1"),
+        (None, OPTIONS, "prompts is None"),
+        ("lamp", "yes", "options is the text 'yes'"),
+        ("lamp", [1, 2], r"options\[0\]"),
+    ):
+        with pytest.raises(InvalidRequest, match=says):
+            task.predict(prompts, options)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InvalidRequest, match="steps is 0"):
+        posterior.adapt(EXAMPLES, steps=0)
+    with pytest.raises(InvalidExamples, match="a list of records"):
+        posterior.adapt("examples.jsonl")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(AbmllError, match="device 'nonsense' cannot be used"):
+        abmll.load(device="nonsense")
     with pytest.raises(InvalidRequest, match="draws is 0"):
         task.predict("lamp", OPTIONS, draws=0)
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
