@@ -1,4 +1,4 @@
-// Made by types.mjs from what has the hash 99a34cdc42988de62724148d6755dd7a43928dfc5601ef8d17dcb740aedccce4
+// Made by types.mjs from what has the hash 09f74a6379714320e86adb041d00ead7c424cac0bd3ff5644a2523d107d1acdf
 /**
  * Whether nothing more will happen to a job.
  *

@@ -11,6 +11,7 @@ export function pause(seconds: number, signal?: AbortSignal): Promise<void>;
  * @property {string | URL} [url] The server's address; in Node `$ABMLL_URL`, else `http://127.0.0.1:8000`.
  * @property {string | null} [key] API key, where the server asks for one; in Node `$ABMLL_KEY`.
  * @property {number} [timeout] Longest wait for a reply, and for each further part of a stream, in seconds; 60.
+ *   `Infinity`: as long as it takes.
  */
 /**
  * @typedef {object} Sent
@@ -64,6 +65,7 @@ export type Settings = {
     key?: string | null | undefined;
     /**
      * Longest wait for a reply, and for each further part of a stream, in seconds; 60.
+     * `Infinity`: as long as it takes.
      */
     timeout?: number | undefined;
 };

@@ -4,12 +4,14 @@ import { ClientError, InvalidReply, ReplyTimeout, ServerUnreachable, apiError } 
 
 const DEFAULT_URL = "http://127.0.0.1:8000";
 const PAUSES = [0.2, 0.8]; // seconds before a GET whose connection failed is sent again
+const LONGEST = 2 ** 31 - 1; // milliseconds that a timer can wait; one that is given more goes off at once
 
 /**
  * @typedef {object} Settings
  * @property {string | URL} [url] The server's address; in Node `$ABMLL_URL`, else `http://127.0.0.1:8000`.
  * @property {string | null} [key] API key, where the server asks for one; in Node `$ABMLL_KEY`.
  * @property {number} [timeout] Longest wait for a reply, and for each further part of a stream, in seconds; 60.
+ *   `Infinity`: as long as it takes.
  */
 
 /**
@@ -162,10 +164,10 @@ class Watch {
   /** Begins the time anew. */
   renew() {
     clearTimeout(this.timer);
-    this.timer = setTimeout(() => {
+    this.timer = after(this.seconds, () => {
       this.late = true;
       this.controller.abort();
-    }, 1000 * this.seconds);
+    });
   }
 
   end() {
@@ -184,6 +186,16 @@ function isAddress(url) {
 }
 
 /**
+ * Does something later; never after `Infinity`.
+ *
+ * @param {number} seconds
+ * @param {() => void} act
+ */
+function after(seconds, act) {
+  return seconds === Infinity ? undefined : setTimeout(act, Math.min(1000 * seconds, LONGEST));
+}
+
+/**
  * Waits.
  *
  * @param {number} seconds
@@ -196,10 +208,10 @@ export function pause(seconds, signal) {
       clearTimeout(timer);
       reject(signal?.reason);
     };
-    const timer = setTimeout(() => {
+    const timer = after(seconds, () => {
       signal?.removeEventListener("abort", stop);
       resolve();
-    }, 1000 * seconds);
+    });
     if (signal?.aborted) stop();
     signal?.addEventListener("abort", stop, { once: true });
   });

@@ -39,10 +39,24 @@ function announce(/** @type {string} */ text) {
 function route() {
   const [, first = "", second] = location.hash.split("/");
   const [nav = "", query = ""] = first.split("?");
-  if (nav === "tasks" && second) return { view: views.task, name: decodeURIComponent(second), nav };
+  const task = nav === "tasks" && second ? decoded(second) : "";
+  if (task) return { view: views.task, name: task, nav };
   const name = new URLSearchParams(query).get("task") ?? "";
   const known = ["teach", "tasks", "health"].includes(nav) ? /** @type {"teach" | "tasks" | "health"} */ (nav) : "ask";
   return { view: views[known], name, nav: known };
+}
+
+/**
+ * A name out of an address; empty where it is none.
+ *
+ * @param {string} text
+ */
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return ""; // a % that begins no character
+  }
 }
 
 /** @param {boolean} moved Whether the reader went there, rather than opened the page. */

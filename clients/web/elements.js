@@ -74,6 +74,19 @@ export function field(label, control, hint) {
 }
 
 /**
+ * The number in a control; null where it is empty. Throws where what is written there is none: its value is empty then.
+ *
+ * @param {any} input
+ * @returns {number | null}
+ */
+export function numberIn(input) {
+  if (input.validity.badInput) {
+    throw Object.assign(new Error(`${input.labels[0].textContent}: this is not a number`), { input });
+  }
+  return input.value === "" ? null : Number(input.value);
+}
+
+/**
  * A table that scrolls by itself where it is wider than the page.
  *
  * @param {string} caption

@@ -9,6 +9,25 @@ function connect(key) {
   return new Client({ url: location.href.replace(/[?#].*/, "").replace(/[^/]*$/, ""), key, timeout: 120 });
 }
 
+/** The key that was given in this tab. */
+function kept() {
+  try {
+    return sessionStorage.getItem(KEPT);
+  } catch {
+    return null; // storage may be forbidden
+  }
+}
+
+/** @param {string | null} key */
+function keep(key) {
+  try {
+    if (key === null) sessionStorage.removeItem(KEPT);
+    else sessionStorage.setItem(KEPT, key);
+  } catch {
+    // Then it holds until the page is left.
+  }
+}
+
 /** Calls the server; where it asks for a key, so does the page, once for all calls that wait. */
 export class Session {
   /**
@@ -20,7 +39,7 @@ export class Session {
     this.keyChanged = keyChanged;
     /** @type {Promise<string | null> | null} */
     this.asking = null;
-    this.key = sessionStorage.getItem(KEPT);
+    this.key = kept();
     this.client = connect(this.key);
     keyChanged(this.key !== null);
   }
@@ -28,8 +47,7 @@ export class Session {
   /** @param {string | null} key */
   use(key) {
     this.key = key;
-    if (key === null) sessionStorage.removeItem(KEPT);
-    else sessionStorage.setItem(KEPT, key);
+    keep(key);
     this.client = connect(key);
     this.keyChanged(key !== null);
   }

@@ -25,6 +25,14 @@ async function collect(items) {
   return found;
 }
 
+/** Whether a job is still waited for a while later, where it is asked after only in `poll` seconds. */
+async function stillWaits(poll) {
+  const leaving = new AbortController();
+  const waiting = errorOf(() => client.wait(queued, { poll, signal: leaving.signal }));
+  setTimeout(() => leaving.abort(), 50);
+  return (await waiting)?.name === "AbortError";
+}
+
 // First: whoever teaches may still be starting.
 const examples = [
   { prompt: "make it brighter in here", options, answer: "up" },
@@ -61,6 +69,9 @@ seen.feedback = await client.feedback(seen.taught, { answer: "up" });
 seen.reliability = await client.reliability("lights", { version: 1 });
 seen.served = (await client.serve("lights", 1)).serving;
 seen.unserved = (await client.serve("lights", null)).serving;
+const patient = new Client({ url, key: owner, timeout: Infinity });
+const ages = new Client({ url, key: owner, timeout: 1e9 });
+seen.patient = [await patient.ready(), await ages.ready(), await stillWaits(1e9), await stillWaits(Infinity)];
 seen.metrics = (await client.metrics()).includes("abmll_engine_up 1.0");
 
 const broken = new AbortController();

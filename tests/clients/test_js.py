@@ -76,6 +76,10 @@ def test_health_is_told_of_a_server_that_lives_and_of_one_that_does_not(seen: di
     assert seen["metrics"]
 
 
+def test_a_time_beyond_any_timer_does_not_end_at_once(seen: dict[str, Any]) -> None:
+    assert seen["patient"] == [True] * 4
+
+
 @pytest.mark.parametrize(
     ("case", "name", "status", "kind", "field"),
     [

@@ -46,7 +46,7 @@ def visit(browser: Browser, keyed: Keyed) -> Iterator[Open]:
         if kind == "error" and not text.startswith("Failed to load resource"):
             faults.append(text)
 
-    def open_view(view: str, *, key: str | None = keyed.owner, **options: Any) -> Page:
+    def open_view(view: str, *, key: str | None = keyed.owner, forbidden: str = "", **options: Any) -> Page:
         page = browser.new_context(**options).new_page()
         pages.append(page)
         page.set_default_timeout(20_000)
@@ -54,6 +54,9 @@ def visit(browser: Browser, keyed: Keyed) -> Iterator[Open]:
         page.on("console", lambda message: said(message.type, message.text))
         if key is not None:
             page.add_init_script(f"sessionStorage.setItem('abmll-key', '{key}')")
+        if forbidden:
+            thrown = "get() { throw new DOMException('forbidden', 'SecurityError'); }"
+            page.add_init_script(f"Object.defineProperty(window, '{forbidden}', {{ {thrown} }})")
         page.goto(f"{keyed.url}/#/{view}")
         return page
 
@@ -115,6 +118,19 @@ def test_a_page_without_a_key_asks_for_one_and_keeps_it_in_its_tab_alone(visit: 
     expect(page.get_by_role("alert")).to_contain_text("A key is needed")
 
 
+def test_without_storage_the_key_holds_until_the_page_is_left(visit: Open, keyed: Keyed) -> None:
+    page = visit("tasks", key=None, forbidden="sessionStorage")
+    page.get_by_label("API key").fill(keyed.owner)
+    page.get_by_role("button", name="Use this key").click()
+    expect(page.get_by_role("table")).to_contain_text("global")
+    page.get_by_role("link", name="Health").click()
+    expect(page.locator(".lamps")).to_contain_text("Answers questionsyes")
+
+
+def test_an_address_that_names_no_task_shows_them_all(visit: Open) -> None:
+    expect(visit("tasks/%").get_by_role("table")).to_contain_text("global")
+
+
 def test_a_question_is_asked_and_judged_with_the_keyboard_alone(visit: Open) -> None:
     page = visit("ask")
     expect(page.locator("select").first).to_contain_text("global")
@@ -165,6 +181,10 @@ def test_an_answer_shows_what_the_server_said(visit: Open, keyed: Keyed) -> None
     expect(page.get_by_text("Noted: the answer was wrong")).to_be_visible()
 
     page.get_by_text("How to answer").click()
+    page.get_by_label("Abstain below").press_sequentially("-")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    expect(page.get_by_role("alert")).to_contain_text("Abstain below: this is not a number")
+    expect(page.get_by_label("Abstain below")).to_be_focused()
     page.get_by_label("Abstain below").fill("99.9")
     page.get_by_role("button", name="Ask", exact=True).click()
     expect(page.get_by_role("heading", name="No answer")).to_be_visible()
@@ -208,6 +228,10 @@ def test_a_free_text_comes_token_by_token_and_is_then_coloured(visit: Open) -> N
     page.get_by_text("Every token in a table").click()
     assert barriers(page) == []
     expect(page.get_by_role("region", name="The answer, token by token").get_by_role("row")).to_have_count(9)
+    page.get_by_role("button", name="Yes").click()
+    calibrated = page.locator(".chip").inner_text().startswith("Calibrated")
+    counts = " It counts when global is judged." if calibrated else ""
+    expect(page.locator(".noted")).to_have_text(f"Noted: the answer was right.{counts}")
 
 
 def test_a_task_is_taught_tried_rolled_back_and_deleted(visit: Open, keyed: Keyed, tmp_path: Path) -> None:
@@ -241,6 +265,11 @@ def test_a_task_is_taught_tried_rolled_back_and_deleted(visit: Open, keyed: Keye
     page.get_by_role("button", name="Apply").click()
     expect(page.get_by_role("row", name=re.compile("^1 answers 100"))).to_be_visible()
     page.get_by_label("Several").check()
+    page.get_by_label("Version 2, %").fill("")
+    page.get_by_label("Version 2, %").press_sequentially("-")
+    page.get_by_role("button", name="Apply").click()
+    expect(page.get_by_role("alert")).to_contain_text("Version 2, %: this is not a number")
+    expect(page.get_by_label("Version 2, %")).to_be_focused()
     for version, share in ((1, 25), (2, 75)):
         page.get_by_label(f"Version {version}, %").fill(str(share))
     page.get_by_role("button", name="Apply").click()
@@ -264,6 +293,8 @@ def test_each_line_that_is_no_example_is_named(visit: Open) -> None:
         ("a,b\nc,d", ["Line 1 the first line must name the columns"]),
         ('prompt,answer,options\n"a, b",x,x|y\nq,z,x|y\n,x,x|y\n', ["Line 3 answer \"z\"", "Line 4 prompt is missing"]),
         ('prompt;answer\n"two\nlines";x\nq;\n', ["Line 4 answer is missing"]),
+        ('[{"prompt": "[p", "answer": "a"},\n\n{"prompt"},\n[]]', ["Line 3 is not", "Line 4 is not a JSON object"]),
+        ('[{"prompt": "p", "answer": "a"},\n{"prompt": "q", "answer": "b"}', ["Line 2 the array is never closed"]),
         ('{"prompt": "p", "answer": "a"}\n{"prompt"\n[]', ["Line 2 is not JSON", "Line 3 is not a JSON object"]),
         ("prompt,answer\n" + "q,a\nr,b\n" * 40, ["Line 66 there are 80 examples; 64 are the most"]),
         ("prompt,answer\nq,a\nr,a\n", ["Line 2 all answers are the same"]),
@@ -273,6 +304,33 @@ def test_each_line_that_is_no_example_is_named(visit: Open) -> None:
             expect(page.locator(".faults")).to_contain_text(fault)
         expect(page.locator(".faults li")).to_have_count(len(faults))
         expect(page.get_by_role("button", name="Teach")).to_be_disabled()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"Text": "p", "label": 3}\n{"question": "q", "answer": 4, "options": null}',
+        '[\n  {"text": "p", "label": "3"},\n  {"input": "q", "label": 4}\n]\n',
+        "text,label,from; when\np,3,x\nq,4,y;z\n",
+        "when\tlabel\tquestion\nx\t3\tp\ny\t4\tq\n",
+    ],
+)
+def test_examples_are_understood_in_each_form(visit: Open, text: str) -> None:
+    page = visit("teach")
+    page.get_by_label("Examples, 1 to 64").fill(text)
+    rows = page.get_by_role("region", name="2 examples to teach, 0 held back, options 3 | 4").get_by_role("row")
+    expect(rows.nth(1)).to_contain_text("p3taught")
+    expect(rows.nth(2)).to_contain_text("q4taught")
+
+
+def test_a_count_to_hold_back_that_is_no_number_is_told(visit: Open) -> None:
+    page = visit("teach")
+    page.get_by_role("button", name="Fill in twelve examples").click()
+    page.get_by_label("Hold back").select_text()
+    page.get_by_label("Hold back").press_sequentially("-")
+    page.get_by_role("button", name="Teach from").click()
+    expect(page.get_by_role("alert")).to_contain_text("Hold back to test: this is not a number")
+    expect(page.get_by_label("Hold back")).to_be_focused()
 
 
 def test_a_key_without_the_right_is_told_in_words(visit: Open, keyed: Keyed) -> None:

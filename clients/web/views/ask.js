@@ -27,7 +27,7 @@ export function askView({ session, announce }) {
       await ask(form.read(), running.signal);
     } catch (/** @type {any} */ error) {
       if (error?.name === "AbortError") announce("Stopped.");
-      else form.complain(inWords(error), error?.field);
+      else form.complain(inWords(error), error?.input ?? error?.field);
     } finally {
       running = null;
       const left = document.activeElement === form.stop;

@@ -1,7 +1,8 @@
-/** Reads labelled examples out of CSV or JSON Lines, with an error for each line that is none. */
+/** Reads labelled examples out of CSV, JSON Lines or a JSON array, with an error for each line that is none. */
 
 export const MOST_EXAMPLES = 64;
 const NAMES = { prompt: ["prompt", "input", "question", "text"], answer: ["answer", "label"], options: ["options"] };
+const SEPARATORS = [",", ";", "\t"];
 
 /** @typedef {{line: number, prompt: string, options: string[] | null, answer: string}} Example */
 /** @typedef {{line: number, message: string}} Fault */
@@ -13,7 +14,8 @@ const NAMES = { prompt: ["prompt", "input", "question", "text"], answer: ["answe
  * @returns {{examples: Example[], faults: Fault[], own: boolean}} `own`: whether questions have options of their own.
  */
 export function readExamples(text, wanted) {
-  const lines = text.trimStart().startsWith("{") ? jsonLines(text) : csvLines(text);
+  const begin = text.trimStart()[0];
+  const lines = begin === "{" ? jsonLines(text) : begin === "[" ? jsonArray(text) : csvLines(text);
   const own = lines.some((row) => "options" in row && row.options !== null);
   const shared = wanted && !own;
   /** @type {Example[]} */
@@ -61,6 +63,7 @@ function check(row) {
     }
     if (Number.isInteger(row.answer) && options[row.answer] !== undefined) row.answer = options[row.answer];
   }
+  if (options === null && typeof row.answer === "number") row.answer = `${row.answer}`;
   if (typeof row.answer !== "string" || !row.answer.trim()) return "answer is missing; give the right one";
   if (options !== null && !options.includes(row.answer)) {
     return `answer "${row.answer}" is none of the options: ${options.join(", ")}`;
@@ -81,6 +84,31 @@ function jsonLines(text) {
 }
 
 /**
+ * Each item of an array by itself, so that a fault has its line.
+ *
+ * @param {string} text
+ * @returns {(Row | Fault)[]}
+ */
+function jsonArray(text) {
+  const items = [{ content: "", line: 0 }];
+  let line = 1;
+  let depth = 0;
+  for (const [piece] of text.matchAll(/"(?:[^"\\\n]|\\.)*"|[^]/g)) {
+    if (piece === "]" || piece === "}") depth--;
+    const last = /** @type {(typeof items)[0]} */ (items.at(-1));
+    if (piece === "," && depth === 1) items.push({ content: "", line: 0 });
+    else if (depth > 0) {
+      if (piece.trim()) last.line ||= line;
+      last.content += piece;
+    }
+    if (piece === "[" || piece === "{") depth++;
+    if (piece === "\n") line++;
+  }
+  const rows = items.filter(({ content }) => content.trim()).map(({ content, line }) => jsonLine(content, line));
+  return depth > 0 ? [...rows, { line, message: "the array is never closed: ] is missing" }] : rows;
+}
+
+/**
  * @param {string} content
  * @param {number} line
  * @returns {Row | Fault}
@@ -89,7 +117,10 @@ function jsonLine(content, line) {
   try {
     const row = JSON.parse(content);
     if (row === null || typeof row !== "object" || Array.isArray(row)) return { line, message: "is not a JSON object" };
-    return { line, prompt: row.prompt ?? row.input, options: row.options ?? null, answer: row.answer };
+    const told = Object.entries(row).filter(([, value]) => value !== null);
+    const at = columns(told.map(([name]) => name));
+    const [prompt, answer, options] = [at.prompt, at.answer, at.options].map((place) => told[place]?.[1]);
+    return { line, prompt, options: options ?? null, answer };
   } catch {
     return { line, message: 'is not JSON; give {"prompt": …, "options": […], "answer": …}' };
   }
@@ -100,13 +131,15 @@ function jsonLine(content, line) {
  * @returns {(Row | Fault)[]}
  */
 function csvLines(text) {
-  const rows = cells(text, separator(text));
-  const [head, ...rest] = rows;
+  const tables = SEPARATORS.map((mark) => cells(text, mark));
+  const known = tables.find(([first]) => {
+    const { prompt, answer } = columns(first?.values ?? []);
+    return prompt >= 0 && answer >= 0;
+  });
+  const [head, ...rest] = known ?? tables[0] ?? [];
   if (!head) return [];
-  const titles = head.values.map((title) => title.trim().toLowerCase());
-  const at = (/** @type {keyof typeof NAMES} */ name) => titles.findIndex((title) => NAMES[name].includes(title));
-  const [prompt, answer, options] = [at("prompt"), at("answer"), at("options")];
-  if (prompt < 0 || answer < 0) {
+  const { prompt, answer, options } = columns(head.values);
+  if (!known) {
     return [
       { line: head.line, message: "the first line must name the columns: prompt,answer or prompt,answer,options" },
     ];
@@ -123,10 +156,16 @@ function csvLines(text) {
   });
 }
 
-/** @param {string} text */
-function separator(text) {
-  const head = text.split("\n", 1)[0] ?? "";
-  return ["\t", ";"].find((mark) => head.includes(mark)) ?? ",";
+/**
+ * Where the question, the answer and the options stand; -1 where they do not.
+ *
+ * @param {string[]} titles
+ */
+function columns(titles) {
+  const plain = titles.map((title) => title.trim().toLowerCase());
+  const at = (/** @type {string[]} */ names) =>
+    names.map((name) => plain.indexOf(name)).find((place) => place >= 0) ?? -1;
+  return { prompt: at(NAMES.prompt), answer: at(NAMES.answer), options: at(NAMES.options) };
 }
 
 /**

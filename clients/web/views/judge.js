@@ -18,7 +18,10 @@ export function judge(answer, { session }) {
     trouble.hidden = true;
     try {
       const { correct } = await session.call((/** @type {any} */ client) => client.feedback(answer, said));
-      const thanks = `Noted: the answer was ${correct ? "right" : "wrong"}. It counts when ${answer.task} is judged.`;
+      const noted = `Noted: the answer was ${correct ? "right" : "wrong"}.`;
+      // The confidence of a text that is not calibrated is no probability: there is nothing to hold it to.
+      const counts = answer.options !== null || answer.calibrated;
+      const thanks = counts ? `${noted} It counts when ${answer.task} is judged.` : noted;
       root.replaceChildren(h("p", { class: "noted", tabindex: -1 }, thanks));
       root.firstElementChild.focus();
     } catch (error) {

@@ -1,6 +1,6 @@
 /** The form that a question is asked with. */
 
-import { field, h } from "../elements.js";
+import { field, h, numberIn } from "../elements.js";
 import { inWords } from "../session.js";
 
 const MOST_OPTIONS = 64;
@@ -155,15 +155,14 @@ export class QuestionForm {
     const options = [...this.options.querySelectorAll("input")]
       .map((input) => input.value)
       .filter((text) => text.trim());
-    const number = (/** @type {HTMLInputElement} */ input) => (input.value === "" ? null : Number(input.value));
-    const below = number(this.below);
+    const below = numberIn(this.below);
     const settings = {
       task: this.task.value,
-      version: number(this.version),
+      version: numberIn(this.version),
       options: options.length > 0 ? options : null,
-      draws: number(this.draws) ?? "auto",
+      draws: numberIn(this.draws) ?? "auto",
       abstain_below: below === null ? null : below / 100,
-      max_tokens: number(this.length) ?? 32,
+      max_tokens: numberIn(this.length) ?? 32,
     };
     return { prompt: this.prompt.value, settings };
   }
@@ -172,14 +171,14 @@ export class QuestionForm {
    * Says what is wrong, and marks where.
    *
    * @param {string} message Empty: nothing.
-   * @param {string | null} [where] The request's field.
+   * @param {HTMLElement | string | null} [where] The control, or the request's field.
    */
   complain(message, where = null) {
     this.trouble.textContent = message;
     this.trouble.hidden = message === "";
     const inputs = this.inputs();
     for (const input of Object.values(inputs)) input?.removeAttribute("aria-invalid");
-    const wrong = where === null ? null : inputs[where.replace(/\W.*/, "")];
+    const wrong = typeof where === "string" ? inputs[where.replace(/\W.*/, "")] : where;
     if (!wrong) return;
     wrong.setAttribute("aria-invalid", "true");
     const hidden = wrong.closest("details");

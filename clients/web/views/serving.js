@@ -1,6 +1,6 @@
 /** Which versions of a task answer: the newest, one, or several that share the questions. */
 
-import { field, h } from "../elements.js";
+import { field, h, numberIn } from "../elements.js";
 import { inWords } from "../session.js";
 
 /**
@@ -60,22 +60,25 @@ export function servingForm({ task: name, versions, serving, version: answering 
   function wanted() {
     if (chosen() === "newest") return null;
     if (chosen() === "one") return Number(which.value);
-    const given = shares.filter(({ input }) => Number(input.value) > 0);
-    return Object.fromEntries(given.map(({ version, input }) => [version, Number(input.value) / 100]));
+    const given = shares.map(({ version, input }) => ({ version, share: (numberIn(input) ?? 0) / 100 }));
+    return Object.fromEntries(given.filter(({ share }) => share > 0).map(({ version, share }) => [version, share]));
   }
 
   form.addEventListener("change", reveal);
   form.addEventListener("submit", async (/** @type {Event} */ event) => {
     event.preventDefault();
+    for (const { input } of shares) input.removeAttribute("aria-invalid");
     try {
       const told = await session.call((client) => client.serve(name, wanted()));
       changed(told);
       announce(
         `Done. Version ${told.version} answers${told.serving && Object.keys(told.serving).length > 1 ? " most" : ""}.`,
       );
-    } catch (error) {
+    } catch (/** @type {any} */ error) {
       trouble.textContent = inWords(error);
       trouble.hidden = false;
+      error?.input?.setAttribute("aria-invalid", "true");
+      error?.input?.focus();
     }
   });
   reveal();

@@ -63,7 +63,11 @@ export function taskView(page) {
       const { validation, feedback } = await session.call((client) => client.reliability(name, { version }));
       held.replaceChildren(
         curves("On validation tasks", validation, "Not known: the calibration of this version keeps no curves."),
-        curves("By feedback", feedback, "Nothing yet: none of its answers with options has been judged."),
+        curves(
+          "By feedback",
+          feedback,
+          "Nothing yet: none of its answers has been judged. Texts that are not calibrated do not count.",
+        ),
       );
     } catch (error) {
       held.replaceChildren(h("p", { class: "trouble", role: "alert" }, inWords(error)));

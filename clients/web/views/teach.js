@@ -1,7 +1,7 @@
 /** The view that teaches a task from examples, and shows on those held back what it has learnt. */
 
 import { JobCancelled } from "../../js/abmll.js";
-import { field, h } from "../elements.js";
+import { field, h, numberIn } from "../elements.js";
 import { several } from "../figures.js";
 import { inWords } from "../session.js";
 import { readExamples } from "./examples.js";
@@ -11,7 +11,7 @@ import { verdict } from "./verdict.js";
 
 const FORMS =
   "CSV with a line that names the columns: prompt, answer and, where each question has its own, options (a|b|c). " +
-  "Or JSON Lines with the same names.";
+  "Or JSON Lines or a JSON array with the same names.";
 const SAMPLE = `prompt,answer
 turn on the lamp in the kitchen,lights
 play the new album by that band,music
@@ -90,9 +90,10 @@ export function teachView({ session, announce }) {
   function complain(error) {
     trouble.textContent = error ? inWords(error) : "";
     trouble.hidden = !error;
-    const where = /** @type {any} */ (error)?.field;
-    name.setAttribute("aria-invalid", String(where === "task"));
-    if (where === "task") name.focus();
+    const { input, field: where } = /** @type {any} */ (error) ?? {};
+    const wrong = where === "task" ? name : input;
+    for (const control of [name, held]) control.setAttribute("aria-invalid", String(control === wrong));
+    wrong?.focus();
   }
 
   /**
@@ -158,13 +159,19 @@ export function teachView({ session, announce }) {
   form.addEventListener("submit", (/** @type {Event} */ event) => {
     event.preventDefault();
     if (running) return;
+    try {
+      numberIn(held);
+    } catch (error) {
+      complain(error);
+      return;
+    }
     const { taught, held: asked } = read();
     run(name.value.trim(), taught, asked);
   });
   text.addEventListener("input", read);
   shared.addEventListener("change", read);
   held.addEventListener("input", () => {
-    chosen = held.value !== "";
+    chosen = held.value !== "" || held.validity.badInput;
     read();
   });
   file.addEventListener("change", async () => {
