@@ -27,7 +27,7 @@ Timeout = Annotated[
 ]
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", metavar="FILE", help="TOML file; its table [client] may say url, timeout and key."),
+    typer.Option("--config", metavar="FILE", help=r"TOML file; its table \[client] may say url, timeout and key."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the server's reply as JSON.")]
 
@@ -84,20 +84,21 @@ def client_of(settings: ClientSettings) -> Client:
 @contextmanager
 def connected(url: str | None, timeout: float | None, config: Path | None) -> Generator[Client]:
     """Gives a client; its errors become one line and exit status 2 (the input is wrong) or 1 (all else)."""
-    from clients.config import InvalidSettings
     from clients.errors import AccessDenied, ClientError, InvalidFile, NotFound, RequestRejected, ServerUnreachable
 
+    begun = False
     try:
         with client_of(settings_of(url, timeout, config)) as client:
+            begun = True
             yield client
     except ClientError as error:
         hint = ""
-        if isinstance(error, ServerUnreachable):
+        if isinstance(error, ServerUnreachable) and begun:  # else the address is none, and the message says so
             hint = "; start it with `make serve`, or name another with --url"
         elif isinstance(error, AccessDenied):
             hint = "; put the key into ABMLL_KEY"
         elif isinstance(error, NotFound) and error.type == "TaskNotFound":
             hint = "; `abmll tasks` lists what there is"
         typer.echo(f"abmll: {error}{hint}", err=True)
-        wrong_input = isinstance(error, InvalidFile | InvalidSettings | NotFound | RequestRejected)
+        wrong_input = not begun or isinstance(error, InvalidFile | NotFound | RequestRejected)
         raise typer.Exit(2 if wrong_input else 1) from None

@@ -120,4 +120,4 @@ def _commented(model: type[BaseModel]) -> Iterator[str]:
         text, default = told(field)
         yield f"# {text[:1].upper()}{text[1:]}{f' (default: {default})' if default else ''}."
         value = _shown(field.default)
-        yield f"# {name} = {json.dumps(value) if value not in (None, {}) else '...'}"
+        yield f"# {name} = {'...' if default or value in (None, {}) else json.dumps(value)}"

@@ -60,7 +60,7 @@ def examine(options: dict[str, Any], config: Path | None) -> list[Finding]:
     vllm = machine_checks.start_vllm()
     try:
         checks: dict[str, Callable[[], Iterable[Finding]]] = {
-            "environment": service_checks.environment if not findings else list,
+            "environment": partial(service_checks.environment, config) if not findings else list,
             "packages": machine_checks.packages,
             "machine": partial(machine_checks.machine, settings),
             "store": partial(service_checks.store, settings),

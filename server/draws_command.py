@@ -118,9 +118,8 @@ def _replace(folder: Path, new: Path, old: Path) -> None:
 def _open(source: str, version: int | None, store: Path | None, config: Path | None) -> StoredPosterior:
     from abmll.store import load_posterior
 
-    if Path(source).is_dir():
-        if version is not None or store is not None:
-            raise AbmllError(f"{source} is a folder; --store and --version go with a task's name", field="version")
+    # A folder may bear a task's name by chance.
+    if store is None and version is None and (Path(source) / "posterior.json").is_file():
         return load_posterior(Path(source))
     from server.store import TaskStore
 

@@ -98,9 +98,16 @@ def engines(settings: Settings, probe: Child, vllm: Child | None) -> Iterator[Fi
 
 def _devices(settings: Settings, torch: dict[str, Any]) -> Iterator[Finding]:
     gpus = torch["gpus"]
-    wanted = [name for name in (settings.device, settings.adapt_device) if name.startswith("cuda")]
-    if wanted and not gpus:
-        yield Finding("device", "fail", f"{wanted[0]} is asked for, torch sees no GPU", "use cpu, or mend the driver")
+    asked = [name.partition(":") for name in (settings.device, settings.adapt_device)]
+    beyond = [f"cuda:{number or 0}" for kind, _, number in asked if kind == "cuda" and int(number or 0) >= len(gpus)]
+    others = [kind for kind, _, _ in asked if kind not in ("auto", "cpu", "cuda")]
+    if beyond and not gpus:
+        yield Finding("device", "fail", f"{beyond[0]} is asked for, torch sees no GPU", "use cpu, or mend the driver")
+    elif beyond:
+        detail = f"{beyond[0]} is asked for, torch sees {', '.join(gpus)}"
+        yield Finding("device", "fail", detail, f"use cuda:{len(gpus) - 1} or less; they are counted from 0")
+    elif others:
+        yield Finding("device", "warn", f"{others[0]} is asked for, not looked at here", "see that torch can use it")
     elif not gpus and (Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")):
         mend = "`make install ACCEL=gpu`" if "+cpu" in torch["version"] else "look at `nvidia-smi`"
         yield Finding("device", "warn", "there seems to be an NVIDIA GPU, which torch does not see", mend)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 if TYPE_CHECKING:
     from abmll.posterior import PosteriorConfig
-    from server.gpus import Gpu
     from server.serving_plan import ServingPlan
     from training.plan import TrainingPlan
 
+# What the server's engine takes of itself.
+_SLOTS, _UTILIZATION = 33, 0.9
 # Of what the maker says: a LoRA step of Llama-3-8B's shape took 163 ms on an H100 for 57 TFLOP.
 _REACHED = 0.35
 
@@ -37,13 +39,15 @@ def plan_command(
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of each, and of a question with its answer.")] = 128,
     steps: Annotated[int, typer.Option(min=1, help="Gradient steps of an adaptation.")] = 10,
     draws: Annotated[int, typer.Option(min=1, help="Draws of a question.")] = 8,
-    slots: Annotated[int, typer.Option(min=1, help="Draws that run in one step of vLLM.")] = 33,
+    slots: Annotated[int, typer.Option(min=1, help="Draws that run in one step of vLLM.")] = _SLOTS,
     gpu: Annotated[str, typer.Option(help="GPU: h100, h200, a100-80gb, l4, ...")] = "h100",
-    utilization: Annotated[float, typer.Option(min=0.05, max=1, help="Part of the GPU that vLLM takes.")] = 0.9,
+    utilization: Annotated[float, typer.Option(min=0.05, max=1, help="Part of the GPU that vLLM takes.")] = (
+        _UTILIZATION
+    ),
     reached: Annotated[float, typer.Option(min=0.01, max=1, help="Part of the GPU's speed that is reached.")] = (
         _REACHED
     ),
-    dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="Of the base weights.")] = "bfloat16",
+    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the base weights.")] = "bfloat16",
     checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Activations are computed again in the backward pass.")
     ] = False,
@@ -61,7 +65,10 @@ def plan_command(
 
     chosen, name = find_gpu(gpu), model or NAME
     config = read_config(resolve(model), revision)
-    given = {"base_model": name, "family": family, "targets": tuple(targets.split(",")), "layers": layers}
+    given = {
+        "base_model": name, "base_revision": revision, "family": family, "targets": tuple(targets.split(",")),
+        "layers": layers,
+    }  # fmt: skip
     posterior = checked(PosteriorConfig, given | ({} if rank is None else {"rank": rank}))
     weights: torch.dtype = getattr(torch, dtype)
     training = plan_training(config, posterior, rows=rows, tokens=tokens, dtype=weights, checkpointing=checkpointing)
@@ -70,6 +77,7 @@ def plan_command(
         dtype=weights,
     )  # fmt: skip
     seconds = training.step_flops / (reached * chosen.flops)
+    commands = _commands(posterior, draws, slots, utilization, dtype, checkpointing)
     if as_json:
         document = {
             "model": name,
@@ -77,12 +85,17 @@ def plan_command(
             "gpu": {"name": gpu} | chosen.model_dump(),
             "training": training.model_dump() | {"peak": training.peak, "step_seconds": seconds},
             "serving": serving.model_dump(),
-            "commands": _commands(name, posterior, draws, dtype, checkpointing),
+            "commands": commands,
         }
         typer.echo(json.dumps(document, indent=2))
         return
-    _print(name, posterior, training, serving, gpu, chosen, seconds, steps)
-    typer.echo("\n".join(_commands(name, posterior, draws, dtype, checkpointing)))
+    _print(name, posterior, training, serving, gpu, seconds, steps)
+    if training.peak > chosen.memory:
+        typer.echo(f"training does not fit on one {gpu} ({_size(chosen.memory)})")
+    if serving.kv_tokens < tokens:
+        taken = _size(utilization * chosen.memory)
+        typer.echo(f"serving does not fit on one {gpu} ({taken} of it): there is no room for a question's tokens")
+    typer.echo("\n".join(commands))
 
 
 def _print(
@@ -91,7 +104,6 @@ def _print(
     training: TrainingPlan,
     serving: ServingPlan,
     gpu: str,
-    chosen: Gpu,
     seconds: float,
     steps: int,
 ) -> None:
@@ -127,21 +139,28 @@ def _print(
             table.add_section()
         else:
             table.add_row(*row)
-    console = Console(highlight=False)
-    console.print(table)
-    for what, taken in (("training", training.peak), ("serving", serving.weights + serving.slots)):
-        if taken > chosen.memory:
-            console.print(f"{what} does not fit on one {gpu} ({_size(chosen.memory)})", markup=False)
+    Console(highlight=False).print(table)
 
 
-def _commands(name: str, posterior: PosteriorConfig, draws: int, dtype: str, checkpointing: bool) -> list[str]:
-    trained = f"abmll train --tasks TASKS --model {name} --family {posterior.family} --dtype {dtype}"
-    trained += f" --targets {','.join(posterior.targets)} --rank {posterior.rank}"
-    trained += " --gradient-checkpointing" if checkpointing else ""
-    return [
-        f"{trained} --out posterior",
-        f"abmll serve --model {name} --posterior posterior --dtype {dtype} --draws {draws}",
-    ]
+def _commands(
+    posterior: PosteriorConfig, draws: int, slots: int, utilization: float, dtype: str, checkpointing: bool
+) -> list[str]:
+    from server.settings import Settings
+
+    base = ["--model", posterior.base_model]
+    base += [] if posterior.base_revision is None else ["--revision", posterior.base_revision]
+    train = ["abmll", "train", "--tasks", "TASKS", *base, "--family", posterior.family, "--dtype", dtype]
+    train += ["--targets", ",".join(posterior.targets), "--rank", str(posterior.rank)]
+    train += [] if posterior.layers == "all" else ["--layers", posterior.layers]
+    train += ["--gradient-checkpointing"] if checkpointing else []
+    serve = ["abmll", "serve", *base, "--posterior", "posterior", "--dtype", dtype, "--draws", str(draws)]
+    serve += ["--max-draws", str(draws)] if draws > Settings().max_draws else []
+    options = [] if utilization == _UTILIZATION else [f"gpu_memory_utilization={utilization}"]
+    options += [] if slots == _SLOTS else [f"max_loras={slots}", f"max_cpu_loras={4 * slots}"]
+    serve += ["--engine", "vllm"] if options else []
+    for option in options:
+        serve += ["--vllm-option", option]
+    return [shlex.join([*train, "--out", "posterior"]), shlex.join(serve)]
 
 
 def _size(count: float) -> str:

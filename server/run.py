@@ -11,6 +11,7 @@ from pathlib import Path
 import uvicorn
 
 from abmll.errors import AbmllError
+from clients.config import InvalidSettings
 from server.app import create_app
 from server.keys import Keys
 from server.logs import configure
@@ -52,13 +53,17 @@ def bind(settings: Settings) -> socket.socket:
     """Takes the port.
 
     Raises:
-        AbmllError: It is taken, or not ours to take.
+        InvalidSettings: The host's name leads nowhere.
+        AbmllError: The port is taken, or not ours to take.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     taken = socket.socket(family, socket.SOCK_STREAM)
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         taken.bind((settings.host, settings.port))
+    except (socket.gaierror, UnicodeError) as error:
+        taken.close()
+        raise InvalidSettings(f"there is no host {settings.host} ({error}); choose another --host") from error
     except OSError as error:
         taken.close()
         raise AbmllError(f"cannot listen on {settings.host}:{settings.port}: {error}; choose another --port") from error
@@ -71,6 +76,9 @@ def run(settings: Settings) -> int:
 
     Returns:
         The exit status: 0 after a stop, 1 if the server could not start.
+
+    Raises:
+        InvalidSettings: The host's name leads nowhere.
     """
     configure(settings)
     failures: list[Exception] = []

@@ -378,7 +378,7 @@ class Service:
 
         Raises:
             TaskNotFound: There is no such task.
-            TaskConflict: The task is reserved.
+            InvalidRequest: The task is reserved.
             StoreFailure: The disk is full or not writable.
         """
         before = time.monotonic()

@@ -19,8 +19,8 @@ from training.embedded import NAME
 _GIB = 1 << 30
 
 
-def environment() -> Iterator[Finding]:
-    """Variables that begin like ours and name no setting."""
+def environment(config: Path | None) -> Iterator[Finding]:
+    """Variables that begin like ours and name no setting; ``config`` is the file that the command line names."""
     from clients.config import FILE_VARIABLE, find_file, variables
     from clients.settings import ClientSettings
 
@@ -28,7 +28,7 @@ def environment() -> Iterator[Finding]:
     for table, model in (("serve", Settings), ("client", ClientSettings)):
         known |= {name for names in variables(model, table).values() for name in names}
     odd = sorted(name for name in os.environ if name.startswith("ABMLL_") and name not in known)
-    file = find_file()
+    file = find_file(config)
     where = f"file {file}" if file else "no file"
     if odd:
         close = difflib.get_close_matches(odd[0], known, n=1)
@@ -91,12 +91,12 @@ def port(settings: Settings) -> Iterator[Finding]:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     address = f"{host}:{settings.port}"
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.settimeout(2)
-        if probe.connect_ex((host, settings.port)) == 0:
-            yield _answering(f"[{host}]:{settings.port}" if ":" in host else address, address)
-            return
     try:
+        with socket.socket(family) as probe:
+            probe.settimeout(2)
+            if probe.connect_ex((host, settings.port)) == 0:  # raises where the host's name leads nowhere
+                yield _answering(f"[{host}]:{settings.port}" if ":" in host else address, address)
+                return
         with socket.socket(family) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((settings.host, settings.port))

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 
 from training.embedded import POSTERIOR, resolve
 
@@ -33,7 +33,9 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     context: int | None = Field(
         default=None, ge=16, description="longest prompt and answer, in tokens; default: the model's limit"
     )
-    device: str = Field(default="auto", description="device of the torch engine; auto: a GPU if there is one")
+    device: str = Field(
+        default="auto", description="device of the torch engine, such as cpu or cuda:1; auto: a GPU if there is one"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="base weights of the torch engine and of adaptation"
     )
@@ -70,6 +72,14 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least severe log")
     log_format: Literal["text", "json"] = Field(default="text", description="lines for people, or one JSON object each")
     log_prompts: bool = Field(default=False, description="write the questions into the log")
+
+    @field_validator("device", "adapt_device")
+    @classmethod
+    def _is_device(cls, device: str, info: ValidationInfo) -> str:
+        more = "auto, " if info.field_name == "device" else ""
+        if not re.fullmatch(r"cpu|mps|(cuda|xpu)(:\d+)?", device) and not (more and device == "auto"):
+            raise ValueError(f"give {more}cpu, cuda, or one of several GPUs, such as cuda:1")
+        return device
 
     @field_validator("otlp_endpoint")
     @classmethod

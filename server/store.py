@@ -41,8 +41,7 @@ def check_name(name: str, field: str = "task") -> None:
     """Checks that a task of this name can be made or changed.
 
     Raises:
-        InvalidRequest: Not a task name.
-        TaskConflict: The name is reserved.
+        InvalidRequest: Not a task name, or the reserved one.
     """
     if not re.fullmatch(NAME_PATTERN, name):
         raise InvalidRequest(
@@ -50,7 +49,7 @@ def check_name(name: str, field: str = "task") -> None:
             field=field,
         )
     if name == GLOBAL:
-        raise TaskConflict("the task name 'global' is reserved for the global posterior; choose another", field=field)
+        raise InvalidRequest("the task name 'global' is reserved for the global posterior; choose another", field=field)
 
 
 @dataclass(frozen=True)
@@ -259,8 +258,7 @@ class TaskStore:
             source: The version that it is made from, which must still be there; None for no such.
 
         Raises:
-            InvalidRequest: Not a task name.
-            TaskConflict: The name is reserved.
+            InvalidRequest: Not a task name, or the reserved one.
             TaskNotFound: The version that it is made from is gone.
             StoreFailure: The disk is full or not writable.
         """
@@ -286,8 +284,8 @@ class TaskStore:
             The digests of its posteriors that had been loaded.
 
         Raises:
+            InvalidRequest: Not a task name, or ``global``.
             TaskNotFound: There is no such task.
-            TaskConflict: The task is ``global``.
             StoreFailure: The disk is full or not writable; the task is still there.
         """
         check_name(name)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PROTOCOL = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
+_GENERAL_PROTOCOL = "OTEL_EXPORTER_OTLP_PROTOCOL"  # of metrics and logs too; vLLM does not look at it
 # What OpenTelemetry, and vLLM with it, reads from the environment; what the user has set stays.
 _DEFAULTS = {
     "OTEL_SERVICE_NAME": "abmll",
@@ -130,7 +131,8 @@ class Tracing:
     """
 
     def __init__(self, endpoint: str) -> None:
-        protocol = "http/protobuf" if urlsplit(endpoint).path.strip("/") else "grpc"
+        fitting = "http/protobuf" if urlsplit(endpoint).path.strip("/") else "grpc"
+        protocol = os.environ.get(_GENERAL_PROTOCOL) or fitting
         for name, value in (_DEFAULTS | {_PROTOCOL: protocol}).items():
             os.environ.setdefault(name, value)
         try:
@@ -232,7 +234,8 @@ def _exporter(endpoint: str, protocol: str) -> SpanExporter:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as ByGrpc
 
         return ByGrpc(endpoint=endpoint)
-    raise AbmllError(f"{_PROTOCOL} is {protocol!r}; give grpc or http/protobuf, or leave it out")
+    names = f"{_PROTOCOL} (or {_GENERAL_PROTOCOL})"
+    raise AbmllError(f"{names} is {protocol!r}; give grpc or http/protobuf, or leave it out")
 
 
 class _Told:

@@ -145,6 +145,13 @@ def test_without_a_server_one_line_says_what_to_do(free_url: str):
     assert "start it with `make serve`" in result.output
 
 
+def test_an_address_that_is_none_is_wrong_input():
+    result = _run("tasks", "--url", "notaurl")
+    assert (result.exit_code, result.output.count("\n")) == (2, 1)
+    assert "is not a server's URL" in result.output
+    assert "make serve" not in result.output
+
+
 @pytest.mark.parametrize(
     ("status", "kind", "exit_code"),
     [(422, "InvalidRequest", 2), (404, "TaskNotFound", 2), (503, "EngineFailure", 1), (500, "InternalError", 1)],
@@ -254,3 +261,4 @@ def test_every_command_has_help(command: str):
     result = _run(command, "--help")
     assert result.exit_code == 0
     assert command in result.output
+    assert ("[client]" in result.output) == (command in ("ask", "tasks", "teach"))

@@ -49,6 +49,16 @@ def test_the_version_and_the_exit_statuses_are_told(abmll: CommandLine) -> None:
     assert "0 done, 1 failed, 2 wrong input, 130 interrupted" in abmll("--help").out
 
 
+def test_a_host_that_leads_nowhere_and_a_name_that_no_task_gets_are_wrong_input(
+    abmll: CommandLine, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.run.configure", lambda _: None)
+    assert "there is no host nosuch.invalid" in abmll("serve", "--engine", "torch", "--host", "nosuch.invalid").refusal
+    file = tmp_path / "films.jsonl"
+    file.write_text('{"prompt": "p", "options": ["a", "b"], "answer": 0}\n')
+    assert "is reserved" in abmll("teach", "global", file, "--url", server.url).refusal
+
+
 def test_a_full_disk_is_one_line() -> None:
     full = Path("/dev/full")
     if not full.exists():

@@ -109,6 +109,8 @@ def test_a_file_that_is_wrong_is_named_with_its_key_and_what_would_be_right(
 
 def test_a_wrong_variable_or_option_is_named(abmll: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "draws is 8, above max_draws 4" in abmll("serve", "--draws", 8, "--max-draws", 4).refusal
+    assert "--device is 'gpu': give auto, cpu, cuda" in abmll("serve", "--device", "gpu").refusal
+    assert "--adapt-device is 'auto': give cpu, cuda" in abmll("serve", "--adapt-device", "auto").refusal
     assert "there is no file no.toml (--config)" in abmll("serve", "--config", "no.toml").refusal
     monkeypatch.setenv("ABMLL_PORT", "x")
     assert "ABMLL_PORT is 'x': input should be a valid integer" in abmll("serve").refusal
@@ -148,6 +150,7 @@ def test_a_begun_file_changes_nothing_and_is_never_overwritten(abmll: CommandLin
     assert abmll("config", "init").code == 0
     text = (here / "abmll.toml").read_text()
     assert tomllib.loads(text) == {"serve": {}, "client": {}}
+    assert "# engine = ..." in text  # what counts follows from what is installed
     assert all(f"# {name} = " in text for name in (*Settings.model_fields, *ClientSettings.model_fields))
     assert {name: value for name, (value, _) in shown(abmll).items()} == {n: v for n, (v, _) in before.items()}
     assert abmll("config", "path").out.strip() == str(here / "abmll.toml")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -51,12 +52,15 @@ def test_what_is_wrong_is_told_with_how_to_mend_it_and_by_the_exit_status(
     shutil.copytree(global_posterior[0], damaged)
     (damaged / "calibration.json").write_text("{}")
     monkeypatch.setenv("ABMLL_PROT", "1")
-    ran = abmll("doctor", "--model", tiny_model_folder, "--posterior", damaged, "--keys", tmp_path / "none")
+    (tmp_path / "own.toml").write_text("")
+    options = ("--posterior", damaged, "--keys", tmp_path / "none", "--config", tmp_path / "own.toml")
+    ran = abmll("doctor", "--model", tiny_model_folder, *options)
     assert ran.code == 1
     lines = [line.rstrip().split(maxsplit=2) for line in ran.out.splitlines()]
     found = {words[1]: (words[0], words[2]) for words in lines if words[0] in ("ok", "warn", "fail")}
     assert found["posterior"][0] == found["keys"][0] == "fail"
-    assert found["settings"] == ("warn", "no file; ABMLL_PROT names no setting")
+    assert found["settings"][0] == "warn"
+    assert f"file{tmp_path / 'own.toml'};ABMLL_PROT" in "".join(ran.out.split())
     assert found["model"][0] == "ok"
     assert ran.out.count("→") == sum(state != "ok" for state, _ in found.values())
     assert "\x1b" not in ran.out
@@ -69,6 +73,26 @@ def test_the_port_is_free_or_ours_or_anothers(server: Server) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         other.settimeout(0)
         assert status(service_checks.port, port=other.getsockname()[1])[0] == "fail"
+    assert status(service_checks.port, port=free_port(), host="nosuch.invalid")[0] == "fail"
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "expected"),
+    [
+        ({}, [], "ok"),
+        ({"device": "cuda"}, [], "fail"),
+        ({"device": "cuda"}, ["a"], "ok"),
+        ({"device": "cuda:1"}, ["a"], "fail"),
+        ({"adapt_device": "cuda:3"}, ["a", "b"], "fail"),
+        ({"adapt_device": "cuda:1"}, ["a", "b"], "ok"),
+        ({"device": "mps"}, ["a"], "warn"),
+    ],
+)
+def test_a_device_that_torch_does_not_see_is_told(settings: dict[str, str], gpus: list[str], expected: str) -> None:
+    seen = json.dumps({"version": torch.__version__, "gpus": gpus, "threads": 1})
+    probe = machine_checks.Child(["-S", "-c", f"print({seen!r})"])
+    found = {each.name: each for each in machine_checks.engines(Settings.model_validate(settings), probe, None)}
+    assert found["device"].status == expected
 
 
 def test_a_store_is_looked_at_without_making_it(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,33 @@ def test_draws_appear_whole_and_replace_only_draws_and_only_by_force(
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_a_source_that_is_none_is_named(abmll: CommandLine, store: Sequence[object], tmp_path: Path) -> None:
+def test_a_folder_that_bears_a_tasks_name_does_not_hide_the_task(
+    abmll: CommandLine,
+    store: Sequence[object],
+    global_posterior: tuple[Path, StoredPosterior],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "films").mkdir()
+    monkeypatch.setenv("ABMLL_STORE", str(store[1]))
+    ran = abmll("draws", "films", *store[2:], "--out", tmp_path / "first", "--draws", 1, "--json")
+    assert (ran.json["task"], ran.json["version"]) == ("films", 2)
+    shutil.copytree(global_posterior[0], tmp_path / "films", dirs_exist_ok=True)
+    for number, (options, digest) in enumerate(((store, ran.json["posterior"]), ((), global_posterior[1].digest))):
+        out = ("--out", tmp_path / str(number), "--draws", 1, "--json")
+        assert abmll("draws", "films", *options, *out).json["posterior"] == digest
+
+
+def test_a_source_that_is_none_is_named(
+    abmll: CommandLine, store: Sequence[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = ("--out", tmp_path / "out")
     assert "known tasks: global, films" in abmll("draws", "songs", *store, *out).refusal
     assert "no version 9" in abmll("draws", "films", *store, *out, "--version", 9).refusal
     assert "there is no store" in abmll("draws", "films", "--store", tmp_path / "none", *out).refusal
-    assert "not a posterior folder" in abmll("draws", tmp_path, *out).refusal
-    assert "go with a task's name" in abmll("draws", tmp_path, "--version", 1, *out).refusal
+    monkeypatch.chdir(tmp_path)
+    assert "no folder of a posterior" in abmll("draws", tmp_path, *out).refusal
     (tmp_path / "file").write_text("")
     full = abmll("draws", "films", *store, "--out", tmp_path / "file" / "out")
     assert (full.code, full.err.count("\n")) == (1, 1)

@@ -363,7 +363,7 @@ ADAPT_ERRORS: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"task": "t", "examples": [{"prompt": "p"}]}, 422, "InvalidExamples", "examples[0].answer"),
     ({"task": "t", "examples": ["p"]}, 422, "InvalidExamples", "examples[0]"),
     ({"task": "t", "examples": [example(prompt="a b " * 400)]}, 413, "PromptTooLong", "examples[0].prompt"),
-    ({"task": "global", "examples": [example()]}, 409, "TaskConflict", "task"),
+    ({"task": "global", "examples": [example()]}, 422, "InvalidRequest", "task"),
     ({"task": "Films", "examples": [example()]}, 422, "InvalidRequest", "task"),
     ({"task": "../x", "examples": [example()]}, 422, "InvalidRequest", "task"),
     ({"task": "", "examples": [example()]}, 422, "InvalidRequest", "task"),

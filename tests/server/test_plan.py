@@ -105,6 +105,16 @@ def test_the_command_tells_the_plan_and_what_is_wrong(abmll: CommandLine) -> Non
     assert told["commands"][1].startswith("abmll serve --model abmll-small")
     shown = abmll("plan", "--rows", 2, "--tokens", 16, "--gpu", "l4").out
     assert f"{told['training']['base_parameters']:,}" in shown
+    assert "does not fit" not in shown
+    # Weights and draws would fit on the whole of it, but not a question beside them in the part that vLLM takes.
+    small = abmll("plan", "--rows", 1, "--tokens", 1_000_000, "--utilization", 0.05, "--gpu", "l4").out
+    assert "serving does not fit on one l4 (1.1 GiB of it)" in small
+    options = ("--layers", "last", "--revision", "main", "--dtype", "float32", "--utilization", 0.5, "--slots", 9)
+    train, serve = abmll("plan", "--rows", 2, "--tokens", 16, *options, "--draws", 99, "--json").json["commands"]
+    assert all(words in train for words in ("--layers last", "--revision main", "--dtype float32"))
+    assert all(words in serve for words in ("--revision main", "--draws 99 --max-draws 99", "--engine vllm"))
+    assert "--vllm-option gpu_memory_utilization=0.5 --vllm-option max_loras=9" in serve
+    assert abmll("plan", "--dtype", "float16").code == 2  # train does not take it
     assert "known: l4" in abmll("plan", "--gpu", "abacus").refusal
     assert "linear layers are" in abmll("plan", "--targets", "x").refusal
     assert "config.json" in abmll("plan", "--model", "/nowhere").refusal

@@ -29,7 +29,7 @@ from tests.server.conftest import Server, free_port, wait_for
 from tests.server.test_http import EXAMPLES, QUESTION
 
 SECRET = "whoever reads this in a trace has read a question"
-PROTOCOL = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
+PROTOCOL, GENERAL = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 
@@ -146,7 +146,7 @@ def test_an_adaptation_job_is_a_span_that_names_its_job(traced: Server, collecto
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """An environment that says nothing of traces, and is as before afterwards."""
-    for name in (PROTOCOL, "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "OTEL_SERVICE_NAME"):
+    for name in (PROTOCOL, GENERAL, "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "OTEL_SERVICE_NAME"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
@@ -196,9 +196,11 @@ def test_an_endpoint_without_a_path_is_spoken_to_by_grpc(environment: pytest.Mon
 
 
 def test_a_protocol_that_is_not_spoken_is_refused_with_those_that_are(environment: pytest.MonkeyPatch) -> None:
-    environment.setenv(PROTOCOL, "http/json")
+    environment.setenv(GENERAL, "http/json")
     with pytest.raises(AbmllError, match="'http/json'; give grpc or http/protobuf"):
         Tracing("http://127.0.0.1:4317")
+    environment.setenv(PROTOCOL, "grpc")  # of traces alone: it comes first
+    Tracing("http://127.0.0.1:4317").close()
 
 
 def test_nothing_of_it_is_loaded_unless_asked_for(server: Server, traced: Server) -> None:
