@@ -42,6 +42,7 @@ _GROUPED: dict[str, Any] = {
 }
 
 
+_EAGER: dict[str, Any] = {"attn_implementation": "eager"}
 _LLAMA3_ROPE: dict[str, Any] = {
     "rope_type": "llama3",
     "rope_theta": 10_000.0,
@@ -73,7 +74,7 @@ def tiny_model(architecture: str, dtype: torch.dtype = torch.float32) -> Any:
                 query_pre_attn_scalar=16,
                 sliding_window=8,
                 final_logit_softcapping=3.0,
-                attn_implementation="eager",
+                **_EAGER,
             )
         ),
         "mistral": lambda: MistralForCausalLM(MistralConfig(**shared, **layers, **_GROUPED)),

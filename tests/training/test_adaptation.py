@@ -72,7 +72,7 @@ def test_progress_is_told_and_may_stop_it(base: BaseModel, attached: Attached, t
 def test_input_that_cannot_be_adapted_to(base: BaseModel, attached: Attached, theta: Posterior) -> None:
     with pytest.raises(InvalidExamples, match="at least one"):
         adapt(base, attached, theta, [], CONFIG)
-    with pytest.raises(PromptTooLong, match="room for 25[0-9]"):
+    with pytest.raises(PromptTooLong, match=r"room for 25[0-9]"):
         adapt(base, attached, theta, [Example("word " * 300, ("a", "b"), 0)], CONFIG)
     with pytest.raises(InvalidExamples, match="diverged"):
         adapt(base, attached, theta, EXAMPLES, CONFIG.model_copy(update={"learning_rate": 1e30}))
