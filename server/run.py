@@ -32,8 +32,6 @@ def check(settings: Settings) -> None:
     if settings.keys is not None:
         if not Keys(settings.keys).all():
             raise AbmllError(f"{settings.keys} holds no key, nobody could ask; make one with `abmll keys add`")
-    elif settings.host not in ("127.0.0.1", "::1", "localhost"):
-        logger.warning("anybody who reaches %s may ask, teach and delete; --keys asks for API keys", settings.host)
     if settings.model in (None, NAME):
         if not (BASE / "config.json").exists():
             raise AbmllError(f"the embedded base model is not in {BASE}; name one with --model")
@@ -91,6 +89,8 @@ def run(settings: Settings) -> int:
     try:
         check(settings)
         taken = bind(settings)
+        if settings.keys is None and settings.host not in ("127.0.0.1", "::1", "localhost"):
+            logger.warning("anybody who reaches %s may ask, teach and delete; --keys asks for API keys", settings.host)
         app = create_app(settings, failed)
     except AbmllError as error:
         if taken is not None:
