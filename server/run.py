@@ -29,9 +29,8 @@ def check(settings: Settings) -> None:
         AbmllError: The embedded model is not there, vLLM cannot be imported or has no such argument, or there are no
             keys.
     """
-    if settings.keys is not None:
-        if not Keys(settings.keys).all():
-            raise AbmllError(f"{settings.keys} holds no key, nobody could ask; make one with `abmll keys add`")
+    if settings.keys is not None and not Keys(settings.keys).all():
+        raise AbmllError(f"{settings.keys} holds no key, nobody could ask; make one with `abmll keys add`")
     if settings.model in (None, NAME):
         if not (BASE / "config.json").exists():
             raise AbmllError(f"the embedded base model is not in {BASE}; name one with --model")
