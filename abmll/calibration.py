@@ -12,7 +12,7 @@ from torch import Tensor
 
 from abmll.adaptive import Scatter
 from abmll.curves import Curves
-from abmll.predictive import predictive
+from abmll.predictive import draw_probabilities
 from abmll.risk import lenient_threshold
 from abmll.text_calibration import TextCalibration
 
@@ -20,6 +20,8 @@ from abmll.text_calibration import TextCalibration
 # and the right options, shape (n,).
 HeldOut = tuple[Tensor, Tensor]
 
+# Of the prediction sets that answers come with.
+_TOLD_COVERAGE = "0.9"
 _RANGE = (0.05, 20.0)
 _GRID_POINTS = 121
 # Scores that are tempered at once, over all temperatures of a block: what bounds memory.
@@ -40,7 +42,7 @@ def temperature_evidence(held_out: HeldOut) -> Tensor:
     for temperatures in _grid().exp().split(at_once):
         right = answers[None, :, None].expand(len(temperatures), -1, 1)
         tempered = scores.double()[:, None] / temperatures[:, None, None]
-        parts.append(-predictive(tempered).probabilities.gather(-1, right).squeeze(-1).clamp_min(1e-12).log())
+        parts.append(-draw_probabilities(tempered).mean(dim=0).gather(-1, right).squeeze(-1).clamp_min(1e-12).log())
     return torch.cat(parts)
 
 
@@ -220,6 +222,11 @@ class ShotCalibration(BaseModel, frozen=True):
     def risk_threshold(self, risk: float) -> float | None:
         """Returns the confidence that answers must pass for a risk of at most this; None where none is known."""
         return lenient_threshold(self.risk, risk)
+
+    def prediction_set(self, probabilities: Tensor) -> Tensor | None:
+        """Returns the options that hold the right one in 90 % of questions, see ``prediction_set``; None: not known."""
+        threshold = self.conformal.get(_TOLD_COVERAGE)
+        return None if threshold is None else prediction_set(probabilities, threshold)
 
     def for_task(self, held_out: HeldOut | None) -> ShotCalibration:
         """Returns the calibration of one task with its own temperature; ``held_out`` as in ``task_temperature``."""

@@ -76,6 +76,11 @@ def pair_means(values: Tensor) -> Tensor:
     return values[: 2 * pairs].unflatten(0, (pairs, 2)).mean(dim=1)
 
 
+def draw_probabilities(scores: Tensor, temperature: float = 1.0) -> Tensor:
+    """Returns p(y | x, phi_s) of each draw in float64, of the shape of ``scores``; arguments as for ``predictive``."""
+    return option_log_probs(scores.double() / temperature).exp()
+
+
 def predictive(scores: Tensor, temperature: float = 1.0, *, mirrored: bool = False) -> Predictive:
     """Averages the draws: p(y|x) = 1/S sum_s p(y|x, phi_s), entropy split as in Depeweg et al. (2018).
 
@@ -89,7 +94,7 @@ def predictive(scores: Tensor, temperature: float = 1.0, *, mirrored: bool = Fal
     Returns:
         The predictive distribution, computed in float64.
     """
-    each = option_log_probs(scores.double() / temperature).exp()
+    each = draw_probabilities(scores, temperature)
     mean = each.mean(dim=0)
     total, aleatoric = entropy(mean), entropy(each).mean(dim=0)
     return Predictive(

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -162,10 +164,18 @@ def save_posterior(
 
 
 def replace_folder(folder: Path, contents: dict[str, bytes]) -> None:
-    """Writes files into a folder beside ``folder`` and renames it there.
+    """Writes files into a folder that appears whole, see ``replaced``."""
+    with replaced(folder) as partial:
+        for name, data in contents.items():
+            (partial / name).write_bytes(data)
+
+
+@contextmanager
+def replaced(folder: Path) -> Generator[Path]:
+    """Gives an empty folder beside ``folder`` to write into, which then is synced and renamed there.
 
     Raises:
-        StoreFailure: Writing failed; nothing is left behind.
+        StoreFailure: Writing failed; nothing is left behind, and what stood there stays.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -174,21 +184,31 @@ def replace_folder(folder: Path, contents: dict[str, bytes]) -> None:
         raise StoreFailure(f"cannot write to {folder.parent}: {error}; free space or choose another folder") from error
     try:
         partial.chmod(0o755)
-        for name, data in contents.items():
-            (partial / name).write_bytes(data)
-            _sync(partial / name)
-        _sync(partial)
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-            folder.rename(old / "was")
-            partial.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            partial.rename(folder)
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            _sync(path)
+        _swap(folder, partial)
         _sync(folder.parent)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise StoreFailure(f"cannot write {folder}: {error}; free space or choose another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _swap(folder: Path, new: Path) -> None:
+    if not folder.exists():
+        new.rename(folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    folder.rename(old / "was")
+    try:
+        new.rename(folder)
+    except OSError:
+        (old / "was").rename(folder)
+        raise
+    finally:
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -14,6 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from abmll.curves import Curves
 from abmll.risk import lenient_threshold
+from abmll.sequences import SequencePredictive
 
 # Logits beyond are as good as certain; a text of a hundred improbable tokens must not outweigh all others in a fit.
 _LOGIT_LIMIT = 40.0
@@ -88,6 +89,17 @@ class TextCalibration(TextConfidence, frozen=True):
     def risk_threshold(self, risk: float) -> float | None:
         """Returns the confidence that answers must pass for a risk of at most this; None where none is known."""
         return lenient_threshold(self.risk, risk)
+
+
+def text_confidence(each: Tensor, result: SequencePredictive, entry: TextConfidence | None) -> float:
+    """Returns how sure a text is: calibrated, or the geometric mean per token of its predictive probability.
+
+    Args:
+        each: log p of the whole text under each draw, shape (draws,), nats.
+        result: What these say of it.
+        entry: The calibration that holds for it; None: there is none.
+    """
+    return result.per_token if entry is None else entry.confidence(text_logits(each[:, None])).item()
 
 
 def fit_texts(tasks: Sequence[JudgedTexts], weights: Sequence[float] | None = None) -> TextConfidence:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from abmll.errors import AbmllError, InvalidPosterior, StoreFailure
+from abmll.errors import AbmllError, InvalidPosterior
 from server.options import ConfigFile, load_settings
 
 if TYPE_CHECKING:
@@ -71,6 +70,7 @@ def export(stored: StoredPosterior, out: Path, draws: int, seed: int) -> dict[st
     import torch
 
     from abmll.draws import draw, save_adapter
+    from abmll.store import replaced
 
     posterior = stored.posterior
     names = [f"draw-{index}" for index in range(draws)]
@@ -85,34 +85,16 @@ def export(stored: StoredPosterior, out: Path, draws: int, seed: int) -> dict[st
         "seed": seed,
         "adapters": names,
     }
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
-            made = Path(beside) / "new"
-            for index, name in enumerate(names):
-                factors = draw(posterior, seed, index)
-                if not all(bool(torch.isfinite(t).all()) for pair in factors.values() for t in pair):
-                    raise InvalidPosterior(f"draw {index} of {stored.record.task} is not finite; adapt the task again")
-                save_adapter(factors, posterior, made / name)
-                for file in (made / name).iterdir():
-                    file.chmod(0o644)  # safetensors writes for the owner alone; another user's server may read it
-            (made / INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-            _replace(out, made, Path(beside) / "old")
-    except OSError as error:
-        raise StoreFailure(f"cannot write {out}: {error}; free space or choose another folder") from error
+    with replaced(out) as made:
+        for index, name in enumerate(names):
+            factors = draw(posterior, seed, index)
+            if not all(bool(torch.isfinite(t).all()) for pair in factors.values() for t in pair):
+                raise InvalidPosterior(f"draw {index} of {stored.record.task} is not finite; adapt the task again")
+            save_adapter(factors, posterior, made / name)
+            for file in (made / name).iterdir():
+                file.chmod(0o644)  # safetensors writes for the owner alone; another user's server may read it
+        (made / INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return document
-
-
-def _replace(folder: Path, new: Path, old: Path) -> None:
-    if not folder.exists():
-        new.rename(folder)
-        return
-    folder.rename(old)
-    try:
-        new.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
 
 
 def _open(source: str, version: int | None, store: Path | None, config: Path | None) -> StoredPosterior:

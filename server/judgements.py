@@ -7,13 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from abmll.calibration import ShotCalibration, prediction_set
+from abmll.calibration import ShotCalibration
 from abmll.predictive import predictive
 from abmll.sequences import TokenScores, sequence_predictive
-from abmll.text_calibration import TextCalibration, text_logits
+from abmll.text_calibration import TextCalibration, text_confidence
 from server.schemas import Candidate, Finish, Semantics, TokenReply, Uncertainty
-
-COVERAGE = "0.9"
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,7 @@ def judge_options(options: Sequence[str], scores: Tensor, entry: ShotCalibration
 def judge_text(text: str, scores: TokenScores, entry: TextCalibration | None) -> Judged:
     """From the scores of a free text to its confidence; ``entry`` where a calibration holds for it."""
     result = sequence_predictive(scores.log_probs)
-    confidence = result.per_token
-    if entry is not None:
-        confidence = entry.confidence(text_logits(scores.log_probs.double().sum(dim=1, keepdim=True))).item()
+    confidence = text_confidence(scores.log_probs.double().sum(dim=1), result, entry)
     return Judged(
         answer=text,
         answer_index=None,
@@ -88,7 +84,7 @@ def candidates_of(answer: Judged, options: Sequence[str] | None) -> list[Candida
 
 
 def _set(probabilities: Tensor, options: Sequence[str], entry: ShotCalibration | None) -> list[str] | None:
-    if entry is None or COVERAGE not in entry.conformal:
+    inside = None if entry is None else entry.prediction_set(probabilities)
+    if inside is None:
         return None
-    inside = prediction_set(probabilities, entry.conformal[COVERAGE]).tolist()
-    return [option for option, member in zip(options, inside, strict=True) if member]
+    return [option for option, member in zip(options, inside.tolist(), strict=True) if member]

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from abmll.calibration import Calibration, prediction_set
+from abmll.calibration import Calibration
 from abmll.draw_scores import score_draws
 from abmll.errors import AbmllError, InvalidExamples, InvalidRequest
 from abmll.examples import Example, check_options
@@ -19,7 +17,7 @@ from abmll.predictive import predictive
 from abmll.scoring import tokenize
 from abmll.sequences import text_predictive
 from abmll.store import Record, StoredPosterior, load_posterior, save_posterior
-from abmll.text_calibration import text_logits
+from abmll.text_calibration import text_confidence
 from training.adaptation import AdaptConfig
 from training.base_model import BaseModel as Base
 from training.commands.opening import open_base
@@ -31,8 +29,6 @@ from training.tasks import examples_of
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_COVERAGE = "0.9"
 
 
 def load(
@@ -49,13 +45,6 @@ def load(
     Raises:
         AbmllError: The posterior is damaged, or the base model is not there or another one.
     """
-    if device is not None:
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise AbmllError(
-                f"device {device!r} cannot be used: {str(error).splitlines()[0]}", field="device"
-            ) from error
     stored = load_posterior(POSTERIOR if posterior is None else Path(posterior))
     base, attached, ready = open_base(stored.posterior, model, dtype, device)
     return LoadedPosterior(base, attached, ready, stored.record, stored.calibration)
@@ -190,8 +179,7 @@ class LoadedPosterior:
         entry = None if self.calibration is None else self.calibration.nearest(self.record.shots)
         raw = predictive(scores)
         result = predictive(scores, 1.0 if entry is None else entry.temperature, mirrored=True)
-        threshold = None if entry is None else entry.conformal.get(_COVERAGE)
-        inside = None if threshold is None else prediction_set(result.probabilities, threshold).tolist()
+        inside = None if entry is None else entry.prediction_set(result.probabilities)
         found: list[Prediction] = []
         for at, (prompt, given) in enumerate(zip(prompts, options, strict=True)):
             best, count = int(result.answer[at]), len(given)
@@ -207,7 +195,7 @@ class LoadedPosterior:
                     standard_errors=tuple(result.standard_errors[at, :count].tolist()),
                     prediction_set=None
                     if inside is None
-                    else tuple(option for option, member in zip(given, inside[at], strict=False) if member),
+                    else tuple(option for option, member in zip(given, inside[at].tolist(), strict=False) if member),
                     total=result.total[at].item(),
                     aleatoric=result.aleatoric[at].item(),
                     epistemic=result.epistemic[at].item(),
@@ -223,17 +211,15 @@ class LoadedPosterior:
         end: int | None = self.base.tokenizer.eos_token_id
         found: list[Prediction] = []
         for at, (prompt, text, tokens) in enumerate(zip(prompts, answers.texts, answers.tokens, strict=True)):
-            whole = text_predictive(answers.log_probs[:, at], len(tokens))
-            calibrated = entry is not None and tokens[-1:] == (end,)
-            confidence = whole.per_token
-            if entry is not None and calibrated:
-                confidence = entry.confidence(text_logits(answers.log_probs[:, at : at + 1])).item()
+            each = answers.log_probs[:, at]
+            whole = text_predictive(each, len(tokens))
+            holds = entry if tokens[-1:] == (end,) else None
             found.append(
                 Prediction(
                     prompt=prompt,
                     answer=text,
-                    confidence=confidence,
-                    calibrated=calibrated,
+                    confidence=text_confidence(each, whole, holds),
+                    calibrated=holds is not None,
                     raw_confidence=whole.probability,
                     options=None,
                     probabilities=None,

@@ -43,12 +43,22 @@ def checked(model: type[M], values: Mapping[str, Any]) -> M:
 
 
 def choose_device(wanted: str | None) -> str:
-    """Returns a device, a GPU if there is one by default, and sets the allocator up for passes on the CPU."""
+    """Returns a device, a GPU if there is one by default, and sets the allocator up for passes on the CPU.
+
+    Raises:
+        AbmllError: The device cannot be used.
+    """
     import torch
 
     from training.allocator import keep_freed_memory
 
     keep_freed_memory()
+    if wanted is not None:
+        try:
+            torch.empty(0, device=wanted)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise AbmllError(f"device {wanted!r} cannot be used: {reason}", field="device") from error
     return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
 
 

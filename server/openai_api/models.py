@@ -15,7 +15,7 @@ def list_models(store: TaskStore) -> list[Model]:
     found: list[Model] = []
     for name in store.names():
         try:
-            found += _models(store, name)
+            found += _models(store, name, fewest=2)
         except TaskNotFound:  # deleted meanwhile
             continue
     return found
@@ -27,25 +27,23 @@ def find_model(store: TaskStore, name: str) -> Model:
     Raises:
         TaskNotFound: There is none of this name, or it is damaged.
     """
-    task, number = model_of(name)
-    models = {model.id: model for model in _models(store, task)}
-    for version in store.versions(task) if number is not None else ():
-        if version.number == number and version.stored is not None:
-            return _model(name, version, task)
+    task, _ = model_of(name)
+    models = {model.id: model for model in _models(store, task, fewest=1)}
     if name in models:
         return models[name]
     known = ", ".join(models) or "none can be used"
     raise TaskNotFound(f"there is no model {name[:80]!r}; of this task there are: {known}", field="model")
 
 
-def _models(store: TaskStore, task: str) -> list[Model]:
+def _models(store: TaskStore, task: str, fewest: int) -> list[Model]:
+    """The task, and its versions where there are at least ``fewest``."""
     usable = [version for version in store.versions(task) if version.stored is not None]
     if not usable:
         return []
     serving = store.serving(task)
     answering = [v for v in usable if serving is None or v.number in serving]
     main = [_model(task, answering[-1], None)] if answering else []
-    return main + [_model(f"{task}:{version.number}", version, task) for version in usable if len(usable) > 1]
+    return main + [_model(f"{task}:{version.number}", version, task) for version in usable if len(usable) >= fewest]
 
 
 def _model(id: str, version: Version, parent: str | None) -> Model:

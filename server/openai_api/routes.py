@@ -49,14 +49,8 @@ def add_openai(app: FastAPI, questions: Questions, access: Access) -> None:
         if asked.stream:
             return await answer.streamed(asked, wanted[0], request)
         replies = await answer.all(asked, wanted, request)
-        return Completion(
-            id=f"cmpl-{_id(replies)}",
-            created=int(time.time()),
-            model=asked.model,
-            system_fingerprint=replies[0].posterior.id,
-            choices=[completion_choice(index, reply, asked.top) for index, reply in enumerate(replies)],
-            usage=usage_of(replies, len(replies) // (asked.n or 1)),
-        )
+        choices = [completion_choice(index, reply, asked.top) for index, reply in enumerate(replies)]
+        return Completion(choices=choices, **_told_of("cmpl", asked, replies))
 
     @app.post(
         "/v1/chat/completions",
@@ -71,14 +65,8 @@ def add_openai(app: FastAPI, questions: Questions, access: Access) -> None:
         if asked.stream:
             return await answer.streamed(asked, wanted[0], request)
         replies = await answer.all(asked, wanted, request)
-        return ChatCompletion(
-            id=f"chatcmpl-{_id(replies)}",
-            created=int(time.time()),
-            model=asked.model,
-            system_fingerprint=replies[0].posterior.id,
-            choices=[chat_choice(index, reply, asked.top) for index, reply in enumerate(replies)],
-            usage=usage_of(replies, 1),
-        )
+        choices = [chat_choice(index, reply, asked.top) for index, reply in enumerate(replies)]
+        return ChatCompletion(choices=choices, **_told_of("chatcmpl", asked, replies))
 
     @app.get("/v1/models", tags=["openai"], responses=errors(*access.statuses), dependencies=access.needs("query"))
     def get_models() -> ModelList:  # pyright: ignore[reportUnusedFunction] -- a route
@@ -148,5 +136,12 @@ def _renamed(error: Exception, asked: ChatRequest | CompletionRequest | None = N
     return error
 
 
-def _id(replies: Sequence[GenerateReply]) -> str:
-    return replies[0].request_id
+def _told_of(prefix: str, asked: ChatRequest | CompletionRequest, replies: Sequence[GenerateReply]) -> dict[str, Any]:
+    """What is told of all choices together."""
+    return {
+        "id": f"{prefix}-{replies[0].request_id}",
+        "created": int(time.time()),
+        "model": asked.model,
+        "system_fingerprint": replies[0].posterior.id,
+        "usage": usage_of(replies, len(replies) // (asked.n or 1)),
+    }
