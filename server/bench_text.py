@@ -11,7 +11,7 @@ from typing import Literal
 from abmll.sampling import Sampling
 from server.bench import DRAWS, prompts
 from server.engine import Served
-from server.service import make_engine
+from server.loading import make_engine
 from server.settings import Settings
 from server.texts import LIKELY
 
@@ -33,7 +33,7 @@ async def measure(engine_name: Literal["torch", "vllm"], count: int) -> dict[str
 
     stored, tokenizer = load_posterior(POSTERIOR), load_base(resolve(None)).tokenizer
     served = Served(stored.digest, stored.posterior)
-    engine = make_engine(Settings.model_validate({"engine": engine_name}), stored)
+    engine = make_engine(Settings.model_validate({"engine": engine_name}), stored.posterior.config)
     found: dict[str, list[float]] = {"rate": [], "scored": [], "told": []}
     await engine.start()
     try:

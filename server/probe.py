@@ -26,7 +26,7 @@ def posterior(settings: Settings, compare: bool) -> dict[str, Any]:
         compare: Whether to see if it was made for the base model, which is downloaded where it is not there.
     """
     from abmll.store import load_posterior
-    from server.service import base_check
+    from server.loading import base_check
 
     try:
         stored = load_posterior(settings.global_posterior)

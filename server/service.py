@@ -12,15 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from abmll.errors import AbmllError, EngineFailure, PosteriorMismatch, StoreFailure, TaskConflict
-from abmll.layers import check_base, checkpoint_fingerprint
-from abmll.posterior import Posterior
-from abmll.store import Record, StoredPosterior, load_posterior
+from abmll.errors import AbmllError, EngineFailure, StoreFailure, TaskConflict
+from abmll.store import Record, StoredPosterior
 from server.admission import Admission
 from server.answers import Answerer
 from server.engine import Engine
 from server.feedback import Feedback
 from server.jobs import JobRegistry
+from server.loading import base_check, load_global, load_tokenizer, make_engine
 from server.metrics import Snapshot
 from server.recalibration import refit
 from server.reliability import reliability
@@ -28,7 +27,6 @@ from server.settings import Settings
 from server.store import GLOBAL, TaskStore
 from server.supervisor import Supervisor
 from server.task_schemas import RecalibrationReply, ReliabilityReply
-from server.tracing import vllm_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -37,85 +35,6 @@ _LOOK_SECONDS = 0.5
 _LONGEST_DELAY = 60.0
 # How often answers are written down for feedback, in seconds.
 _WRITE_SECONDS = 1.0
-
-
-def load_global(settings: Settings) -> StoredPosterior:
-    """Reads the global posterior.
-
-    Raises:
-        InvalidPosterior: It is absent or damaged.
-    """
-    stored = load_posterior(settings.global_posterior)
-    if stored.calibration is None:
-        logger.warning("the global posterior has no calibration; confidences are raw probabilities")
-    return stored
-
-
-def checkpoint_folder(model: str, revision: str | None) -> Path:
-    """Returns the folder of a model's files: itself, or the hub's cache."""
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
-
-
-def base_check(settings: Settings, prior: Posterior) -> Callable[[Posterior], None]:
-    """Returns a check that a posterior was made for the base model in use, over the global posterior's layers."""
-    prints: dict[tuple[str, ...], str] = {}
-
-    def check(posterior: Posterior) -> None:
-        names = tuple(posterior.layers)
-        if posterior.layers.keys() != prior.layers.keys():
-            raise PosteriorMismatch(
-                f"the posterior is over {len(posterior.layers)} layers, the global posterior over other "
-                f"{len(prior.layers)}; teach the task again"
-            )
-        if names not in prints:
-            folder = checkpoint_folder(settings.base_model, settings.revision)
-            prints[names] = checkpoint_fingerprint(folder, names)
-        check_base(posterior, prints[names], settings.base_model)
-
-    return check
-
-
-def make_engine(settings: Settings, prior: StoredPosterior) -> Engine:
-    """Builds the engine that the settings name, not yet started."""
-    if settings.engine == "vllm":
-        from server.vllm_engine import VllmEngine
-
-        return VllmEngine(
-            settings.base_model,
-            revision=settings.revision,
-            context=settings.context,
-            targets=prior.posterior.config.targets,
-            layers=prior.posterior.config.layers,
-            max_rank=prior.posterior.config.draw_rank,
-            cache_bytes=settings.cache,
-            options=vllm_arguments(settings) | settings.vllm_options,
-        )
-    import torch
-
-    from server.torch_engine import TorchEngine
-
-    return TorchEngine(
-        settings.base_model,
-        targets=prior.posterior.config.targets,
-        layers=prior.posterior.config.layers,
-        revision=settings.revision,
-        dtype=getattr(torch, settings.dtype),
-        device=settings.device,
-        context=settings.context,
-        threads=settings.threads,
-        cache_bytes=settings.cache,
-    )
-
-
-def load_tokenizer(settings: Settings) -> Any:
-    """Loads the base model's tokenizer, the same for both engines."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(settings.base_model, revision=settings.revision)
 
 
 def _lock(store: Path) -> IO[str]:
@@ -240,7 +159,7 @@ class Service:
                 logger.exception("answers could not be written down; trying again")
 
     async def _start_engine(self) -> Engine:
-        engine = make_engine(self.settings, self.prior)
+        engine = make_engine(self.settings, self.prior.posterior.config)
         try:
             await engine.start()
         except BaseException:
