@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -130,7 +130,11 @@ def _sync(path: Path) -> None:
 
 
 def save_posterior(
-    folder: Path, posterior: Posterior, record: Record, calibration: Calibration | None = None
+    folder: Path,
+    posterior: Posterior,
+    record: Record,
+    calibration: Calibration | None = None,
+    publish: Callable[[Path], None] = lambda _: None,
 ) -> StoredPosterior:
     """Writes a posterior folder; a crash leaves the old folder or none, never a part of the new.
 
@@ -139,6 +143,7 @@ def save_posterior(
         posterior: The parameters.
         record: Where it comes from.
         calibration: How its confidence is made.
+        publish: Given the folder of files that are written but not in their place yet; if it raises, they never are.
 
     Raises:
         InvalidPosterior: A parameter is not finite.
@@ -159,15 +164,16 @@ def save_posterior(
     sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in contents.items())
     # The card is for people, who may add to it.
     contents |= {SUMS: sums.encode(), "CARD.md": _card(posterior, record, calibration).encode()}
-    replace_folder(folder, contents)
+    replace_folder(folder, contents, publish)
     return StoredPosterior(clean, record, calibration, digest)
 
 
-def replace_folder(folder: Path, contents: dict[str, bytes]) -> None:
-    """Writes files into a folder that appears whole, see ``replaced``."""
+def replace_folder(folder: Path, contents: dict[str, bytes], publish: Callable[[Path], None] = lambda _: None) -> None:
+    """Writes files into a folder that appears whole, see ``replaced``; ``publish`` as for ``save_posterior``."""
     with replaced(folder) as partial:
         for name, data in contents.items():
             (partial / name).write_bytes(data)
+        publish(partial)
 
 
 @contextmanager

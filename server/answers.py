@@ -33,6 +33,7 @@ from server.feedback import Answered
 from server.free_text import check_sampling, free_text
 from server.inputs import check_prompt, encode
 from server.judgements import Judged, candidates_of, judge_options, judge_text
+from server.names import GLOBAL
 from server.schemas import (
     MAX_TOKENS,
     GenerateReply,
@@ -43,7 +44,7 @@ from server.schemas import (
     Usage,
 )
 from server.settings import Settings
-from server.store import GLOBAL, TaskStore
+from server.store import TaskStore
 from server.texts import LIKELY, tell_tokens
 
 _Scoring = tuple[str, Question, range, int, Normalize]

@@ -22,13 +22,13 @@ from server.inputs import read_examples
 from server.keys import Keys
 from server.logs import Logged, audit
 from server.metrics import Measured, Metrics
+from server.names import GLOBAL, check_name
 from server.openai_api.routes import add_openai
 from server.openapi import errors
 from server.questions import Questions, add_questions
 from server.schemas import Health
 from server.service import Service
 from server.settings import Settings
-from server.store import GLOBAL, check_name
 from server.task_schemas import (
     AdaptRequest,
     FeedbackReply,

@@ -21,10 +21,12 @@ from server.feedback import Feedback
 from server.jobs import JobRegistry
 from server.loading import base_check, load_global, load_tokenizer, make_engine
 from server.metrics import Snapshot
+from server.names import GLOBAL
+from server.objects import Objects
 from server.recalibration import refit
 from server.reliability import reliability
 from server.settings import Settings
-from server.store import GLOBAL, TaskStore
+from server.store import TaskStore
 from server.supervisor import Supervisor
 from server.task_schemas import RecalibrationReply, ReliabilityReply
 
@@ -35,6 +37,8 @@ _LOOK_SECONDS = 0.5
 _LONGEST_DELAY = 60.0
 # How often answers are written down for feedback, in seconds.
 _WRITE_SECONDS = 1.0
+# How often object storage is looked at for what other servers have made, in seconds.
+REFRESH_SECONDS = 5.0
 
 
 def _lock(store: Path) -> IO[str]:
@@ -76,11 +80,19 @@ class Service:
     def __init__(self, settings: Settings, on_failure: Callable[[Exception], None] = lambda _: None) -> None:
         self.settings, self.on_failure = settings, on_failure
         self.prior = load_global(settings)
-        self.store = TaskStore(settings.store, self.prior, base_check(settings, self.prior.posterior), settings.cache)
+        self.store = TaskStore(
+            settings.store,
+            self.prior,
+            base_check(settings, self.prior.posterior),
+            settings.cache,
+            None if settings.objects is None else Objects(settings.objects),
+        )
         if Path(settings.base_model).is_dir():  # else when the engine has fetched it
             self.store.check(self.prior.posterior)
         self.registry = JobRegistry(settings.store / "jobs.sqlite3")
         self._lock = _lock(settings.store)
+        self.store.refresh()
+        self.up_to_date = True
         self.feedback = Feedback(settings.store / "feedback.sqlite3", settings.feedback_kept)
         self.admission = Admission(settings.concurrency, settings.queue)
         self.engine: Engine | None = None
@@ -91,6 +103,7 @@ class Service:
         self._answerer: Answerer | None = None
         self._running: asyncio.Task[None] | None = None
         self._writing: asyncio.Task[None] | None = None
+        self._refreshing: asyncio.Task[None] | None = None
         self._recalibrating = threading.Lock()
         self._reference: dict[tuple[str, int], tuple[float, float, float] | None] = {}
 
@@ -113,6 +126,8 @@ class Service:
     async def start(self) -> None:
         """Begins the start."""
         self._writing = asyncio.create_task(self._write_answers(), name="answers")
+        if self.settings.objects is not None:
+            self._refreshing = asyncio.create_task(self._refresh_store(), name="objects")
         self._running = asyncio.create_task(self._run(), name="service")
 
     async def _run(self) -> None:
@@ -157,6 +172,18 @@ class Service:
                 failing = True
             except Exception:
                 logger.exception("answers could not be written down; trying again")
+
+    async def _refresh_store(self) -> None:
+        """Sees what other servers have made and deleted; what is here is served while that cannot be seen."""
+        while True:
+            await asyncio.sleep(REFRESH_SECONDS)
+            try:
+                await asyncio.to_thread(self.store.refresh)
+                self.up_to_date = True
+            except Exception as error:
+                if self.up_to_date:
+                    logger.error("the store is not brought up to date, trying again: %s", error)
+                self.up_to_date = False
 
     async def _start_engine(self) -> Engine:
         engine = make_engine(self.settings, self.prior.posterior.config)
@@ -203,7 +230,7 @@ class Service:
         except StoreFailure:
             jobs, done, seconds = None, 0, 0.0
         try:
-            tasks = len(self.store.names())
+            tasks = len(self.store.names()) if self.up_to_date else None
         except OSError:
             tasks = None
         windows = self.feedback.windows()
@@ -311,7 +338,7 @@ class Service:
 
     async def close(self) -> None:
         """Stops everything; jobs under way are taken up again at the next start."""
-        for work in (self._running, self._writing):
+        for work in (self._running, self._writing, self._refreshing):
             if work is not None:
                 work.cancel()
                 await asyncio.gather(work, return_exceptions=True)

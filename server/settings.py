@@ -28,6 +28,11 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
         default=None, description="folder of the global posterior; default: the embedded one"
     )
     store: Path = Field(default=Path("abmll-store"), description="folder of task posteriors and adaptation jobs")
+    objects: str | None = Field(
+        default=None,
+        description="object storage that has every task posterior too, such as s3://bucket/prefix; several servers may "
+        "share one; default: none",
+    )
     draws: int = Field(default=8, ge=1, description="draws of a question that says none, or auto, at most")
     max_draws: int = Field(default=64, ge=1, description="most draws that a question may ask for")
     context: int | None = Field(

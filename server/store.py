@@ -7,7 +7,6 @@ import fcntl
 import itertools
 import logging
 import math
-import re
 import shutil
 import tempfile
 import threading
@@ -25,31 +24,15 @@ from abmll.errors import AbmllError, InvalidPosterior, InvalidRequest, StoreFail
 from abmll.posterior import Posterior
 from abmll.store import Record, StoredPosterior, load_posterior, replace_file, save_posterior
 from server.cache import ByteCache, tensor_bytes
+from server.mirror import Mirror
+from server.names import GLOBAL, SERVING, check_name, is_name, version_name, version_number
+from server.objects import Objects
 
 logger = logging.getLogger(__name__)
 
-GLOBAL = "global"
-NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
-_SERVING = "serving.json"
 UNKNOWN_SERVING = "which version answers cannot be read from serving.json; say it anew with PUT /tasks/{name}/serving"
 # A version found damaged is looked at again after so long: it may have been restored.
 _DAMAGED_SECONDS = 10.0
-_VERSION = re.compile(r"^v(\d{4,})$")
-
-
-def check_name(name: str, field: str = "task") -> None:
-    """Checks that a task of this name can be made or changed.
-
-    Raises:
-        InvalidRequest: Not a task name, or the reserved one.
-    """
-    if not re.fullmatch(NAME_PATTERN, name):
-        raise InvalidRequest(
-            f"{name[:80]!r} is no task name; use 1 to 64 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit",
-            field=field,
-        )
-    if name == GLOBAL:
-        raise InvalidRequest("the task name 'global' is reserved for the global posterior; choose another", field=field)
 
 
 @dataclass(frozen=True)
@@ -98,6 +81,7 @@ class TaskStore:
         check: Called on each posterior when it is loaded; raises ``PosteriorMismatch`` for one that was
             made for another base model.
         cache_bytes: Bytes of loaded posteriors to keep.
+        objects: Object storage that has every version, too; what changes here changes there first.
     """
 
     def __init__(
@@ -106,6 +90,7 @@ class TaskStore:
         global_posterior: StoredPosterior,
         check: Callable[[Posterior], None] = lambda _: None,
         cache_bytes: int = 1 << 30,
+        objects: Objects | None = None,
     ) -> None:
         self.tasks = root / "tasks"
         self.global_posterior = global_posterior
@@ -120,6 +105,17 @@ class TaskStore:
             self.tasks.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise AbmllError(f"cannot make the store {root}: {error}; choose another folder", field="store") from error
+        self._mirror = None if objects is None else Mirror(self.tasks, objects)
+
+    def refresh(self) -> None:
+        """Brings the store up to date with its object storage.
+
+        Raises:
+            StoreFailure: It does not answer, or the disk is full or not writable.
+        """
+        if self._mirror is not None:
+            with self._changing():
+                self._mirror.refresh()
 
     def names(self) -> list[str]:
         """All tasks that can be asked, ``global`` first."""
@@ -196,7 +192,7 @@ class TaskStore:
         return self._shares(name)
 
     def _shares(self, name: str) -> dict[int, float] | None:
-        path = self.tasks / name / _SERVING
+        path = self.tasks / name / SERVING
         try:
             return _Serving.model_validate_json(path.read_bytes()).shares
         except FileNotFoundError:
@@ -222,7 +218,7 @@ class TaskStore:
         if name == GLOBAL:
             raise TaskConflict("the global posterior has one version, the one that the server began with", "name")
         known = {version.number: version for version in self.versions(name)}
-        path = self.tasks / name / _SERVING
+        path = self.tasks / name / SERVING
         if shares is not None:
             if not shares or not all(0 < share < math.inf for share in shares.values()):
                 raise InvalidRequest("versions needs a positive share for each; null: the newest", field="versions")
@@ -230,15 +226,21 @@ class TaskStore:
                 if number not in known:
                     raise TaskNotFound(f"task {name!r} has no version {number}; it has {sorted(known)}", "versions")
                 _usable(name, known[number])
-        try:
-            if shares is None:
-                path.unlink(missing_ok=True)
-            else:
-                total = sum(shares.values())
-                normal = _Serving(shares={number: share / total for number, share in sorted(shares.items())})
-                replace_file(path, normal.model_dump_json().encode())
-        except OSError as error:
-            raise StoreFailure(f"task {name!r} is served as before: {error}; mend the store's disk") from error
+        data: bytes | None = None
+        if shares is not None:
+            total = sum(shares.values())
+            normal = {number: share / total for number, share in sorted(shares.items())}
+            data = _Serving(shares=normal).model_dump_json().encode()
+        with self._changing():
+            if self._mirror is not None:
+                self._mirror.objects.serve(name, data)
+            try:
+                if data is None:
+                    path.unlink(missing_ok=True)
+                else:
+                    replace_file(path, data)
+            except OSError as error:
+                raise StoreFailure(f"task {name!r} is served as before: {error}; mend the store's disk") from error
 
     def add(
         self,
@@ -260,17 +262,23 @@ class TaskStore:
         Raises:
             InvalidRequest: Not a task name, or the reserved one.
             TaskNotFound: The version that it is made from is gone.
-            StoreFailure: The disk is full or not writable.
+            StoreFailure: The disk is full or not writable, or object storage does not take it.
         """
         check_name(name)
         with self._changing():
+            if self._mirror is not None:
+                self._mirror.refresh()
             numbers = self._numbers(name)
             if source is not None and not self._holds(name, numbers, source):
                 raise TaskNotFound(
                     f"version {source.record.version} of task {name!r} was deleted meanwhile", field="name"
                 )
             number = max(numbers, default=0) + 1
-            return save_posterior(self._folder(name, number), posterior, make_record(number), calibration)
+            folder, record = self._folder(name, number), make_record(number)
+            if self._mirror is None:
+                return save_posterior(folder, posterior, record, calibration)
+            with self._mirror.publishing(name, number) as publish:
+                return save_posterior(folder, posterior, record, calibration, publish)
 
     def _holds(self, name: str, numbers: Sequence[int], wanted: StoredPosterior) -> bool:
         number = wanted.record.version
@@ -293,6 +301,8 @@ class TaskStore:
         folder = self.tasks / name
         with self._changing():
             self._known(name)  # another may have deleted it while this one waited
+            if self._mirror is not None:
+                self._mirror.remove(name)
             grave: Path | None = None
             try:
                 grave = Path(tempfile.mkdtemp(prefix=".deleted.", dir=self.tasks))
@@ -328,20 +338,20 @@ class TaskStore:
         return found
 
     def _folders(self) -> Sequence[str]:
-        return sorted(entry.name for entry in self.tasks.iterdir() if re.fullmatch(NAME_PATTERN, entry.name))
+        return sorted(entry.name for entry in self.tasks.iterdir() if is_name(entry.name))
 
     def _folder(self, name: str, number: int) -> Path:
-        return self.tasks / name / f"v{number:04d}"
+        return self.tasks / name / version_name(number)
 
     def _numbers(self, name: str) -> list[int]:
         try:
             entries = [entry.name for entry in (self.tasks / name).iterdir()]
         except OSError:
             return []
-        return sorted(int(match[1]) for match in map(_VERSION.match, entries) if match)
+        return sorted(number for number in map(version_number, entries) if number is not None)
 
     def _known(self, name: str) -> list[int]:
-        numbers = self._numbers(name) if re.fullmatch(NAME_PATTERN, name) else []
+        numbers = self._numbers(name) if is_name(name) else []
         if not numbers:
             names = self.names()
             shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")

@@ -20,6 +20,7 @@ from abmll.layers import Attached, attach
 from abmll.store import Record, StoredPosterior, load_posterior
 from server.jobs import Job, JobCancelled, JobRegistry
 from server.logs import configure
+from server.objects import Objects
 from server.settings import Settings
 from server.store import TaskStore
 from server.tracing import Tracing, tell
@@ -168,7 +169,8 @@ def main() -> None:
     keep_freed_memory()
     prior = load_posterior(settings.global_posterior)
     registry = JobRegistry(settings.store / "jobs.sqlite3")
-    adapter = Adapter(settings, prior, TaskStore(settings.store, prior), registry)
+    objects = None if settings.objects is None else Objects(settings.objects)
+    adapter = Adapter(settings, prior, TaskStore(settings.store, prior, objects=objects), registry)
     while True:
         job = persist(registry.claim)
         if job is None:

@@ -16,11 +16,12 @@ ROOT = Path(__file__).parents[2]
 _FORKS = multiprocessing.get_context("forkserver")
 
 
-def _serve(settings: str, log: str) -> None:
+def _serve(settings: str, log: str, environment: dict[str, str]) -> None:
     """What the process does; without threads until here, it is as one that was started by itself."""
     stream = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
+    os.environ.update(environment)  # that of the process it is forked from may be older
     os.environ["OMP_NUM_THREADS"] = "1"  # for the worker
     import torch
 
@@ -61,7 +62,7 @@ class ServerProcess:
     """
 
     def __init__(self, settings: str, log: Path) -> None:
-        self._process: ForkServerProcess = _FORKS.Process(target=_serve, args=(settings, str(log)))
+        self._process: ForkServerProcess = _FORKS.Process(target=_serve, args=(settings, str(log), dict(os.environ)))
         self._process.start()
 
     @property

@@ -11,7 +11,8 @@ from abmll.examples import Example
 from abmll.posterior import Posterior
 from abmll.store import Record, StoredPosterior
 from server.jobs import JobCancelled, JobRegistry
-from server.store import TaskStore, check_name
+from server.names import check_name
+from server.store import TaskStore
 from tests.server.conftest import random_posterior
 
 

@@ -1,0 +1,185 @@
+"""Object storage: versions of tasks in any place that fsspec knows, such as s3://bucket/prefix.
+
+Below the place's address::
+
+    blobs/ID/FILE              a version's files; nobody looks there before a pointer says so
+    tasks/NAME/v0001.json      that pointer, made in one piece, and only where there is none: the version is there
+    tasks/NAME/serving.json    which versions answer, where somebody has said so
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import uuid
+from collections import defaultdict
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from abmll.errors import AbmllError, StoreFailure
+from server.names import SERVING, version_name
+
+logger = logging.getLogger(__name__)
+
+# Names as in names.py: what is there may have been put there by anybody.
+_POINTER = re.compile(r"/tasks/([a-z0-9][a-z0-9._-]{0,63})/v(\d{4,})\.json$")
+_SERVING = re.compile(r"/tasks/([a-z0-9][a-z0-9._-]{0,63})/serving\.json$")
+_FILE = re.compile(r"/([A-Za-z0-9][A-Za-z0-9._-]{0,63})$")
+
+
+class Pointer(BaseModel, frozen=True):
+    """Where a version's files are.
+
+    Attributes:
+        blob: Name of their folder.
+        content: Hash of what is in them.
+    """
+
+    blob: str = Field(pattern=r"^[0-9a-f]{32}$")
+    content: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+@dataclass
+class Listing:
+    """What is there.
+
+    Attributes:
+        versions: Of each task, by number.
+        serving: Contents of ``serving.json`` by task.
+    """
+
+    versions: defaultdict[str, dict[int, Pointer]] = field(default_factory=lambda: defaultdict(dict))
+    serving: dict[str, bytes] = field(default_factory=dict)
+
+
+class Objects:
+    """Task versions under ``url``; several servers may use one place at once.
+
+    Credentials and endpoints come from where fsspec's implementation takes them, for S3 the AWS variables and files.
+    All methods raise ``StoreFailure`` where the place does not answer, or refuses.
+
+    Args:
+        url: The place's address.
+
+    Raises:
+        AbmllError: No such kind of address, or its package is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        from fsspec.core import url_to_fs
+        from fsspec.implementations.local import LocalFileSystem
+
+        self.url = url
+        try:
+            # Another server's changes must be seen; a listing kept from before would hide them.
+            self._fs, root = url_to_fs(url, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise AbmllError(
+                f"cannot use {url}: {error}; give an address such as s3://bucket/prefix (pip install 'abmll[s3]')",
+                field="objects",
+            ) from error
+        self._root = root.rstrip("/")
+        self._has_folders = isinstance(self._fs, LocalFileSystem)
+        self._read: dict[str, tuple[Any, bytes]] = {}
+
+    def listing(self) -> Listing:
+        """Looks up what is there; reads only what has changed since the last look."""
+        found, read = Listing(), dict[str, tuple[Any, bytes]]()
+        with self._asking("read"):
+            self._fs.invalidate_cache()
+            if self._has_folders and not self._fs.exists(self._root):
+                return found
+            files: dict[str, dict[str, Any]] = self._fs.find(f"{self._root}/tasks", detail=True)
+            for path, about in files.items():
+                mark = about.get("ETag") or (about.get("mtime") or about.get("updated"), about.get("size"))
+                pointer, serving = _POINTER.search(path), _SERVING.search(path)
+                if pointer is None and serving is None:
+                    continue
+                try:
+                    known = self._read.get(path)
+                    data = known[1] if known is not None and known[0] == mark else self._fs.cat_file(path)
+                except FileNotFoundError:  # deleted meanwhile
+                    continue
+                read[path] = mark, data
+                if serving is not None:
+                    found.serving[serving[1]] = data
+                elif pointer is not None:
+                    try:
+                        found.versions[pointer[1]][int(pointer[2])] = Pointer.model_validate_json(data)
+                    except ValidationError:
+                        logger.warning("%s is no pointer to a version; it is left alone", path)
+        self._read = read
+        return found
+
+    def publish(self, name: str, number: int, folder: Path, content: str) -> Pointer:
+        """Uploads a version's files, then makes it visible; a crash leaves it whole or not there."""
+        pointer = Pointer(blob=uuid.uuid4().hex, content=content)
+        with self._asking("written"):
+            try:
+                for path in sorted(folder.iterdir()):
+                    self._put(f"blobs/{pointer.blob}/{path.name}", path.read_bytes())
+                self._put(_path(name, number), pointer.model_dump_json().encode(), "create")
+            except FileExistsError as error:
+                self._forget(pointer)
+                raise StoreFailure(f"another server makes version {number} of task {name!r}; try again") from error
+        return pointer
+
+    def fetch(self, pointer: Pointer, folder: Path) -> None:
+        """Downloads a version's files into an empty folder."""
+        with self._asking("read"):
+            paths: list[str] = self._fs.find(f"{self._root}/blobs/{pointer.blob}")
+            for path in paths:
+                file = _FILE.search(path)
+                if file is not None:
+                    (folder / file[1]).write_bytes(self._fs.cat_file(path))
+
+    def remove(self, name: str, number: int, pointer: Pointer) -> None:
+        """Removes a version: out of sight first, then from the place."""
+        with self._asking("written"):
+            self._drop(_path(name, number))
+            self._forget(pointer)
+
+    def serve(self, name: str, data: bytes | None) -> None:
+        """Writes a task's ``serving.json``; None removes it."""
+        path = f"tasks/{name}/{SERVING}"
+        with self._asking("written"):
+            if data is None:
+                self._drop(path)
+            else:
+                self._put(path, data)
+
+    def _put(self, path: str, data: bytes, mode: str = "overwrite") -> None:
+        full = f"{self._root}/{path}"
+        if self._has_folders:
+            self._fs.makedirs(full.rsplit("/", 1)[0], exist_ok=True)
+        self._fs.pipe_file(full, data, mode=mode)
+
+    def _drop(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(f"{self._root}/{path}")
+
+    def _forget(self, pointer: Pointer) -> None:
+        try:
+            self._fs.rm(f"{self._root}/blobs/{pointer.blob}", recursive=True)
+        except Exception as error:  # nobody sees it any more
+            logger.warning("%s/blobs/%s is needed no more, but cannot be removed: %s", self.url, pointer.blob, error)
+
+    @contextmanager
+    def _asking(self, what: str) -> Generator[None]:
+        try:
+            yield
+        except AbmllError:
+            raise
+        except Exception as error:  # every implementation has errors of its own
+            text = str(error) or type(error).__name__
+            raise StoreFailure(f"{self.url} cannot be {what}: {text}; mend it, or the way to it") from error
+
+
+def _path(name: str, number: int) -> str:
+    return f"tasks/{name}/{version_name(number)}.json"

@@ -1,0 +1,261 @@
+"""Object storage: a folder, and S3's API as moto's server speaks it, through the real s3fs."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from fsspec.core import url_to_fs
+from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
+
+from abmll.errors import StoreFailure, TaskNotFound
+from abmll.store import Record, StoredPosterior
+from server.objects import Objects
+from server.service import REFRESH_SECONDS
+from server.store import TaskStore
+from tests.server.conftest import Server, free_port, random_posterior, wait_for
+from tests.server.test_faults import probabilities
+from tests.server.test_http import adapt
+from tests.server.test_load import metric
+
+
+class S3:
+    """A server of S3's API that can go away and come back with what it had."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
+        self.up()
+
+    def up(self) -> None:
+        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
+        self._server.start()
+
+    def down(self) -> None:
+        self._server.stop()
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3]:
+    running = S3()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", running.url)
+        patch.setenv("AWS_ACCESS_KEY_ID", "key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")
+        yield running
+    running.down()
+
+
+@pytest.fixture
+def bucket(s3: S3, request: pytest.FixtureRequest) -> str:
+    name = f"bucket-{abs(hash(request.node.nodeid))}"
+    S3FileSystem(skip_instance_cache=True).mkdir(name)
+    return f"s3://{name}/models"
+
+
+@pytest.fixture(params=["folder", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return f"file://{tmp_path}/objects" if request.param == "folder" else request.getfixturevalue("bucket")
+
+
+@pytest.fixture
+def open_store(place: str, global_posterior: tuple[Path, StoredPosterior], tmp_path: Path) -> Callable[..., TaskStore]:
+    def open_one(name: str, *, shared: bool = True) -> TaskStore:
+        return TaskStore(tmp_path / name, global_posterior[1], objects=Objects(place) if shared else None)
+
+    return open_one
+
+
+def record(task: str) -> Callable[[int], Record]:
+    return lambda version: Record(task=task, version=version)
+
+
+def test_what_one_store_does_the_others_do_too(
+    open_store: Callable[..., TaskStore], tiny_model_folder: Path, place: str
+) -> None:
+    one, other = open_store("one"), open_store("other")
+    made = [one.add("t", random_posterior(tiny_model_folder, seed), None, record("t")) for seed in (1, 2)]
+    assert other.names() == ["global"]
+    other.refresh()
+    assert other.names() == ["global", "t"]
+    assert [v.stored.digest for v in other.versions("t") if v.stored] == [stored.digest for stored in made]
+    other.serve("t", {1: 1.0})
+    one.refresh()
+    assert one.choose("t", None, 0.5).digest == made[0].digest
+    one.serve("t", None)
+    other.refresh()
+    assert other.serving("t") is None
+    third = other.add("t", random_posterior(tiny_model_folder, 3), None, record("t"))
+    assert third.record.version == 3
+    one.delete("t")
+    assert Objects(place).listing().versions == {}
+    other.refresh()
+    assert other.names() == ["global"]
+    with pytest.raises(TaskNotFound):
+        other.current("t")
+    again = other.add("t", random_posterior(tiny_model_folder, 4), None, record("t"))
+    one.refresh()
+    assert one.current("t").digest == again.digest
+
+
+def test_a_store_that_was_there_before_goes_to_object_storage_once(
+    open_store: Callable[..., TaskStore], tiny_model_folder: Path
+) -> None:
+    before = open_store("one", shared=False)
+    before.add("t", random_posterior(tiny_model_folder, 1), None, record("t"))
+    newest = before.add("t", random_posterior(tiny_model_folder, 2), None, record("t"))
+    before.serve("t", {1: 0.5, 2: 0.5})
+    one, other = open_store("one"), open_store("other")
+    one.refresh()
+    other.refresh()
+    assert other.current("t").digest == newest.digest
+    assert other.serving("t") == {1: 0.5, 2: 0.5}
+    other.delete("t")
+    one.refresh()
+    assert one.names() == ["global"], "a deleted task must not come back from a folder that still had it"
+
+
+def test_two_tasks_of_one_name_are_told_and_neither_is_lost(
+    open_store: Callable[..., TaskStore], tiny_model_folder: Path
+) -> None:
+    mine = open_store("one", shared=False).add("t", random_posterior(tiny_model_folder, 1), None, record("t"))
+    theirs = open_store("other").add("t", random_posterior(tiny_model_folder, 2), None, record("t"))
+    one, other = open_store("one"), open_store("other")
+    with pytest.raises(StoreFailure, match=r"task 't' is in .* another one"):
+        one.refresh()
+    other.refresh()
+    assert one.current("t").digest == mine.digest
+    assert other.current("t").digest == theirs.digest
+
+
+def test_of_two_servers_that_make_a_version_at_once_one_is_told_to_try_again(
+    open_store: Callable[..., TaskStore], tiny_model_folder: Path
+) -> None:
+    one, other = open_store("one"), open_store("other")
+    posterior = random_posterior(tiny_model_folder, 1)
+
+    def while_other_is_faster(version: int) -> Record:
+        other.add("t", random_posterior(tiny_model_folder, 2), None, record("t"))
+        return Record(task="t", version=version)
+
+    with pytest.raises(StoreFailure, match="version 1 of task 't'; try again"):
+        one.add("t", posterior, None, while_other_is_faster)
+    assert one.names() == ["global"]
+    assert one.add("t", posterior, None, record("t")).record.version == 2
+
+
+def test_a_version_that_arrives_damaged_is_not_taken(
+    open_store: Callable[..., TaskStore], tiny_model_folder: Path, place: str
+) -> None:
+    open_store("one").add("t", random_posterior(tiny_model_folder, 1), None, record("t"))
+    files, root = url_to_fs(place)
+    (path,) = (path for path in files.find(root) if path.endswith("posterior.safetensors"))
+    whole: bytes = files.cat_file(path)
+    files.pipe_file(path, whole[: len(whole) // 2])
+    other = open_store("other")
+    other.refresh()
+    assert other.names() == ["global"]
+    files.pipe_file(path, whole)
+    other.refresh()
+    assert other.names() == ["global", "t"]
+
+
+def test_nothing_is_made_here_that_object_storage_did_not_take(
+    s3: S3, bucket: str, global_posterior: tuple[Path, StoredPosterior], tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    store = TaskStore(tmp_path / "store", global_posterior[1], objects=Objects(bucket))
+    posterior = random_posterior(tiny_model_folder, 1)
+    first = store.add("t", posterior, None, record("t"))
+    s3.down()
+    try:
+        for change in (
+            lambda: store.add("t", posterior, None, record("t")),
+            lambda: store.delete("t"),
+            lambda: store.serve("t", {1: 1.0}),
+            store.refresh,
+        ):
+            with pytest.raises(StoreFailure, match=bucket):
+                change()
+        assert [version.number for version in store.versions("t")] == [1]
+        assert store.serving("t") is None
+    finally:
+        s3.up()
+    assert store.add("t", posterior, None, record("t")).record.version == 2
+    assert first.digest == store.choose("t", 1, 0.0).digest
+
+
+def test_names_that_somebody_else_put_there_lead_nowhere(
+    open_store: Callable[..., TaskStore], tmp_path: Path, tiny_model_folder: Path, place: str
+) -> None:
+    store = open_store("one")
+    store.add("t", random_posterior(tiny_model_folder, 1), None, record("t"))
+    files, root = url_to_fs(place)
+    pointer: bytes = files.cat_file(f"{root}/tasks/t/v0001.json")
+    for path in ("tasks/UP/v0001.json", "tasks/t/v1.json", "tasks/a b/v0001.json"):
+        if place.startswith("file"):
+            files.makedirs(f"{root}/{path}".rsplit("/", 1)[0], exist_ok=True)
+        files.pipe_file(f"{root}/{path}", pointer)
+    files.pipe_file(f"{root}/tasks/t/v0002.json", b'{"blob": "../../elsewhere"}')
+    other = open_store("other")
+    other.refresh()
+    assert other.names() == ["global", "t"]
+    assert [version.number for version in other.versions("t")] == [1]
+    assert sorted(p.name for p in (tmp_path / "other" / "tasks").iterdir()) == ["t"]
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [("nowhere://a/b", "nowhere"), ("s3://no-such-bucket-here/a", "no-such-bucket-here")],
+)
+def test_a_place_that_is_not_there_is_told_before_serving(
+    s3: S3, start_server: Callable[..., Server], url: str, said: str
+) -> None:
+    server = start_server(objects=url, wait=False)
+    assert server.process.wait(60) == 1
+    last = server.log.read_text().strip().splitlines()[-1]
+    assert last.startswith("abmll: ")
+    assert said in last
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.slow
+def test_a_task_outlives_the_disk_and_is_seen_by_other_servers(
+    s3: S3, bucket: str, start_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    one, other = (start_server(store=tmp_path / name, objects=bucket) for name in ("one", "other"))
+    done = one.wait_job(adapt(one, "t")["job"])
+    assert done["status"] == "done", done
+    expected = probabilities(one, "t")
+    wait_for(lambda: other.http.get("/tasks/t").status_code == 200, 4 * REFRESH_SECONDS)
+    assert probabilities(other, "t") == expected
+
+    one.process.send_signal(signal.SIGKILL)
+    one.process.wait(30)
+    shutil.rmtree(tmp_path / "one")
+    anew = start_server(store=tmp_path / "one", objects=bucket)
+    assert probabilities(anew, "t") == expected
+
+    s3.down()
+    try:
+        job = adapt(anew, "later")["job"]
+        wait_for(lambda: metric(anew, "abmll_store_up") == 0, 60)
+        assert probabilities(anew, "t") == expected
+        refused = anew.http.delete("/tasks/t")
+        assert refused.status_code == 503
+        assert bucket in refused.json()["error"]["message"]
+        wait_for(lambda: "trying again" in anew.log.read_text(), 60)
+        wait_for(lambda: anew.http.get(f"/adapt/{job}").json()["status"] == "running", 90)
+    finally:
+        s3.up()
+    assert anew.wait_job(job)["status"] == "done"
+    wait_for(lambda: metric(anew, "abmll_store_up") == 1, 60)
+    assert anew.http.delete("/tasks/t").status_code == 204
+    wait_for(lambda: other.http.get("/tasks/t").status_code == 404, 4 * REFRESH_SECONDS)
+    assert other.http.get("/tasks/later").status_code == 200
