@@ -14,6 +14,7 @@ from abmll.store import StoredPosterior, load_posterior
 from server.engine import Engine
 from server.settings import Settings
 from server.tracing import vllm_arguments
+from training.hub import fetch
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +31,20 @@ def load_global(settings: Settings) -> StoredPosterior:
     return stored
 
 
-def checkpoint_folder(model: str, revision: str | None) -> Path:
-    """Returns the folder of a model's files: itself, or the hub's cache."""
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
+def with_revision(settings: Settings, config: PosteriorConfig) -> Settings:
+    """Where no revision is asked for, takes the one that the posterior was made with, if it is of the same model."""
+    if settings.revision is not None or settings.model != config.base_model:
+        return settings
+    return settings.model_copy(update={"revision": config.base_revision})
 
-    return Path(snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+
+def checkpoint_folder(model: str, revision: str | None) -> Path:
+    """Returns the folder of a model's files: itself, or the hub's cache.
+
+    Raises:
+        AbmllError: They cannot be had.
+    """
+    return fetch(model, revision).folder
 
 
 def base_check(settings: Settings, prior: Posterior) -> Callable[[Posterior], None]:
@@ -91,7 +99,11 @@ def make_engine(settings: Settings, config: PosteriorConfig) -> Engine:
 
 
 def load_tokenizer(settings: Settings) -> Any:
-    """Loads the base model's tokenizer, the same for both engines."""
-    from transformers import AutoTokenizer
+    """Loads the base model's tokenizer, the same for both engines.
 
-    return AutoTokenizer.from_pretrained(settings.base_model, revision=settings.revision)
+    Raises:
+        AbmllError: It cannot be had.
+    """
+    from training import base_model  # loads transformers, which takes seconds
+
+    return base_model.load_tokenizer(settings.base_model, revision=settings.revision)

@@ -87,7 +87,7 @@ def configure(settings: Settings) -> None:
         handler.setFormatter(_TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.addFilter(_Context())
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
-    for chatty in ("httpx", "httpcore", "filelock", "urllib3"):
+    for chatty in ("httpx", "httpx2", "httpcore", "filelock", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 

@@ -15,6 +15,7 @@ from server.findings import Finding
 from server.machine_checks import Child
 from server.settings import Settings
 from training.embedded import NAME
+from training.hub import in_cache, reason
 
 _GIB = 1 << 30
 
@@ -159,43 +160,27 @@ def hub(settings: Settings) -> Iterator[Finding]:
     if Path(model).is_absolute() or model.startswith("."):
         yield Finding("model", "fail", f"there is no folder {model}", "check --model")
         return
-    if _cached(model, settings.revision):
+    if in_cache(model, settings.revision):
         yield Finding("model", "ok", f"{model} is in the hub's cache")
         return
-    yield _remote(model)
+    yield _remote(model, settings.revision)
 
 
 def _is_here(settings: Settings) -> bool:
     model = settings.model
-    return model in (None, NAME) or Path(model).is_dir() or _cached(model, settings.revision)
+    return model in (None, NAME) or Path(model).is_dir() or in_cache(model, settings.revision)
 
 
-def _cached(model: str, revision: str | None) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        return isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str)
-    except ValueError:  # no hub name: what asks the hub says so
-        return False
-
-
-def _remote(model: str) -> Finding:
+def _remote(model: str, revision: str | None) -> Finding:
     from huggingface_hub import HfApi, constants, get_token
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
-    if constants.HF_HUB_OFFLINE:
-        return Finding("model", "fail", f"{model} is not in the hub's cache", "HF_HUB_OFFLINE is set: unset it")
-    token = "with HF_TOKEN" if get_token() else "without HF_TOKEN"
-    ask = "ask for access on the model's page, then set HF_TOKEN"
     try:
+        if constants.HF_HUB_OFFLINE:
+            raise OfflineModeIsEnabled
         HfApi().auth_check(model)
-    except HFValidationError:
-        return Finding("model", "fail", f"{model} is neither a folder nor a name on the hub", "check --model")
-    except GatedRepoError:
-        return Finding("model", "fail", f"{model} is gated, no access {token}", ask)
-    except RepositoryNotFoundError:
-        return Finding("model", "fail", f"the hub knows no {model} {token}", f"check the name; if it is gated, {ask}")
+        HfApi().model_info(model, revision=revision)
     except Exception as error:  # the hub's client has had several HTTP libraries, each with its own errors
-        what = " ".join(str(error).split())[:120] or type(error).__name__
-        return Finding("model", "fail", f"the hub cannot be reached ({what})", "get online, or name a folder")
+        return Finding("model", "fail", *reason(error, model, revision))
+    token = "with HF_TOKEN" if get_token() else "without HF_TOKEN"
     return Finding("model", "ok", f"{model} can be had from the hub {token}")

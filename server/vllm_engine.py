@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abmll.errors import EngineFailure
+from abmll.errors import AbmllError, EngineFailure
 from abmll.posterior import LayerPosterior, Normalize, Posterior, PosteriorConfig
 from abmll.sampling import Sampling
 from abmll.scoring import Question
@@ -29,6 +29,7 @@ from server.tracing import trace_headers
 from server.trie import Step, option_steps, token_steps
 from server.vllm_requests import Following, ask_params, decode_params, decoded, read_params
 from server.vllm_setup import adapter_rank, fused, set_environment, target_shapes
+from training.hub import fetch
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,8 @@ class VllmEngine:
         self._building = asyncio.ensure_future(asyncio.to_thread(self._build))
         try:
             self._llm = await asyncio.shield(self._building)
+        except AbmllError:
+            raise
         except Exception as error:
             raise EngineFailure(f"vLLM could not start with {self.model}: {error}") from error
         config = self._llm.model_config
@@ -114,8 +117,8 @@ class VllmEngine:
 
         self._on_cpu = current_platform.is_cpu()
         values: dict[str, Any] = {
-            "model": self.model,
-            "revision": self.revision,
+            # Of a hub's name it would take pickled weights where there are no others.
+            "model": str(fetch(self.model, self.revision).folder),
             "dtype": self.dtype or ("float32" if self._on_cpu else "auto"),
             "max_model_len": self.context or None,
             "enable_lora": True,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from abmll.errors import AbmllError
+from training.hub import brief, fetch
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,14 @@ class BaseModel:
         model: The transformers model, in eval mode.
         tokenizer: Its tokenizer, with a pad token.
         context: The most tokens that it takes.
+        revision: Its commit on the hub; None for a folder.
     """
 
     name: str
     model: Any
     tokenizer: Any
     context: int
+    revision: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -47,7 +52,7 @@ def load_base(
 
     Args:
         name: Hub name or folder.
-        revision: Commit or tag on the hub.
+        revision: Commit, tag or branch on the hub.
         dtype: Of the frozen weights.
         device: Where to put them.
         context: The most tokens to take; the model's own limit by default.
@@ -56,17 +61,25 @@ def load_base(
     Raises:
         AbmllError: The model cannot be had; the message says what to do.
     """
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=dtype, use_safetensors=True, attn_implementation="sdpa"
+    found = fetch(name, revision)
+    tokenizer = load_tokenizer(name, revision=revision)
+    with _told(f"cannot load the base model {name}"):
+        config = AutoConfig.from_pretrained(found.folder, trust_remote_code=False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            found.folder,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation=attention(config),
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        hint = "check the folder" if Path(name).exists() else "check the name, your access and HF_TOKEN, or download it"
-        raise AbmllError(f"cannot load the base model {name}: {error}; {hint}", field="model") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers in their place
+        raise AbmllError(
+            f"the files of {name} lack {len(missing)} of the model's weights, such as {missing[0]}; copy or download "
+            "the model again",
+            field="model",
+        )
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048
     if context is not None and context > limit:
         raise AbmllError(f"context {context} exceeds the {limit} positions of {name}", field="context")
@@ -75,4 +88,41 @@ def load_base(
         model.train()  # transformers checkpoints in training mode only; the models served have no dropout
     else:
         model.eval()
-    return BaseModel(name, model.to(device), tokenizer, context or limit)
+    return BaseModel(name, model.to(device), tokenizer, context or limit, found.commit)
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
+    """Loads a base model's tokenizer; one without a pad token pads with its end of text.
+
+    Args:
+        name: Hub name or folder of the model.
+        revision: Commit, tag or branch on the hub.
+
+    Raises:
+        AbmllError: It cannot be had.
+    """
+    found = fetch(name, revision)
+    with _told(f"cannot load the tokenizer of {name}"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(found.folder, trust_remote_code=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def attention(config: Any) -> str:
+    """Which of transformers' codes for attention a model is run by.
+
+    Args:
+        config: The model's configuration.
+    """
+    # sdpa leaves the cap on attention's scores (Gemma 2) out in silence; vLLM does not.
+    return "sdpa" if getattr(config, "attn_logit_softcapping", None) is None else "eager"
+
+
+@contextmanager
+def _told(what: str) -> Generator[None]:
+    """Turns what transformers raises into a line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        raise AbmllError(f"{what}: {brief(error)}; check its files", field="model") from error

@@ -15,6 +15,8 @@ from abmll.layers import attach
 from abmll.objective import Labelled, backward_data
 from abmll.posterior import Posterior, PosteriorConfig, init_layer
 from abmll.scoring import Question
+from training.base_model import attention
+from training.hub import brief, fetch
 from training.live_memory import LiveMemory
 
 # theta, where it began (hyperprior), its gradient and Adam's two moments.
@@ -58,13 +60,12 @@ def read_config(model: str, revision: str | None = None) -> Any:
     """
     from transformers import AutoConfig
 
+    folder = fetch(model, revision, weights=False).folder
     try:
-        return AutoConfig.from_pretrained(model, revision=revision)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise AbmllError(
-            f"cannot read the configuration of {model}: {error}; give a folder that holds its config.json, or check "
-            "the name, your access and HF_TOKEN",
-            field="model",
+            f"the config.json of {model} cannot be read: {brief(error)}; mend it", field="model"
         ) from error
 
 
@@ -98,7 +99,7 @@ def plan_training(
     data = [Labelled(Question((0,) * max(1, tokens - 1), options), 0) for _ in range(rows)]
     memory, flops = LiveMemory(), FlopCounterMode(display=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention(config))
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()

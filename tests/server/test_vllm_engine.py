@@ -30,6 +30,7 @@ from server.engine import Served
 from server.local_server import processes_below
 from server.texts import until_stop
 from server.vllm_engine import VllmEngine
+from tests.architectures import write_model
 from tests.server.conftest import TARGETS, greedy, random_posterior
 from training.base_model import BaseModel, load_base
 
@@ -117,6 +118,24 @@ def test_scores_are_those_of_the_torch_model(
         means = loop.run(engine.score(served(posterior), question, range(4), 7, "mean"))
         lengths = torch.tensor([len(option) for option in question.options])
         assert_close(means * lengths, scores)
+
+
+# Biases; capped scores, windows and tied embeddings. A start takes a minute: the other architectures have no test here.
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma-2"])
+def test_scores_of_other_architectures_are_those_of_the_torch_model(
+    loop: Loop, architecture: str, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    folder = write_model(architecture, tiny_model_folder, tmp_path / "model")
+    base = load_base(str(folder))
+    attached, posterior = attach(base.model, TARGETS), random_posterior(folder, 3)
+    engine = start(loop, folder)
+    try:
+        for question in questions(base, posterior):
+            scores = loop.run(engine.score(served(posterior), question, range(4), 7))
+            assert_close(scores, expected(attached, posterior, question, range(4), 7))
+            assert (scores[0] - scores[1]).abs().max() > 1e-2  # draws do something
+    finally:
+        loop.run(engine.close())
 
 
 def test_a_posterior_over_the_top_block_alone_is_served(

@@ -37,9 +37,8 @@ def open_base(posterior: Any, model: str | None, dtype: str, device: str | None)
     from training.embedded import resolve
 
     name = model or posterior.config.base_model
-    base = load_base(
-        resolve(name), revision=posterior.config.base_revision, dtype=dtype_of(dtype), device=choose_device(device)
-    )
+    revision = posterior.config.base_revision if name == posterior.config.base_model else None
+    base = load_base(resolve(name), revision=revision, dtype=dtype_of(dtype), device=choose_device(device))
     attached = attach(base.model, posterior.config.targets, posterior.config.layers)
     check_base(posterior, fingerprint(lambda key: attached.layers[key].base.weight, attached.layers), name)
     return base, attached, posterior.map(lambda tensor: tensor.to(base.device))

@@ -97,7 +97,7 @@ def train_command(
         PosteriorConfig,
         {
             "base_model": model or NAME,
-            "base_revision": revision,
+            "base_revision": base.revision,
             "targets": tuple(targets.split(",")),
         }
         | posterior_values,
