@@ -43,6 +43,7 @@ class EngineState:
         hits: Times that a needed one was resident already.
         evictions: Adapters given up for others since the start.
         queued: Questions waiting.
+        mending: Whether the engine sees to its health itself; if not, one that is not healthy is started anew.
     """
 
     healthy: bool
@@ -51,6 +52,7 @@ class EngineState:
     hits: int
     evictions: int
     queued: int
+    mending: bool = False
 
 
 class Engine(Protocol):

@@ -227,11 +227,18 @@ class JobRegistry:
             )
         return self.get(job)
 
-    def recover(self) -> None:
-        """Queues running jobs of a worker that died again; those that saw ``ATTEMPTS`` workers die fail."""
+    def recover(self, job: str | None = None) -> None:
+        """Queues running jobs of a worker that died again, or one job; those that saw ``ATTEMPTS`` workers die fail."""
+        which, value = ("", ()) if job is None else (" AND id = ?", (job,))
         with self._database.transaction() as db:
             db.execute(
-                "UPDATE jobs SET status = 'failed', finished = ?, error = ? WHERE status = 'running' AND attempts >= ?",
-                (_now(), f"the adaptation process died {ATTEMPTS} times on this job; see the server's log", ATTEMPTS),
+                "UPDATE jobs SET status = 'failed', finished = ?, error = ? "
+                f"WHERE status = 'running' AND attempts >= ?{which}",
+                (
+                    _now(),
+                    f"the adaptation process died {ATTEMPTS} times on this job; see the server's log",
+                    ATTEMPTS,
+                    *value,
+                ),
             )
-            db.execute("UPDATE jobs SET status = 'queued', progress = 0 WHERE status = 'running'")
+            db.execute(f"UPDATE jobs SET status = 'queued', progress = 0 WHERE status = 'running'{which}", value)

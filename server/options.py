@@ -59,15 +59,15 @@ def load_settings(options: dict[str, Any], config: Path | None) -> Loaded[Settin
 
     Raises:
         InvalidSettings: A key is unknown, or a value of the wrong type or out of range.
-        AbmllError: An argument of vLLM's engine is not NAME=VALUE.
+        AbmllError: An option that takes NAME=VALUE has something else.
     """
     from clients.config import load
 
-    arguments = options.get("vllm_options")
-    if arguments is not None:
-        from server.vllm_setup import parse_options
+    for name, field in Settings.model_fields.items():
+        if _several(field) and options.get(name) is not None:
+            from server.vllm_setup import parse_options
 
-        options = options | {"vllm_options": parse_options(arguments)}
+            options = options | {name: parse_options(options[name], option_name(name, field))}
     engine = "torch" if importlib.util.find_spec("vllm") is None else "vllm"
     return load(Settings, "serve", options, config, {"engine": engine})
 
@@ -94,10 +94,15 @@ def _said(ctx: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
+def option_name(name: str, field: FieldInfo) -> str:
+    """How a setting is called on the command line."""
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    return str(extra.get("option", "--" + name.replace("_", "-")))
+
+
 def _option(name: str, field: FieldInfo) -> Any:
     text, default = told(field)
-    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-    option = str(extra.get("option", "--" + name.replace("_", "-")))
+    option = option_name(name, field)
     several = _several(field)
     return typer.Option(
         f"{option}/--no-{option.removeprefix('--')}" if field.annotation is bool else option,

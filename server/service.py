@@ -16,10 +16,12 @@ from abmll.errors import AbmllError, EngineFailure, StoreFailure, TaskConflict
 from abmll.store import Record, StoredPosterior
 from server.admission import Admission
 from server.answers import Answerer
+from server.cluster.adaptation import ClusterAdaptation
+from server.cluster.engine import ClusterEngine
 from server.engine import Engine
 from server.feedback import Feedback
 from server.jobs import JobRegistry
-from server.loading import base_check, load_global, load_tokenizer, make_engine
+from server.loading import base_check, load_global, load_tokenizer, make_engine, with_revision
 from server.metrics import Snapshot
 from server.names import GLOBAL
 from server.objects import Objects
@@ -78,8 +80,9 @@ class Service:
     """
 
     def __init__(self, settings: Settings, on_failure: Callable[[Exception], None] = lambda _: None) -> None:
-        self.settings, self.on_failure = settings, on_failure
         self.prior = load_global(settings)
+        settings = with_revision(settings, self.prior.posterior.config)
+        self.settings, self.on_failure = settings, on_failure
         self.store = TaskStore(
             settings.store,
             self.prior,
@@ -94,10 +97,11 @@ class Service:
         self.store.refresh()
         self.up_to_date = True
         self.feedback = Feedback(settings.store / "feedback.sqlite3", settings.feedback_kept)
-        self.admission = Admission(settings.concurrency, settings.queue)
+        engines = settings.max_replicas or settings.replicas or 1
+        self.admission = Admission(settings.concurrency * engines, settings.queue)
         self.engine: Engine | None = None
         self.engine_restarts = 0
-        self.supervisor: Supervisor | None = None
+        self.supervisor: Supervisor | ClusterAdaptation | None = None
         self.failure: Exception | None = None
         self.tokenizer: Any = None
         self._answerer: Answerer | None = None
@@ -150,7 +154,7 @@ class Service:
             len(self.store.names()),
             f", {len(damaged)} damaged: {', '.join(damaged)}" if damaged else "",
         )
-        self.supervisor = Supervisor(self.settings, self.registry)
+        self.supervisor = self._make_supervisor()
         self.supervisor.start()
         await self._keep_engine(self._answerer)
 
@@ -185,8 +189,21 @@ class Service:
                     logger.error("the store is not brought up to date, trying again: %s", error)
                 self.up_to_date = False
 
+    def _make_engine(self) -> Engine:
+        config = self.prior.posterior.config
+        return (
+            make_engine(self.settings, config)
+            if self.settings.replicas is None
+            else ClusterEngine(self.settings, config)
+        )
+
+    def _make_supervisor(self) -> Supervisor | ClusterAdaptation:
+        if self.settings.replicas is None:
+            return Supervisor(self.settings, self.registry)
+        return ClusterAdaptation(self.settings, self.prior, self.store, self.registry)
+
     async def _start_engine(self) -> Engine:
-        engine = make_engine(self.settings, self.prior.posterior.config)
+        engine = self._make_engine()
         try:
             await engine.start()
         except BaseException:
@@ -199,7 +216,8 @@ class Service:
         """Starts the engine anew whenever it has died; questions are refused with 503 meanwhile."""
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
-            if self.engine is not None and self.engine.state().healthy:
+            state = None if self.engine is None else self.engine.state()
+            if state is not None and (state.healthy or state.mending):
                 continue
             logger.error("the engine has died; it is started again")
             self.engine_restarts += 1

@@ -38,6 +38,18 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     context: int | None = Field(
         default=None, ge=16, description="longest prompt and answer, in tokens; default: the model's limit"
     )
+    replicas: int | None = Field(
+        default=None, ge=1, description="engines, each in a process of Ray Serve; default: one, without Ray"
+    )
+    max_replicas: int | None = Field(
+        default=None, ge=1, description="engines at most, more of them as questions queue; default: as many as replicas"
+    )
+    replica_load: float = Field(
+        default=16.0, gt=0, description="questions under way for each engine above which there come to be more of them"
+    )
+    ray_address: str | None = Field(
+        default=None, description="Ray cluster to run engines and adaptation on; default: one begun on this machine"
+    )
     device: str = Field(
         default="auto", description="device of the torch engine, such as cpu or cuda:1; auto: a GPU if there is one"
     )
@@ -56,7 +68,13 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
         default="cpu", description="device of adaptation, such as cuda:1; vLLM takes the whole of its own GPU"
     )
     adapt_threads: int = Field(default=1, ge=1, description="CPU threads of adaptation, which runs at low priority")
-    concurrency: int = Field(default=32, ge=1, description="questions in the engine at a time")
+    adapt_jobs: int = Field(default=1, ge=1, description="adaptations at a time, with replicas; without: one")
+    adapt_resources: dict[str, float] = Field(
+        default={},
+        description="what Ray sets aside for an adaptation, with replicas; default: its CPUs and its GPU",
+        json_schema_extra={"option": "--adapt-resource"},
+    )
+    concurrency: int = Field(default=32, ge=1, description="questions in the engine, or in each, at a time")
     queue: int = Field(default=512, ge=0, description="questions that may wait for the engine; 429 past that")
     job_queue: int = Field(default=256, ge=1, description="adaptation jobs that may wait; 429 past that")
     timeout: float = Field(default=60.0, gt=0, description="seconds until an unanswered question is given up; 504")
@@ -92,6 +110,23 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
         if endpoint is not None and not re.fullmatch(r"https?://[^/\s]+(/\S*)?", endpoint):
             raise ValueError("give http://HOST:4317 (gRPC) or http://HOST:4318/v1/traces (HTTP)")
         return endpoint
+
+    @field_validator("ray_address")
+    @classmethod
+    def _is_cluster(cls, address: str | None) -> str | None:
+        if address is not None and address != "auto" and not re.fullmatch(r"[^\s:/]+:\d+", address):
+            raise ValueError("give auto, or HOST:PORT of the cluster's head, such as 10.0.0.5:6379")
+        return address
+
+    @model_validator(mode="after")
+    def _replicas_in_range(self) -> Settings:
+        if self.max_replicas is not None and self.replicas is None:
+            raise ValueError("max_replicas is for several engines; give replicas, the fewest, too")
+        if self.ray_address is not None and self.replicas is None:
+            raise ValueError("ray_address is for engines behind Ray; give replicas, their number, too")
+        if self.max_replicas is not None and self.max_replicas < (self.replicas or 1):
+            raise ValueError(f"max_replicas is {self.max_replicas}, below replicas {self.replicas}")
+        return self
 
     @model_validator(mode="after")
     def _draws_in_range(self) -> Settings:

@@ -54,8 +54,8 @@ def fused(target: str) -> str:
     return _FUSED.get(target, target)
 
 
-def parse_options(texts: Sequence[str]) -> dict[str, Any]:
-    """Reads arguments of vLLM's engine: ``NAME=VALUE``, the value as JSON where it is JSON.
+def parse_options(texts: Sequence[str], option: str = "--vllm-option") -> dict[str, Any]:
+    """Reads arguments such as those of vLLM's engine: ``NAME=VALUE``, the value as JSON where it is JSON.
 
     Raises:
         AbmllError: One has no name or no value, or is given twice.
@@ -64,10 +64,11 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not name or not equals:
-            raise AbmllError(f"--vllm-option {text} is not NAME=VALUE, such as gpu_memory_utilization=0.5")
+            example = "gpu_memory_utilization=0.5" if option == "--vllm-option" else "GPU=1"
+            raise AbmllError(f"{option} {text} is not NAME=VALUE, such as {example}")
         name = name.replace("-", "_")
         if name in options:
-            raise AbmllError(f"--vllm-option {name} is given twice")
+            raise AbmllError(f"{option} {name} is given twice")
         try:
             options[name] = json.loads(value)
         except ValueError:
@@ -110,12 +111,17 @@ def set_environment() -> None:
 
 
 def target_shapes(model: str, revision: str | None, targets: Sequence[str], layers: str) -> dict[str, tuple[int, int]]:
-    """Names and shapes (d_out, d_in) of the targeted layers, from the configuration alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Names and shapes (d_out, d_in) of the targeted layers, from the configuration alone.
+
+    Raises:
+        AbmllError: The model cannot be had, or has no such targets.
+    """
+    from transformers import AutoModelForCausalLM
 
     from abmll.layers import target_layers
+    from training.plan import read_config
 
-    config = AutoConfig.from_pretrained(model, revision=revision)
+    config = read_config(model, revision)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
     return {

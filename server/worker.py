@@ -15,9 +15,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TypeVar
 
-from abmll.errors import AbmllError, InvalidPosterior, StoreFailure, TaskNotFound
-from abmll.layers import Attached, attach
-from abmll.store import Record, StoredPosterior, load_posterior
+from abmll.errors import AbmllError, StoreFailure
+from abmll.store import StoredPosterior, load_posterior
+from server.adapting import NICENESS, Adapting, finish
 from server.jobs import Job, JobCancelled, JobRegistry
 from server.logs import configure
 from server.objects import Objects
@@ -29,22 +29,24 @@ logger = logging.getLogger("abmll.worker")
 
 _T = TypeVar("_T")
 
-NICENESS = 10
 POLL_SECONDS = 1.0
 # A disk that is full or failing is tried again after so long.
 STORE_SECONDS = 2.0
 
 
-class Adapter:
-    """Adapts the global posterior to jobs' examples; loads the base model with the first job.
+class Worker:
+    """Takes jobs to their end.
 
-    Not before: a second copy of a large base model is memory that a server that only answers would pay
-    for in vain.
+    Args:
+        settings: The server's.
+        prior: The global posterior.
+        store: Where versions go.
+        registry: Where jobs come from.
     """
 
     def __init__(self, settings: Settings, prior: StoredPosterior, store: TaskStore, registry: JobRegistry) -> None:
-        self.settings, self.prior, self.store, self.registry = settings, prior, store, registry
-        self._loaded: tuple[object, Attached] | None = None
+        self.prior, self.store, self.registry = prior, store, registry
+        self.adapting = Adapting(settings, prior)
 
     def run(self, job: Job) -> None:
         """Runs a claimed job to its end, whatever that is."""
@@ -75,62 +77,9 @@ class Adapter:
             logger.warning("progress of job %s is not written: %s", job.id, error.message)
 
     def _adapt(self, job: Job) -> None:
-        import torch
-
-        from training.adaptation import AdaptConfig  # these load transformers, which takes seconds
-        from training.base_model import BaseModel, load_base
-        from training.task_calibration import adapt_and_calibrate
-
-        settings, posterior = self.settings, self.prior.posterior
-        if self._loaded is None:
-            base = load_base(
-                settings.base_model,
-                revision=settings.revision,
-                dtype=getattr(torch, settings.dtype),
-                device=settings.adapt_device,
-                context=settings.context,
-            )
-            self._loaded = base, attach(base.model, posterior.config.targets, posterior.config.layers)
-        base, attached = self._loaded
-        assert isinstance(base, BaseModel)
-        config = AdaptConfig.from_record(self.prior.record.training)
-        if job.steps is not None:
-            config = config.with_steps(job.steps)
         examples = self.registry.examples(job.id)
-        phi, calibration = adapt_and_calibrate(
-            base,
-            attached,
-            posterior.map(lambda tensor: tensor.to(settings.adapt_device)),
-            examples,
-            config,
-            self.prior.calibration,
-            seed=job.seed,
-            on_step=lambda step, steps: self._report(job, step / max(1, steps)),
-        )
-
-        def record(version: int) -> Record:
-            return Record(
-                task=job.task,
-                version=version,
-                parent=self.prior.digest,
-                seed=job.seed,
-                shots=len(examples),
-                training={"inner": config.model_dump(), "job": job.id},
-            )
-
-        def save() -> tuple[str, int]:
-            stored = self._made_by(job) or self.store.add(job.task, phi, calibration, record)
-            return stored.digest, stored.record.version
-
-        persist(lambda: self.registry.complete(job.id, save))
-
-    def _made_by(self, job: Job) -> StoredPosterior | None:
-        """The version that the job has saved already, where what came after failed."""
-        try:
-            newest = self.store.current(job.task)
-        except (TaskNotFound, InvalidPosterior):
-            return None
-        return newest if newest.record.training.get("job") == job.id else None
+        made = self.adapting.run(job, examples, lambda progress: self._report(job, progress))
+        persist(lambda: finish(job, made, len(examples), self.prior, self.store, self.registry))
 
 
 def persist(write: Callable[[], _T]) -> _T:
@@ -170,7 +119,7 @@ def main() -> None:
     prior = load_posterior(settings.global_posterior)
     registry = JobRegistry(settings.store / "jobs.sqlite3")
     objects = None if settings.objects is None else Objects(settings.objects)
-    adapter = Adapter(settings, prior, TaskStore(settings.store, prior, objects=objects), registry)
+    worker = Worker(settings, prior, TaskStore(settings.store, prior, objects=objects), registry)
     while True:
         job = persist(registry.claim)
         if job is None:
@@ -178,7 +127,7 @@ def main() -> None:
             wake.clear()
         else:
             with nullcontext() if tracing is None else tracing.job(job.id, job.task, job.attempts):
-                adapter.run(job)
+                worker.run(job)
 
 
 if __name__ == "__main__":

@@ -32,14 +32,14 @@ def _serve(settings: str, log: str, environment: dict[str, str]) -> None:
 
 
 def start(settings: Settings, log: Path) -> ServerProcess | subprocess.Popen[bytes]:
-    """Starts a server; one of vLLM, which makes processes of its own, as a program.
+    """Starts a server; one of vLLM or Ray, which make processes of their own, as a program.
 
     Args:
         settings: The server's.
         log: File for what it writes.
     """
     log.touch()
-    if settings.engine != "vllm":
+    if settings.engine != "vllm" and settings.replicas is None:
         return ServerProcess(settings.model_dump_json(), log)
     code = "import sys; from server.run import run; from server.settings import Settings; "
     code += "sys.exit(run(Settings.model_validate_json(sys.argv[1])))"

@@ -1,0 +1,205 @@
+"""Adaptation in a cluster: each job a task of Ray, placed by the resources that it takes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, TypeVar
+
+from abmll.calibration import Calibration
+from abmll.errors import AbmllError, StoreFailure
+from abmll.examples import Example
+from abmll.posterior import Posterior
+from abmll.store import StoredPosterior
+from server.adapting import NICENESS, Adapting, finish
+from server.jobs import Job, JobCancelled, JobRegistry
+from server.settings import Settings
+from server.store import TaskStore
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_Made = tuple[Posterior, Calibration | None]
+
+_POLL_SECONDS = 1.0
+# A disk that is full or failing is tried again after so long.
+_STORE_SECONDS = 2.0
+
+
+class ClusterAdaptation:
+    """Takes queued jobs, several at a time, and has them done by Ray; stands where ``Supervisor`` does without Ray.
+
+    Args:
+        settings: The server's.
+        prior: The global posterior.
+        store: Where versions go.
+        registry: Where jobs come from.
+    """
+
+    def __init__(self, settings: Settings, prior: StoredPosterior, store: TaskStore, registry: JobRegistry) -> None:
+        self.settings, self.prior, self.store, self.registry = settings, prior, store, registry
+        self.restarts = 0
+        self._woken = asyncio.Event()
+        self._running: set[asyncio.Task[None]] = set()
+        self._taking: asyncio.Task[None] | None = None
+        self._task: Any = None
+        self._there: Any = None
+
+    def start(self) -> None:
+        """Begins to take jobs; those that an earlier server had under way are queued again."""
+        self._taking = asyncio.create_task(self._take(), name="adaptation")
+
+    def wake(self) -> None:
+        """Tells that a job waits."""
+        self._woken.set()
+
+    async def close(self) -> None:
+        """Ends the jobs under way; they are taken up again by the next server."""
+        for task in (self._taking, *self._running):
+            if task is not None:
+                task.cancel()
+        await asyncio.gather(*filter(None, (self._taking, *self._running)), return_exceptions=True)
+
+    async def _take(self) -> None:
+        import ray
+
+        self._task = ray.remote(_adapt).options(
+            num_returns="streaming", max_retries=0, **adaptation_resources(self.settings)
+        )
+        self._there = await asyncio.to_thread(ray.put, self.prior)
+        await _persist(self.registry.recover)
+        free = asyncio.Semaphore(self.settings.adapt_jobs)
+        while True:
+            await free.acquire()
+            self._woken.clear()
+            job = await _persist(self.registry.claim)
+            if job is None:
+                free.release()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._woken.wait(), _POLL_SECONDS)
+                continue
+            task = asyncio.create_task(self._run(job), name=f"adaptation-{job.id}")
+            self._running.add(task)
+            task.add_done_callback(lambda done: (self._running.discard(done), free.release()))
+
+    async def _run(self, job: Job) -> None:
+        from ray.exceptions import RayTaskError
+
+        logger.info("job %s for task %s begins", job.id, job.task)
+        try:
+            await self._adapt(job)
+        except JobCancelled:
+            logger.info("job %s was cancelled", job.id)
+        except (AbmllError, RayTaskError) as error:
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            told = isinstance(cause, AbmllError)
+            reason = cause.message if told else f"adaptation failed: {type(cause).__name__}; see the server's log"
+            logger.warning("job %s failed: %s", job.id, reason if told else error)
+            await _persist(lambda: self.registry.fail(job.id, reason))
+        except Exception as error:  # what Ray raises when the process, or its machine, is gone
+            logger.error("the process of job %s died: %s", job.id, type(error).__name__)
+            self.restarts += 1
+            await _persist(lambda: self.registry.recover(job.id))
+            self.wake()
+        else:
+            logger.info("job %s is done", job.id)
+
+    async def _adapt(self, job: Job) -> None:
+        import ray
+
+        examples = await _persist(lambda: self.registry.examples(job.id))
+        results = self._task.remote(self.settings.model_dump_json(), self._there, job, examples)
+        made: _Made | None = None
+        try:
+            async for reference in results:
+                told: float | _Made = await reference
+                if isinstance(told, tuple):
+                    made = told
+                else:
+                    await self._report(job, told)
+        except BaseException:
+            ray.cancel(results)
+            raise
+        assert made is not None
+        done = made
+        await _persist(lambda: finish(job, done, len(examples), self.prior, self.store, self.registry))
+
+    async def _report(self, job: Job, progress: float) -> None:
+        try:
+            await asyncio.to_thread(self.registry.report, job.id, progress)
+        except StoreFailure as error:  # the disk may be well again before the job has a result to write
+            logger.warning("progress of job %s is not written: %s", job.id, error.message)
+
+
+def adaptation_resources(settings: Settings) -> dict[str, Any]:
+    """What Ray sets aside for one adaptation: as the operator says, else the CPUs and the GPU that it runs on."""
+    wanted = dict(settings.adapt_resources)
+    cpus = wanted.pop("CPU", settings.adapt_threads)
+    gpus = wanted.pop("GPU", 1.0 if settings.adapt_device.startswith("cuda") else 0.0)
+    memory = {"memory": wanted.pop("memory")} if "memory" in wanted else {}
+    return {"num_cpus": cpus, "num_gpus": gpus, "resources": wanted, **memory}
+
+
+async def _persist(write: Callable[[], _T]) -> _T:
+    """Writes to the registry; where the disk does not take it, again until it does."""
+    while True:
+        try:
+            return await asyncio.to_thread(write)
+        except StoreFailure as error:
+            logger.error("%s; trying again", error.message)
+            await asyncio.sleep(_STORE_SECONDS)
+
+
+# In Ray's process: kept from one job to the next, so that the base model is loaded once.
+_kept: dict[tuple[str, str], Adapting] = {}
+
+
+def _adapting(settings: str, prior: StoredPosterior) -> Adapting:
+    import torch
+
+    key = settings, prior.digest
+    if key not in _kept:
+        if hasattr(os, "setpriority"):
+            os.setpriority(os.PRIO_PROCESS, 0, NICENESS)  # engines on the same machine go first
+        told = Settings.model_validate_json(settings)
+        torch.set_num_threads(told.adapt_threads)
+        _kept.clear()
+        _kept[key] = Adapting(told, prior)
+    return _kept[key]
+
+
+def _adapt(settings: str, prior: StoredPosterior, job: Job, examples: Sequence[Example]) -> Generator[float | _Made]:
+    """The task of Ray: gives progress, 0 to 1, and at last what the job has made."""
+    adapting = _adapting(settings, prior)
+    told: queue.Queue[float | _Made | BaseException] = queue.Queue()
+    cancelled = threading.Event()
+
+    def report(progress: float) -> None:
+        if cancelled.is_set():
+            raise JobCancelled(job.id)
+        told.put(progress)
+
+    def work() -> None:
+        try:
+            told.put(adapting.run(job, examples, report))
+        except BaseException as error:
+            told.put(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = told.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+            if isinstance(item, tuple):
+                return
+    finally:
+        cancelled.set()
+        thread.join()

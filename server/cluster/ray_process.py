@@ -1,0 +1,94 @@
+"""Ray in this process: joined where there is a cluster, else begun on this machine."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+from typing import Any
+
+from abmll.errors import AbmllError
+from server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_CONNECT_SECONDS = 5.0
+# Names of ours in a cluster that others use, too.
+NAMESPACE = "abmll"
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nobody outside is told
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # it aborts a process that takes three seconds to end
+    "RAY_worker_niceness": "0",  # by default engines would wait for whatever else the machine does
+}
+
+
+def join(settings: Settings) -> None:
+    """Joins the cluster that the settings name, or begins one of this machine alone.
+
+    Raises:
+        AbmllError: Ray is not installed, or nobody answers at the address.
+    """
+    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    try:
+        import ray
+    except ImportError as error:
+        raise AbmllError(f"--replicas needs Ray ({error}); pip install 'abmll[cluster]'", field="replicas") from error
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"namespace": NAMESPACE, "logging_level": logging.WARNING, "log_to_driver": True}
+    if settings.ray_address is None:
+        # Ray's count of CPUs is of what it may hand out: the operator has said how many engines this machine takes.
+        engines = (settings.max_replicas or settings.replicas or 1) * replica_resources(settings, 0)["num_cpus"]
+        count = max(os.cpu_count() or 1, engines + settings.adapt_jobs * settings.adapt_threads)
+        ray.init(
+            address="local", include_dashboard=False, num_cpus=math.ceil(count), resources=_extra(settings), **quiet
+        )
+        return
+    try:
+        if settings.ray_address != "auto":  # Ray itself would go on trying for minutes
+            host, _, port = settings.ray_address.rpartition(":")
+            socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+        ray.init(address=settings.ray_address, **quiet)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise AbmllError(
+            f"no Ray cluster answers at {settings.ray_address}: {error}; check --ray-address, and `ray status` there",
+            field="ray_address",
+        ) from error
+
+
+def leave(settings: Settings) -> None:
+    """Leaves the cluster; ends it where it was begun here."""
+    import ray
+
+    if ray.is_initialized():
+        if settings.ray_address is None:
+            from ray import serve
+
+            serve.shutdown()
+        ray.shutdown()
+
+
+def replica_resources(settings: Settings, gpus: float) -> dict[str, float]:
+    """What Ray sets aside for one engine.
+
+    Args:
+        settings: The server's.
+        gpus: GPUs in the cluster.
+    """
+    taken = 0
+    if gpus and settings.engine == "vllm":
+        sizes = (settings.vllm_options.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
+        taken = 1
+        for size in sizes:
+            taken *= int(size)
+    elif gpus and settings.device.startswith(("auto", "cuda")):
+        taken = 1
+    return {"num_cpus": settings.threads or 1, "num_gpus": taken}
+
+
+def _extra(settings: Settings) -> dict[str, float]:
+    """Resources of the operator's own naming that this machine must have for adaptation to be placed on it."""
+    own = {name: amount for name, amount in settings.adapt_resources.items() if name not in ("CPU", "GPU", "memory")}
+    return {name: amount * settings.adapt_jobs for name, amount in own.items()}
