@@ -48,7 +48,6 @@ class ClusterAdaptation:
         self._running: set[asyncio.Task[None]] = set()
         self._taking: asyncio.Task[None] | None = None
         self._task: Any = None
-        self._there: Any = None
 
     def start(self) -> None:
         """Begins to take jobs; those that an earlier server had under way are queued again."""
@@ -71,11 +70,12 @@ class ClusterAdaptation:
         self._task = ray.remote(_adapt).options(
             num_returns="streaming", max_retries=0, **adaptation_resources(self.settings)
         )
-        self._there = await asyncio.to_thread(ray.put, self.prior)
         await _persist(self.registry.recover)
         free = asyncio.Semaphore(self.settings.adapt_jobs)
         while True:
             await free.acquire()
+            while not ray.is_initialized():  # it is begun again with the engine
+                await asyncio.sleep(_POLL_SECONDS)
             self._woken.clear()
             job = await _persist(self.registry.claim)
             if job is None:
@@ -113,7 +113,8 @@ class ClusterAdaptation:
         import ray
 
         examples = await _persist(lambda: self.registry.examples(job.id))
-        results = self._task.remote(self.settings.model_dump_json(), self._there, job, examples)
+        prior = await asyncio.to_thread(ray.put, self.prior)
+        results = self._task.remote(self.settings.model_dump_json(), prior, job, examples)
         made: _Made | None = None
         try:
             async for reference in results:

@@ -224,6 +224,7 @@ class ClusterEngine:
     async def _again(self, error: Exception, left: int) -> None:
         """Waits before another try where a replica, or its engine, has died; else raises what went wrong."""
         from ray.exceptions import RayActorError, RayError, RayTaskError
+        from ray.serve.exceptions import RayServeException
 
         cause = error.cause if isinstance(error, RayTaskError) else error
         died = isinstance(error, RayActorError) or isinstance(cause, EngineFailure)
@@ -233,7 +234,7 @@ class ClusterEngine:
             return
         if isinstance(cause, AbmllError):
             raise cause from error
-        if isinstance(error, RayError) and not isinstance(error, RayTaskError):
+        if isinstance(error, RayServeException | RayError) and not isinstance(error, RayTaskError):
             raise EngineFailure(f"no replica answered: {type(error).__name__}; ask again") from error
         raise error
 

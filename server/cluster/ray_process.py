@@ -19,6 +19,7 @@ NAMESPACE = "abmll"
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nobody outside is told
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # else whatever is called after the end begins another Ray
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # it aborts a process that takes three seconds to end
     "RAY_worker_niceness": "0",  # by default engines would wait for whatever else the machine does
 }

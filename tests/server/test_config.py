@@ -13,6 +13,7 @@ import pytest
 
 from clients.config import load
 from clients.settings import ClientSettings
+from server.options import option_name
 from server.settings import Settings
 from tests.command_line import CommandLine
 
@@ -138,7 +139,7 @@ def test_secrets_are_not_shown(abmll: CommandLine, here: Path, monkeypatch: pyte
 def test_every_setting_is_an_option_with_its_own_help_and_range(abmll: CommandLine) -> None:
     text = " ".join(abmll("serve", "--help").out.replace("│", " ").split())
     for name in Settings.model_fields:
-        assert f"--{name.replace('_', '-').replace('vllm-options', 'vllm-option')} " in text
+        assert f"{option_name(name, Settings.model_fields[name])} " in text
     assert "[x>=1048576]" in text
     assert "default: (vllm where it is installed)" in text
     assert f"default: {Settings().max_draws}]" in text
