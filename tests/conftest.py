@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,6 +17,10 @@ from tests.command_line import CommandLine
 multiprocessing.get_context("forkserver").set_forkserver_preload(
     ["server.run", "server.torch_engine", "training.base_model", "training.meta", "transformers.models.llama"]
 )
+
+# A busy machine is no fault of the code.
+hypothesis.settings.register_profile("abmll", deadline=None)
+hypothesis.settings.load_profile("abmll")
 
 _CORPUS = (
     "the film was a delight and i would see it again",

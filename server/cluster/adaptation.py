@@ -67,9 +67,8 @@ class ClusterAdaptation:
     async def _take(self) -> None:
         import ray
 
-        self._task = ray.remote(_adapt).options(
-            num_returns="streaming", max_retries=0, **adaptation_resources(self.settings)
-        )
+        # Said here, not with ``options``: a process that has a GPU then ends with its task, and gives the memory back.
+        self._task = ray.remote(num_returns="streaming", max_retries=0, **adaptation_resources(self.settings))(_adapt)
         await _persist(self.registry.recover)
         free = asyncio.Semaphore(self.settings.adapt_jobs)
         while True:

@@ -81,7 +81,7 @@ def test_absent_options_take_no_part() -> None:
     assert result.total.isfinite().all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 6), st.integers(2, 5), st.integers(0, 10_000), st.floats(0.01, 50))
 def test_what_holds_of_every_prediction(draws: int, options: int, seed: int, spread: float) -> None:
     scores = spread * torch.randn(draws, options, generator=torch.Generator().manual_seed(seed))

@@ -183,7 +183,7 @@ def test_other_content_types_are_refused(fuzzed: Server, content_type: str) -> N
     assert send(fuzzed, "/generate", question(), content_type)[0] in (415, 422)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=_QUIET, database=None)
+@settings(max_examples=150, suppress_health_check=_QUIET, database=None)
 @given(
     prompt=st.text(min_size=1, max_size=60).filter(str.strip),
     options=st.lists(st.text(min_size=1, max_size=8).filter(str.strip), min_size=2, max_size=5, unique_by=str.strip),
