@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 # Of a process that adapts: answers go first.
 NICENESS = 10
+# How often it is looked for a job that nobody has told of.
+POLL_SECONDS = 1.0
+# A disk that is full or failing is tried again after so long.
+STORE_SECONDS = 2.0
 
 
 class Adapting:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from abmll.errors import PosteriorMismatch
@@ -38,15 +37,6 @@ def with_revision(settings: Settings, config: PosteriorConfig) -> Settings:
     return settings.model_copy(update={"revision": config.base_revision})
 
 
-def checkpoint_folder(model: str, revision: str | None) -> Path:
-    """Returns the folder of a model's files: itself, or the hub's cache.
-
-    Raises:
-        AbmllError: They cannot be had.
-    """
-    return fetch(model, revision).folder
-
-
 def base_check(settings: Settings, prior: Posterior) -> Callable[[Posterior], None]:
     """Returns a check that a posterior was made for the base model in use, over the global posterior's layers."""
     prints: dict[tuple[str, ...], str] = {}
@@ -59,7 +49,7 @@ def base_check(settings: Settings, prior: Posterior) -> Callable[[Posterior], No
                 f"{len(prior.layers)}; teach the task again"
             )
         if names not in prints:
-            folder = checkpoint_folder(settings.base_model, settings.revision)
+            folder = fetch(settings.base_model, settings.revision).folder
             prints[names] = checkpoint_fingerprint(folder, names)
         check_base(posterior, prints[names], settings.base_model)
 

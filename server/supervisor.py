@@ -8,13 +8,11 @@ import logging
 import sys
 
 from abmll.errors import StoreFailure
+from server.adapting import STORE_SECONDS
 from server.jobs import JobRegistry
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-# A disk that is full or failing is tried again after so long.
-_STORE_SECONDS = 2.0
 
 
 class Supervisor:
@@ -58,7 +56,7 @@ class Supervisor:
                 await asyncio.to_thread(self.registry.recover)
             except StoreFailure as error:  # a worker without its jobs put right would leave them running for ever
                 logger.error("%s; adaptation waits", error.message)
-                await asyncio.sleep(_STORE_SECONDS)
+                await asyncio.sleep(STORE_SECONDS)
                 continue
             begun = asyncio.get_running_loop().time()
             try:

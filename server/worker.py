@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from abmll.errors import AbmllError, StoreFailure
 from abmll.store import StoredPosterior, load_posterior
-from server.adapting import NICENESS, Adapting, finish
+from server.adapting import NICENESS, POLL_SECONDS, STORE_SECONDS, Adapting, finish
 from server.jobs import Job, JobCancelled, JobRegistry
 from server.logs import configure
 from server.objects import Objects
@@ -28,10 +28,6 @@ from server.tracing import Tracing, tell
 logger = logging.getLogger("abmll.worker")
 
 _T = TypeVar("_T")
-
-POLL_SECONDS = 1.0
-# A disk that is full or failing is tried again after so long.
-STORE_SECONDS = 2.0
 
 
 class Worker:

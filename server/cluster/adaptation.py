@@ -16,7 +16,8 @@ from abmll.errors import AbmllError, StoreFailure
 from abmll.examples import Example
 from abmll.posterior import Posterior
 from abmll.store import StoredPosterior
-from server.adapting import NICENESS, Adapting, finish
+from server.adapting import NICENESS, POLL_SECONDS, STORE_SECONDS, Adapting, finish
+from server.cluster.ray_process import adaptation_resources
 from server.jobs import Job, JobCancelled, JobRegistry
 from server.settings import Settings
 from server.store import TaskStore
@@ -25,10 +26,6 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _Made = tuple[Posterior, Calibration | None]
-
-_POLL_SECONDS = 1.0
-# A disk that is full or failing is tried again after so long.
-_STORE_SECONDS = 2.0
 
 
 class ClusterAdaptation:
@@ -74,13 +71,13 @@ class ClusterAdaptation:
         while True:
             await free.acquire()
             while not ray.is_initialized():  # it is begun again with the engine
-                await asyncio.sleep(_POLL_SECONDS)
+                await asyncio.sleep(POLL_SECONDS)
             self._woken.clear()
             job = await _persist(self.registry.claim)
             if job is None:
                 free.release()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._woken.wait(), _POLL_SECONDS)
+                    await asyncio.wait_for(self._woken.wait(), POLL_SECONDS)
                 continue
             task = asyncio.create_task(self._run(job), name=f"adaptation-{job.id}")
             self._running.add(task)
@@ -136,15 +133,6 @@ class ClusterAdaptation:
             logger.warning("progress of job %s is not written: %s", job.id, error.message)
 
 
-def adaptation_resources(settings: Settings) -> dict[str, Any]:
-    """What Ray sets aside for one adaptation: as the operator says, else the CPUs and the GPU that it runs on."""
-    wanted = dict(settings.adapt_resources)
-    cpus = wanted.pop("CPU", settings.adapt_threads)
-    gpus = wanted.pop("GPU", 1.0 if settings.adapt_device.startswith("cuda") else 0.0)
-    memory = {"memory": wanted.pop("memory")} if "memory" in wanted else {}
-    return {"num_cpus": cpus, "num_gpus": gpus, "resources": wanted, **memory}
-
-
 async def _persist(write: Callable[[], _T]) -> _T:
     """Writes to the registry; where the disk does not take it, again until it does."""
     while True:
@@ -152,7 +140,7 @@ async def _persist(write: Callable[[], _T]) -> _T:
             return await asyncio.to_thread(write)
         except StoreFailure as error:
             logger.error("%s; trying again", error.message)
-            await asyncio.sleep(_STORE_SECONDS)
+            await asyncio.sleep(STORE_SECONDS)
 
 
 # In Ray's process: kept from one job to the next, so that the base model is loaded once.

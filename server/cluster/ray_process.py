@@ -11,8 +11,6 @@ from typing import Any
 from abmll.errors import AbmllError
 from server.settings import Settings
 
-logger = logging.getLogger(__name__)
-
 _CONNECT_SECONDS = 5.0
 # Names of ours in a cluster that others use, too.
 NAMESPACE = "abmll"
@@ -42,10 +40,11 @@ def join(settings: Settings) -> None:
     if settings.ray_address is None:
         # Ray's count of CPUs is of what it may hand out: the operator has said how many engines this machine takes.
         engines = (settings.max_replicas or settings.replicas or 1) * replica_resources(settings, 0)["num_cpus"]
-        count = max(os.cpu_count() or 1, engines + settings.adapt_jobs * settings.adapt_threads)
-        ray.init(
-            address="local", include_dashboard=False, num_cpus=math.ceil(count), resources=_extra(settings), **quiet
-        )
+        adaptation = adaptation_resources(settings)
+        count = max(os.cpu_count() or 1, engines + settings.adapt_jobs * adaptation["num_cpus"])
+        # Those of the operator's own naming are this machine's, too.
+        own = {name: amount * settings.adapt_jobs for name, amount in adaptation["resources"].items()}
+        ray.init(address="local", include_dashboard=False, num_cpus=math.ceil(count), resources=own, **quiet)
         return
     try:
         if settings.ray_address != "auto":  # Ray itself would go on trying for minutes
@@ -89,7 +88,10 @@ def replica_resources(settings: Settings, gpus: float) -> dict[str, float]:
     return {"num_cpus": settings.threads or 1, "num_gpus": taken}
 
 
-def _extra(settings: Settings) -> dict[str, float]:
-    """Resources of the operator's own naming that this machine must have for adaptation to be placed on it."""
-    own = {name: amount for name, amount in settings.adapt_resources.items() if name not in ("CPU", "GPU", "memory")}
-    return {name: amount * settings.adapt_jobs for name, amount in own.items()}
+def adaptation_resources(settings: Settings) -> dict[str, Any]:
+    """What Ray sets aside for one adaptation: as the operator says, else the CPUs and the GPU that it runs on."""
+    wanted = dict(settings.adapt_resources)
+    cpus = wanted.pop("CPU", settings.adapt_threads)
+    gpus = wanted.pop("GPU", 1.0 if settings.adapt_device.startswith("cuda") else 0.0)
+    memory = {"memory": wanted.pop("memory")} if "memory" in wanted else {}
+    return {"num_cpus": cpus, "num_gpus": gpus, "resources": wanted, **memory}

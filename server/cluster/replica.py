@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -119,8 +120,6 @@ class Replica:
         self, asked: Asked, prompt: Sequence[int], sampling: Sampling
     ) -> AsyncGenerator[tuple[int, float] | Told]:
         """As ``generate``, but gives each token as it comes, and at last what ``generate`` gives."""
-        import asyncio
-
         tokens: asyncio.Queue[tuple[int, float] | None] = asyncio.Queue()
 
         async def work(served: Served) -> list[int]:

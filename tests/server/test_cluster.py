@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from abmll.store import StoredPosterior
+from server.cluster.ray_process import adaptation_resources
 from server.cluster.router import home
 from server.settings import Settings
 from tests.command_line import CommandLine
@@ -252,8 +253,6 @@ def test_few_posteriors_move_when_a_replica_comes_or_goes() -> None:
 
 
 def test_resources_of_an_adaptation_are_as_the_operator_says() -> None:
-    from server.cluster.adaptation import adaptation_resources
-
     assert adaptation_resources(Settings(replicas=1)) == {"num_cpus": 1, "num_gpus": 0.0, "resources": {}}
     on_gpu = Settings(replicas=1, adapt_device="cuda", adapt_resources={"GPU": 0.5, "teach": 1})
     assert adaptation_resources(on_gpu) == {"num_cpus": 1, "num_gpus": 0.5, "resources": {"teach": 1.0}}
