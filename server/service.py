@@ -16,6 +16,7 @@ from abmll.errors import AbmllError, EngineFailure, StoreFailure, TaskConflict
 from abmll.store import Record, StoredPosterior
 from server.admission import Admission
 from server.answers import Answerer
+from server.background import in_background
 from server.cluster.adaptation import ClusterAdaptation
 from server.cluster.engine import ClusterEngine
 from server.engine import Engine
@@ -129,10 +130,10 @@ class Service:
 
     async def start(self) -> None:
         """Begins the start."""
-        self._writing = asyncio.create_task(self._write_answers(), name="answers")
+        self._writing = in_background(self._write_answers(), "the writing of answers")
         if self.settings.objects is not None:
-            self._refreshing = asyncio.create_task(self._refresh_store(), name="objects")
-        self._running = asyncio.create_task(self._run(), name="service")
+            self._refreshing = in_background(self._refresh_store(), "the reading of the object storage")
+        self._running = in_background(self._run(), "the watch over the engine")
 
     async def _run(self) -> None:
         try:

@@ -9,6 +9,7 @@ import sys
 
 from abmll.errors import StoreFailure
 from server.adapting import STORE_SECONDS
+from server.background import in_background
 from server.jobs import JobRegistry
 from server.settings import Settings
 
@@ -31,7 +32,7 @@ class Supervisor:
 
     def start(self) -> None:
         """Starts the worker, and watches it."""
-        self._task = asyncio.create_task(self._watch(), name="adaptation-supervisor")
+        self._task = in_background(self._watch(), "the watch over the adaptation process")
 
     async def close(self) -> None:
         """Ends the worker; its job is taken up again by the next server."""
@@ -72,8 +73,9 @@ class Supervisor:
 
     async def _work(self) -> int:
         """Starts the worker and waits for its end; gives its exit status."""
+        # In a session of its own: Ctrl+C in a terminal is for the server, and the end of stdin ends the worker.
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "server.worker", stdin=asyncio.subprocess.PIPE
+            sys.executable, "-m", "server.worker", stdin=asyncio.subprocess.PIPE, start_new_session=True
         )
         assert self.process.stdin is not None
         self.process.stdin.write(self.settings.model_dump_json().encode() + b"\n")

@@ -23,6 +23,7 @@ from abmll.posterior import Posterior
 from abmll.sampling import Sampling
 from abmll.scoring import Batch, Normalize, Question, likeliest_tokens, option_scores, pack, token_log_probs
 from abmll.sequences import TokenScores, no_tokens
+from server.background import in_background
 from server.cache import ByteCache, tensor_bytes
 from server.clock import current_clock
 from server.engine import EngineState, Served, Tell
@@ -110,7 +111,7 @@ class TorchEngine:
         """
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="abmll-engine")
         await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
-        self._loop = asyncio.create_task(self._serve(), name="torch-engine")
+        self._loop = in_background(self._serve(), "the engine")
 
     def _load(self) -> None:
         keep_freed_memory()

@@ -17,6 +17,7 @@ from abmll.examples import Example
 from abmll.posterior import Posterior
 from abmll.store import StoredPosterior
 from server.adapting import NICENESS, POLL_SECONDS, STORE_SECONDS, Adapting, finish
+from server.background import in_background
 from server.cluster.ray_process import adaptation_resources
 from server.jobs import Job, JobCancelled, JobRegistry
 from server.settings import Settings
@@ -48,7 +49,7 @@ class ClusterAdaptation:
 
     def start(self) -> None:
         """Begins to take jobs; those that an earlier server had under way are queued again."""
-        self._taking = asyncio.create_task(self._take(), name="adaptation")
+        self._taking = in_background(self._take(), "the taking of jobs")
 
     def wake(self) -> None:
         """Tells that a job waits."""

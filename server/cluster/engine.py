@@ -14,6 +14,7 @@ from abmll.posterior import Normalize, Posterior, PosteriorConfig
 from abmll.sampling import Sampling
 from abmll.scoring import Question
 from abmll.sequences import TokenScores, no_tokens
+from server.background import in_background
 from server.cache import ByteCache, tensor_bytes
 from server.clock import current_clock
 from server.cluster.ray_process import join, leave, replica_resources
@@ -76,7 +77,7 @@ class ClusterEngine:
             raise
         except Exception as error:
             raise EngineFailure(f"the replicas could not be started: {error}") from error
-        self._watching = asyncio.create_task(self._watch(), name="replicas")
+        self._watching = in_background(self._watch(), "the watch over the replicas")
 
     def _deploy(self) -> Any:
         join(self._settings)

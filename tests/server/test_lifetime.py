@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +20,7 @@ from abmll.store import StoredPosterior
 from server.local_server import processes_below
 from server.run import run
 from server.settings import Settings
-from tests.server.conftest import Server
+from tests.server.conftest import Server, free_port, wait_for
 from tests.server.test_http import QUESTION, adapt
 
 
@@ -101,6 +105,38 @@ def test_a_dead_worker_is_replaced_and_a_deadly_job_fails(server: Server) -> Non
             time.sleep(0.02)
     assert "died" in server.http.get(f"/adapt/{job}").json()["error"]
     assert server.wait_job(adapt(server, "lively", steps=1)["job"])["status"] == "done"
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_server_without_a_word_of_python(
+    global_posterior: tuple[Path, StoredPosterior], tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    log, port = tmp_path / "log", free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "server.cli",
+        "serve",
+        "--engine",
+        "torch",
+        "--port",
+        port,
+        "--store",
+        tmp_path / "s",
+    ]
+    command += ["--model", tiny_model_folder, "--posterior", global_posterior[0]]
+    with log.open("w") as stream:
+        # The terminal's foreground group, as a shell makes it.
+        server = subprocess.Popen([*map(str, command)], stdout=stream, stderr=stream, start_new_session=True)
+    try:
+        wait_for(lambda: "ready: " in log.read_text(), 90)
+        (worker,) = processes_below(server.pid, "server.worker")
+        os.killpg(server.pid, signal.SIGINT)
+        assert server.wait(30) == 0
+    finally:
+        server.kill()
+    wait_for(lambda: not worker.is_running())
+    assert "Traceback" not in log.read_text()
 
 
 def test_servers_that_cannot_start_say_why_in_a_line(
