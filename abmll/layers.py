@@ -14,10 +14,12 @@ from typing import Any, cast
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from abmll.draws import Signs, drawn_core, scale_factors
 from abmll.errors import InvalidPosterior, PosteriorMismatch
 from abmll.posterior import LayerPosterior, Posterior, PosteriorConfig, block_number, init_layer
+from abmll.together import Together
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +86,15 @@ class Attached:
         layers: Module name to the layer put in its place.
         trunk: Number of blocks below the first that has such a layer: all draws agree in them.
         blocks: The blocks above the trunk.
+        together: The processes that hold the model together; None where this one has all of it.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, VariationalLinear]) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, VariationalLinear], together: Together | None = None
+    ) -> None:
         self.model = model
         self.layers = layers
+        self.together = together
         numbers = [block_number(name) for name in layers]
         self.trunk, self.blocks = 0, list[nn.Module]()
         if None not in numbers:
@@ -216,8 +222,14 @@ def target_layers(model: nn.Module, targets: Iterable[str], layers: str = "all")
     return {name: layer for name, layer in found.items() if block_number(name) in blocks[-count:]}
 
 
-def attach(model: nn.Module, targets: Iterable[str], layers: str = "all") -> Attached:
+def attach(model: nn.Module, targets: Iterable[str], layers: str = "all", together: Together | None = None) -> Attached:
     """Freezes a model and puts a ``VariationalLinear`` in the place of each targeted layer, see ``target_layers``.
+
+    Args:
+        model: The model.
+        targets: Last names of modules.
+        layers: Which blocks count.
+        together: The processes that hold the model together.
 
     Raises:
         PosteriorMismatch: A target matches no linear layer.
@@ -229,7 +241,7 @@ def attach(model: nn.Module, targets: Iterable[str], layers: str = "all") -> Att
         parent, _, child = name.rpartition(".")
         variational[name] = VariationalLinear(base)
         setattr(model.get_submodule(parent), child, variational[name])
-    return Attached(model, variational)
+    return Attached(model, variational, together)
 
 
 def init_posterior(attached: Attached, config: PosteriorConfig, seed: int) -> Posterior:
@@ -253,6 +265,8 @@ def fingerprint(weight: Callable[[str], Tensor], names: Iterable[str]) -> str:
     state = hashlib.sha256()
     for name in names:
         tensor = weight(name).detach()
+        if isinstance(tensor, DTensor):  # other processes have the rest
+            tensor = tensor.full_tensor()
         state.update(f"{name}{tuple(tensor.shape)}".encode())
         rows = -(-_FINGERPRINT_ENTRIES // tensor.shape[1])
         entries = tensor[:rows].flatten()[:_FINGERPRINT_ENTRIES].to("cpu", torch.bfloat16)

@@ -125,12 +125,20 @@ def backward_data(
     generator: torch.Generator | None,
     max_tokens: int = 4096,
 ) -> Tensor:
-    """Adds the gradient of ``data_loss`` per data point to the parameters of phi, pass by pass; returns its value."""
+    """Adds the gradient of ``data_loss`` per data point to the parameters of phi, pass by pass; returns its value.
+
+    Of processes that hold the model together each adds, and returns, what its rows contribute.
+    """
     total = torch.zeros(())
     for group in micro_batches(data, max_tokens):
         signs = None if generator is None else row_signs(phi, len(group), generator)
+        weight = 1.0
+        if attached.together is not None:
+            rows, weight = attached.together.part(len(group))
+            group = [group[row] for row in rows]
+            signs = signs and {name: Signs(of.u[rows], of.v[rows]) for name, of in signs.items()}
         with attached.using(phi, signs) as model:
-            loss = _negative_log_likelihood(model, phi, group) / len(data)
+            loss = weight * _negative_log_likelihood(model, phi, group) / len(data)
             loss.backward()  # in here: gradient checkpointing runs the layers again, under the same posterior
         total = total + loss.detach().cpu()
     return total
@@ -163,6 +171,9 @@ def task_gradient(
     leaves = {key: tensor.detach().requires_grad_() for key, tensor in q.tensors().items()}
     total = backward_data(attached, q.with_tensors(leaves), data, generator, max_tokens)
     data_gradient = {key: _gradient(leaf) for key, leaf in leaves.items()}
+    if attached.together is not None:
+        total = total.to(next(iter(data_gradient.values())).device)
+        attached.together.add_up([*data_gradient.values(), total])
     q_leaves = {key: tensor.detach().requires_grad_() for key, tensor in q.tensors().items()}
     p_leaves = {key: tensor.detach().requires_grad_() for key, tensor in p.tensors().items()}
     penalty = beta * kl(q.with_tensors(q_leaves), p.with_tensors(p_leaves)) / len(data)

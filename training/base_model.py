@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from abmll.errors import AbmllError
 from training.hub import brief, fetch
@@ -47,6 +48,7 @@ def load_base(
     device: str = "cpu",
     context: int | None = None,
     gradient_checkpointing: bool = False,
+    shards: int = 1,
 ) -> BaseModel:
     """Loads a causal language model from the hub or a folder; safetensors weights only.
 
@@ -57,6 +59,8 @@ def load_base(
         device: Where to put them.
         context: The most tokens to take; the model's own limit by default.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+        shards: Processes that hold the weights together, all of torch.distributed's group (FSDP2); each gathers a
+            block's weights when it runs it.
 
     Raises:
         AbmllError: The model cannot be had; the message says what to do.
@@ -72,6 +76,7 @@ def load_base(
             attn_implementation=attention(config),
             trust_remote_code=False,
             output_loading_info=True,
+            distributed_config=DistributedConfig(fsdp_size=shards) if shards > 1 else None,
         )
     model, info = loaded
     if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers in their place
@@ -88,7 +93,18 @@ def load_base(
         model.train()  # transformers checkpoints in training mode only; the models served have no dropout
     else:
         model.eval()
-    return BaseModel(name, model.to(device), tokenizer, context or limit, found.commit)
+    if shards > 1:
+        _settle(model)
+    else:
+        model.to(device)
+    return BaseModel(name, model, tokenizer, context or limit, found.commit)
+
+
+def _settle(model: Any) -> None:
+    """Runs a sharded model once as a whole: it is then one unit, whichever of its parts is called later."""
+    model.requires_grad_(False)  # before the first pass, which settles what has gradients
+    with torch.no_grad():
+        model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> Any:

@@ -138,7 +138,7 @@ def meta_train(
         work: Folder for ``checkpoint.pt`` and ``log.jsonl``; a run that was killed goes on from there and
             ends with the same theta as one that was not.
         progress: Shows progress.
-        ranks: The processes that share each step's tasks; with the same seed theta is the same for any number of
+        ranks: The processes that share each step's tasks, or hold the base model together; with the same seed theta is the same for any number of
             them, up to the order in which gradients are added.
 
     Returns:
@@ -245,7 +245,8 @@ def _accumulate(
         sums["data"] += result.data_nats
         sums["kl"] += result.kl_nats
     parts = torch.tensor(list(sums.values()), device=base.device)
-    ranks.add_up([*(leaf.grad for leaf in leaves.values() if leaf.grad is not None), parts])
+    if not ranks.sharded:
+        ranks.add_up([*(leaf.grad for leaf in leaves.values() if leaf.grad is not None), parts])
     penalty_leaves = {key: leaf.detach().requires_grad_() for key, leaf in leaves.items()}
     penalty = config.gamma * hyperprior(theta.with_tensors(penalty_leaves), start)
     penalty.backward()

@@ -1,4 +1,7 @@
-"""Several processes that share a meta-training: each takes some of a step's tasks, all keep the same theta."""
+"""Several processes that share a meta-training: each takes some of a step's tasks, all keep the same theta.
+
+Or, where the base model does not fit one of them, they hold it together and run every pass together.
+"""
 
 from __future__ import annotations
 
@@ -25,25 +28,38 @@ class Ranks:
         rank: Number of this process, from 0; that one writes files.
         world: Number of processes.
         local: Number of this process on its machine.
+        sharded: Whether they hold the base model together, a part of its weights each; every process then does all
+            that the others do, but in a pass with gradients its own rows alone.
     """
 
     rank: int = 0
     world: int = 1
     local: int = 0
+    sharded: bool = False
 
     @classmethod
-    def join(cls, device: str | None) -> Ranks:
+    def join(cls, device: str | None, *, sharded: bool = False) -> Ranks:
         """Joins those that ``torchrun`` or ``accelerate launch`` started; alone where neither did.
 
         Args:
             device: Where training runs, see ``device``; it says how the processes talk (NCCL on GPUs, else gloo).
+            sharded: Whether they are to hold the base model together.
+
+        Raises:
+            AbmllError: A single process is to hold the model together with others.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            if sharded:
+                raise AbmllError(
+                    "--shard-base needs several processes to share the base model; start them with "
+                    "torchrun --nproc-per-node N -m server.cli ..., or leave --shard-base out",
+                    field="shard_base",
+                )
             return cls()
         from accelerate import PartialState
 
         state = PartialState(cpu=device is not None and not device.startswith("cuda"))
-        return cls(state.process_index, state.num_processes, state.local_process_index)
+        return cls(state.process_index, state.num_processes, state.local_process_index, sharded)
 
     @property
     def main(self) -> bool:
@@ -62,6 +78,8 @@ class Ranks:
         Raises:
             AbmllError: There are fewer tasks than processes.
         """
+        if self.sharded:
+            return range(count)
         if count < self.world:
             raise AbmllError(
                 f"tasks_per_step is {count}, too few for {self.world} processes; set it to a multiple of {self.world} "
@@ -69,6 +87,12 @@ class Ranks:
                 field="tasks_per_step",
             )
         return range(self.rank, count, self.world)
+
+    def part(self, rows: int) -> tuple[list[int], float]:
+        """Rows of a pass that this process runs, see ``abmll.together``."""
+        own = list(range(self.rank, rows, self.world))
+        # The weights come from all processes at every pass, so that none may leave one out.
+        return (own, 1.0) if own else ([0], 0.0)
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Replaces tensors by their sums over all processes, the same in each of them.

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from abmll.store import load_posterior
+from abmll.store import StoredPosterior, load_posterior
 from server.cli import main
 from tests.training.conftest import rule_task, write_tasks
 
@@ -26,8 +28,9 @@ queries = 4
 PINS = ["--pin", "family_3=validation", "--pin", "family_4=test"]
 
 
-def abmll(*arguments: object, code: int = 0, told: bool = True) -> str:
-    command = [sys.executable, "-m", "server.cli", *map(str, arguments)]
+def abmll(*arguments: object, code: int = 0, told: bool = True, processes: int = 1) -> str:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    command = [sys.executable, *launcher, "-m", "server.cli", *map(str, arguments)]
     root = Path(__file__).parents[2]
     done = subprocess.run(
         command, cwd=root, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
@@ -54,11 +57,12 @@ def trained(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("commands")
     data = write_tasks(folder / "data", [rule_task(number) for number in range(5)])
     (folder / "settings.toml").write_text(SETTINGS)
-    printed = abmll(
-        "train", "--tasks", data, "--model", tiny_model_folder, "--steps", 3, "--config", folder / "settings.toml",
-        "--rank", 3, "--out", folder / "theta", *PINS,
-    )  # fmt: skip
-    return data, folder / "theta", printed
+    return data, folder / "theta", train(data, tiny_model_folder, folder / "theta")
+
+
+def train(data: Path, model: Path, out: Path, *more: object, processes: int = 1) -> str:
+    options = ["--steps", 3, "--config", data.parent / "settings.toml", "--rank", 3, *PINS, *more]
+    return abmll("train", "--tasks", data, "--model", model, "--out", out, *options, processes=processes)
 
 
 @pytest.mark.slow
@@ -121,6 +125,8 @@ def test_wrong_input_is_one_line(
         "not a posterior folder": ["eval", tmp_path, "--tasks", data],
         "must be FAMILY=train": ["train", "--tasks", data, "--pin", "family_0", *out],
         "'global' means the global posterior": ["adapt", theta, *examples, "--task", "global", *out],
+        "--shard-base needs several processes": ["eval", theta, "--tasks", data, "--shard-base"],
+        "--jobs 2 would load the whole base model": ["eval", theta, "--tasks", data, "--shard-base", "--jobs", 2],
         "serve it with its own base model": ["adapt", theta, *examples, "--task", "a", "--model", "abmll-small", *out],
     }
     for message, arguments in cases.items():  # in this process: another for each would load torch each time
@@ -135,3 +141,35 @@ def test_wrong_input_is_one_line(
         assert message in last
         assert "Traceback" not in printed.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_processes_that_share_the_base_model_do_what_one_does(
+    trained: tuple[Path, Path, str], tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    data, theta, told = trained
+    sharded = ["--shard-base", "--device", "cpu"]
+    printed = train(data, tiny_model_folder, tmp_path / "theta", *sharded, processes=2)
+    assert printed.count("wrote ") == told.count("wrote ") == 1
+    found, expected = load_posterior(tmp_path / "theta"), load_posterior(theta)
+    assert_close(found, expected)
+    assert cells(printed) == pytest.approx(cells(told), abs=2e-3)  # on validation tasks, calibrated
+    taught = [theta, "--examples", data / "tasks" / "rule_4.jsonl", "--task", "new"]
+    abmll("adapt", *taught, "--out", tmp_path / "alone")
+    abmll("adapt", *taught, "--out", tmp_path / "shared", *sharded, processes=2)
+    assert_close(load_posterior(tmp_path / "shared"), load_posterior(tmp_path / "alone"))
+    measured = ["eval", theta, "--tasks", data, "--queries", 6, "--draws", 2, "--shots", "2"]
+    assert abmll(*measured, *sharded, told=False, processes=2) == abmll(*measured, told=False)
+
+
+def cells(printed: str) -> list[float]:
+    """Numbers of the tables in what a command printed."""
+    rows = [line for line in printed.splitlines() if line.startswith("|")]
+    return [float(cell) for row in rows for cell in row.split("|") if re.fullmatch(r" *-?[\d.]+%? *", cell)]
+
+
+def assert_close(found: StoredPosterior, expected: StoredPosterior) -> None:
+    """Equal, but for the order in which gradients were added."""
+    assert found.posterior.config == expected.posterior.config
+    for key, tensor in expected.posterior.tensors().items():
+        torch.testing.assert_close(found.posterior.tensors()[key], tensor, rtol=1e-3, atol=1e-5)

@@ -38,14 +38,17 @@ CONFIG = MetaConfig(
 )
 
 
-def _work(folder: str, work: str, rank: int, port: int, config: MetaConfig, pipe: Any) -> None:
+def _work(folder: str, work: str, rank: int, port: int, config: MetaConfig, sharded: bool, pipe: Any) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port)}  # fmt: skip
-    ranks = Ranks.join("cpu")
+    ranks = Ranks.join("cpu", sharded=sharded)
     assert (ranks.rank, ranks.world, ranks.main) == (rank, 2, rank == 0)
-    base = load_base(folder)
-    attached = attach(base.model, TARGETS)
+    base = load_base(folder, shards=2 if sharded else 1)
+    attached = attach(base.model, TARGETS, together=ranks if sharded else None)
+    if sharded:
+        held = [weight.to_local().numel() / weight.numel() for weight in base.model.model.layers.parameters()]
+        assert set(held) == {0.5}
     try:
         theta = meta_train(base, attached, TASKS, POSTERIOR, config, Path(work), progress=silent, ranks=ranks)
         pipe.send({key: tensor.numpy() for key, tensor in theta.tensors().items()})
@@ -53,7 +56,9 @@ def _work(folder: str, work: str, rank: int, port: int, config: MetaConfig, pipe
         pipe.send(error.message)
 
 
-def _start(folder: Path, work: Path, config: MetaConfig = CONFIG) -> list[tuple[ForkServerProcess, Any]]:
+def _start(
+    folder: Path, work: Path, config: MetaConfig = CONFIG, *, sharded: bool = False
+) -> list[tuple[ForkServerProcess, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -61,7 +66,7 @@ def _start(folder: Path, work: Path, config: MetaConfig = CONFIG) -> list[tuple[
     started: list[tuple[ForkServerProcess, Any]] = []
     for rank in range(2):
         mine, other = context.Pipe()
-        process = context.Process(target=_work, args=(str(folder), str(work), rank, port, config, other))
+        process = context.Process(target=_work, args=(str(folder), str(work), rank, port, config, sharded, other))
         process.start()
         other.close()
         started.append((process, mine))
@@ -89,10 +94,11 @@ def _assert_close(found: dict[str, Any], expected: dict[str, torch.Tensor]) -> N
         torch.testing.assert_close(torch.from_numpy(found[key]), tensor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["tasks are shared", "the base model is shared"])
 def test_two_processes_make_the_theta_of_one(
-    tiny_model_folder: Path, tmp_path: Path, alone: dict[str, torch.Tensor]
+    tiny_model_folder: Path, tmp_path: Path, alone: dict[str, torch.Tensor], sharded: bool
 ) -> None:
-    first, second = _results(_start(tiny_model_folder, tmp_path))
+    first, second = _results(_start(tiny_model_folder, tmp_path, sharded=sharded))
     for key, values in first.items():
         assert (values == second[key]).all(), key  # the same to the last bit
     _assert_close(first, alone)
@@ -125,8 +131,15 @@ def test_more_processes_than_tasks_are_refused(tiny_model_folder: Path, tmp_path
     assert all("too few for 2 processes" in message for message in told)
 
 
+def test_of_few_rows_some_process_runs_one_for_nothing() -> None:
+    parts = [Ranks(rank, 3, sharded=True).part(2) for rank in range(3)]
+    assert parts == [([0], 1.0), ([1], 1.0), ([0], 0.0)]
+
+
 def test_alone_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(AbmllError, match="--shard-base needs several processes"):
+        Ranks.join(None, sharded=True)
     ranks = Ranks.join(None)
     assert (ranks.world, ranks.main, ranks.device(None)) == (1, True, None)
     assert list(ranks.mine(3)) == [0, 1, 2]

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from training.commands.document import print_json
-from training.commands.opening import open_base
-from training.commands.options import Device, Dtype, Json, Model
+from training.commands.opening import join_ranks, open_base
+from training.commands.options import Device, Dtype, Json, Model, ShardBase
 from training.settings import checked
 
 
@@ -23,13 +23,14 @@ def adapt_command(
     seed: int = 0,
     dtype: Dtype = "float32",
     device: Device = None,
+    shard_base: ShardBase = False,
     as_json: Json = False,
 ) -> None:
     """Adapt a global posterior to a task from labelled examples."""
     from abmll.errors import AbmllError
     from abmll.store import Record, load_posterior, save_posterior
     from training.adaptation import AdaptConfig
-    from training.progress import track
+    from training.progress import silent, track
     from training.task_calibration import adapt_and_calibrate
     from training.tasks import read_examples
 
@@ -40,8 +41,9 @@ def adapt_command(
         inner = checked(AdaptConfig, inner.with_steps(steps).model_dump())
     if task == "global":
         raise AbmllError("the task name 'global' means the global posterior; choose another", field="task")
-    base, attached, theta = open_base(stored.posterior, model, dtype, device)
-    with track("adapt", total=1) as bar:
+    ranks = join_ranks(device, shard_base)
+    base, attached, theta = open_base(stored.posterior, model, dtype, device, ranks)
+    with (track if ranks.main else silent)("adapt", total=1) as bar:
         phi, calibration = adapt_and_calibrate(
             base,
             attached,
@@ -52,6 +54,9 @@ def adapt_command(
             seed=seed,
             on_step=lambda step, steps: bar.update(step / max(1, steps), {"step": step}),
         )
+    ranks.leave()
+    if not ranks.main:
+        return
     record = Record(
         task=task, parent=stored.digest, seed=seed, shots=len(support), training={"inner": inner.model_dump()}
     )

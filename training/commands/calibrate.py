@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from training.commands.document import print_json
-from training.commands.opening import open_base
-from training.commands.options import Device, Dtype, Jobs, Json, Model, Tasks
+from training.commands.opening import join_ranks, open_base
+from training.commands.options import Device, Dtype, Jobs, Json, Model, ShardBase, Tasks
 from training.commands.parts import tasks_of_part
 from training.settings import checked, numbers
 
@@ -27,6 +27,7 @@ def calibrate_command(
     jobs: Jobs = 1,
     dtype: Dtype = "float32",
     device: Device = None,
+    shard_base: ShardBase = False,
     as_json: Json = False,
 ) -> None:
     """Calibrate a global posterior anew, on validation families and new tasks of the training families' kinds."""
@@ -36,7 +37,7 @@ def calibrate_command(
     from training.calibrate import calibrate_all
     from training.embedded import resolve
     from training.evaluation import EvalConfig
-    from training.progress import track
+    from training.progress import silent, track
     from training.tasks import load_tasks
 
     stored = load_posterior(posterior)
@@ -49,11 +50,16 @@ def calibrate_command(
         EvalConfig,
         {"shots": numbers(shots, "shots"), "draws": draws, "queries": queries, "supports": supports, "seed": seed},
     )
-    base, attached, theta = open_base(stored.posterior, model, dtype, device)
+    ranks = join_ranks(device, shard_base, jobs)
+    base, attached, theta = open_base(stored.posterior, model, dtype, device, ranks)
+    progress = track if ranks.main else silent
     inner = AdaptConfig.from_record(stored.record.training)
     calibration, results, tables = calibrate_all(
-        base, attached, theta, validation, training, inner, config, track, jobs
+        base, attached, theta, validation, training, inner, config, progress, jobs
     )
+    ranks.leave()
+    if not ranks.main:
+        return
     save_posterior(posterior, stored.posterior, stored.record.model_copy(update={"results": results}), calibration)
     if as_json:
         written = {"folder": posterior, "posterior": stored.digest, "results": results}

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from training.commands.document import print_json
-from training.commands.opening import open_base
-from training.commands.options import Device, Dtype, Jobs, Json, Model, Tasks
+from training.commands.opening import join_ranks, open_base
+from training.commands.options import Device, Dtype, Jobs, Json, Model, ShardBase, Tasks
 from training.commands.parts import tasks_of_part
 from training.settings import checked, numbers
 
@@ -39,6 +39,7 @@ def eval_command(
     jobs: Jobs = 1,
     dtype: Dtype = "float32",
     device: Device = None,
+    shard_base: ShardBase = False,
     as_json: Json = False,
 ) -> None:
     """Print accuracy and calibration of a posterior on tasks, before and after adaptation."""
@@ -47,7 +48,7 @@ def eval_command(
     from training.adaptation import AdaptConfig
     from training.embedded import POSTERIOR
     from training.evaluation import EvalConfig, Scores, predict_tasks, score
-    from training.progress import track
+    from training.progress import silent, track
     from training.report import grouped, markdown
     from training.tasks import load_tasks
     from training.text_evaluation import TextScores, predict_texts, score_texts
@@ -66,12 +67,17 @@ def eval_command(
         EvalConfig,
         {"shots": numbers(shots, "shots"), "draws": draws, "queries": queries, "supports": supports, "seed": seed},
     )
-    base, attached, theta = open_base(stored.posterior, model, dtype, device)
+    ranks = join_ranks(device, shard_base, jobs)
+    base, attached, theta = open_base(stored.posterior, model, dtype, device, ranks)
+    progress = track if ranks.main else silent
     inner = AdaptConfig.from_record(stored.record.training)
     rest = [task for task in loaded if free_text or task.is_free_text]
     asked = [] if free_text else [task for task in loaded if not task.is_free_text]
-    predictions = predict_tasks(base, attached, theta, asked, inner, config, track, jobs) if asked else []
-    answers = predict_texts(base, attached, theta, rest, inner, config, track, jobs) if rest else []
+    predictions = predict_tasks(base, attached, theta, asked, inner, config, progress, jobs) if asked else []
+    answers = predict_texts(base, attached, theta, rest, inner, config, progress, jobs) if rest else []
+    ranks.leave()
+    if not ranks.main:
+        return
     table: list[dict[str, Any]] = []
     for level in levels:
         rows = [

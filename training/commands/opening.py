@@ -23,8 +23,33 @@ def dtype_of(name: str) -> Any:
     return known[name]
 
 
-def open_base(posterior: Any, model: str | None, dtype: str, device: str | None) -> tuple[Any, Any, Any]:
+def join_ranks(device: str | None, shard_base: bool, jobs: int = 1) -> Any:
+    """Joins the processes that hold the base model together, if they shall; else this one is alone.
+
+    Raises:
+        AbmllError: There is one process only, or each is to start others.
+    """
+    from abmll.errors import AbmllError
+    from training.ranks import ALONE, Ranks
+
+    if not shard_base:
+        return ALONE
+    if jobs > 1:
+        raise AbmllError(f"--jobs {jobs} would load the whole base model in each process; leave it out", field="jobs")
+    return Ranks.join(device, sharded=True)
+
+
+def open_base(
+    posterior: Any, model: str | None, dtype: str, device: str | None, ranks: Any = None
+) -> tuple[Any, Any, Any]:
     """Loads a posterior's base model, checks that it is the one, and attaches.
+
+    Args:
+        posterior: The posterior.
+        model: Another name of its base model.
+        dtype: Of the frozen weights.
+        device: Where to put them.
+        ranks: The processes that hold the model together, see ``join_ranks``.
 
     Returns:
         The base model, its attached layers, and the posterior on the same device.
@@ -38,7 +63,14 @@ def open_base(posterior: Any, model: str | None, dtype: str, device: str | None)
 
     name = model or posterior.config.base_model
     revision = posterior.config.base_revision if name == posterior.config.base_model else None
-    base = load_base(resolve(name), revision=revision, dtype=dtype_of(dtype), device=choose_device(device))
-    attached = attach(base.model, posterior.config.targets, posterior.config.layers)
+    sharded = ranks is not None and ranks.sharded
+    base = load_base(
+        resolve(name),
+        revision=revision,
+        dtype=dtype_of(dtype),
+        device=choose_device(ranks.device(device) if sharded else device),
+        shards=ranks.world if sharded else 1,
+    )
+    attached = attach(base.model, posterior.config.targets, posterior.config.layers, ranks if sharded else None)
     check_base(posterior, fingerprint(lambda key: attached.layers[key].base.weight, attached.layers), name)
     return base, attached, posterior.map(lambda tensor: tensor.to(base.device))

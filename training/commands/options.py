@@ -16,4 +16,11 @@ Pins = Annotated[list[str] | None, typer.Option("--pin", help="FAMILY=train|vali
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Processes that share the predictions, each with its own model.")]
 Dtype = Annotated[str, typer.Option(help="Dtype of the frozen base weights: float32 or bfloat16.")]
+ShardBase = Annotated[
+    bool,
+    typer.Option(
+        "--shard-base",
+        help="For a base model too large for one GPU: torchrun's processes hold it together (FSDP).",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as one JSON document.")]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from training.commands.document import print_json
-from training.commands.opening import dtype_of
+from training.commands.opening import dtype_of, join_ranks
 from training.commands.options import (
     ConfigFile,
     Device,
@@ -18,6 +18,7 @@ from training.commands.options import (
     Model,
     Pins,
     Revision,
+    ShardBase,
     SplitFile,
     Tasks,
 )
@@ -53,6 +54,7 @@ def train_command(
     dtype: Dtype = "float32",
     gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute activations to save memory.")] = False,
     device: Device = None,
+    shard_base: ShardBase = False,
     as_json: Json = False,
 ) -> None:
     """Meta-train a global posterior on training families and calibrate it on validation families."""
@@ -66,7 +68,7 @@ def train_command(
     from training.embedded import NAME, resolve
     from training.evaluation import EvalConfig
     from training.meta import MetaConfig, meta_train
-    from training.progress import track
+    from training.progress import silent, track
     from training.pseudo_tasks import kind_tasks, pseudo_tasks
     from training.ranks import Ranks
     from training.tasks import load_tasks
@@ -80,7 +82,7 @@ def train_command(
     settings = checked(MetaConfig, {"steps": steps, "minutes": minutes, "seed": seed, "inner": inner} | values)
     loaded = load_tasks(tasks)
     work = out.with_name(out.name + ".work")
-    ranks = Ranks.join(device)
+    ranks = join_ranks(device, shard_base, jobs) if shard_base else Ranks.join(device)
     # One process makes the split's file.
     chosen = ranks.of_main(chosen_split(loaded, split, seed, pin, work / "split.json") if ranks.main else None)
     assert chosen is not None
@@ -92,6 +94,7 @@ def train_command(
         device=choose_device(ranks.device(device)),
         context=context,
         gradient_checkpointing=gradient_checkpointing,
+        shards=ranks.world if shard_base else 1,
     )
     posterior_config = checked(
         PosteriorConfig,
@@ -102,24 +105,38 @@ def train_command(
         }
         | posterior_values,
     )
-    attached = attach(base.model, posterior_config.targets, posterior_config.layers)
+    together = ranks if shard_base else None
+    attached = attach(base.model, posterior_config.targets, posterior_config.layers, together)
     familiar = unseen_items(Path(source), chosen.select(loaded, "train"))
     from_books = pseudo_tasks(books, pseudo, seed) if books is not None else []
     training_tasks = [*familiar, *kind_tasks(familiar, pseudo, seed), *from_books]
     theta = meta_train(base, attached, training_tasks, posterior_config, settings, work, ranks=ranks)
-    ranks.leave()
-    if not ranks.main:
-        return
+    if not shard_base:
+        ranks.leave()
+        if not ranks.main:
+            return
     theta = theta.map(lambda tensor: tensor.to(base.device))
     evaluation = EvalConfig(draws=calibration_draws, seed=seed)
     validation = chosen.select(loaded, "validation")
     calibration, results = None, {}
     if validation:
         calibration, results, tables = calibrate_all(
-            base, attached, theta, validation, familiar, settings.inner, evaluation, track, jobs
+            base,
+            attached,
+            theta,
+            validation,
+            familiar,
+            settings.inner,
+            evaluation,
+            track if ranks.main else silent,
+            jobs,
         )
-        if not as_json:
+        if ranks.main and not as_json:
             typer.echo("\n\n".join(tables))
+    if shard_base:
+        ranks.leave()
+        if not ranks.main:
+            return
     extra = {
         "split": chosen.model_dump(),
         "pseudo_tasks": {"tasks": pseudo, "books": pseudo if books is not None else 0},
