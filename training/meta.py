@@ -138,8 +138,8 @@ def meta_train(
         work: Folder for ``checkpoint.pt`` and ``log.jsonl``; a run that was killed goes on from there and
             ends with the same theta as one that was not.
         progress: Shows progress.
-        ranks: The processes that share each step's tasks, or hold the base model together; with the same seed theta is the same for any number of
-            them, up to the order in which gradients are added.
+        ranks: The processes that share each step's tasks, or hold the base model together; with the same seed theta
+            is the same for any number of them, up to the order in which gradients are added.
 
     Returns:
         theta, on the CPU.

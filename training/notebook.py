@@ -24,6 +24,7 @@ from training.commands.opening import open_base
 from training.decoded_texts import answer_texts
 from training.embedded import POSTERIOR
 from training.predictions import Prediction, Predictions
+from training.ranks import ALONE
 from training.task_calibration import adapt_and_calibrate
 from training.tasks import examples_of
 
@@ -46,7 +47,7 @@ def load(
         AbmllError: The posterior is damaged, or the base model is not there or another one.
     """
     stored = load_posterior(POSTERIOR if posterior is None else Path(posterior))
-    base, attached, ready = open_base(stored.posterior, model, dtype, device)
+    base, attached, ready = open_base(stored.posterior, model, dtype, device, ALONE)
     return LoadedPosterior(base, attached, ready, stored.record, stored.calibration)
 
 

@@ -39,9 +39,7 @@ def join_ranks(device: str | None, shard_base: bool, jobs: int = 1) -> Any:
     return Ranks.join(device, sharded=True)
 
 
-def open_base(
-    posterior: Any, model: str | None, dtype: str, device: str | None, ranks: Any = None
-) -> tuple[Any, Any, Any]:
+def open_base(posterior: Any, model: str | None, dtype: str, device: str | None, ranks: Any) -> tuple[Any, Any, Any]:
     """Loads a posterior's base model, checks that it is the one, and attaches.
 
     Args:
@@ -63,14 +61,13 @@ def open_base(
 
     name = model or posterior.config.base_model
     revision = posterior.config.base_revision if name == posterior.config.base_model else None
-    sharded = ranks is not None and ranks.sharded
     base = load_base(
         resolve(name),
         revision=revision,
         dtype=dtype_of(dtype),
-        device=choose_device(ranks.device(device) if sharded else device),
-        shards=ranks.world if sharded else 1,
+        device=choose_device(ranks.device(device) if ranks.sharded else device),
+        shards=ranks.world if ranks.sharded else 1,
     )
-    attached = attach(base.model, posterior.config.targets, posterior.config.layers, ranks if sharded else None)
+    attached = attach(base.model, posterior.config.targets, posterior.config.layers, ranks if ranks.sharded else None)
     check_base(posterior, fingerprint(lambda key: attached.layers[key].base.weight, attached.layers), name)
     return base, attached, posterior.map(lambda tensor: tensor.to(base.device))

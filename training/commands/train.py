@@ -119,6 +119,7 @@ def train_command(
     evaluation = EvalConfig(draws=calibration_draws, seed=seed)
     validation = chosen.select(loaded, "validation")
     calibration, results = None, {}
+    progress = track if ranks.main else silent
     if validation:
         calibration, results, tables = calibrate_all(
             base,
@@ -128,7 +129,7 @@ def train_command(
             familiar,
             settings.inner,
             evaluation,
-            track if ranks.main else silent,
+            progress,
             jobs,
         )
         if ranks.main and not as_json:
