@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from abmll.draws import Signs, drawn_core, scale_factors
 from abmll.errors import InvalidPosterior, PosteriorMismatch
@@ -265,8 +264,9 @@ def fingerprint(weight: Callable[[str], Tensor], names: Iterable[str]) -> str:
     state = hashlib.sha256()
     for name in names:
         tensor = weight(name).detach()
-        if isinstance(tensor, DTensor):  # other processes have the rest
-            tensor = tensor.full_tensor()
+        # Other processes have the rest of a DTensor; importing its class to ask for it would slow every start.
+        if hasattr(tensor, "full_tensor"):
+            tensor = cast("Any", tensor).full_tensor()
         state.update(f"{name}{tuple(tensor.shape)}".encode())
         rows = -(-_FINGERPRINT_ENTRIES // tensor.shape[1])
         entries = tensor[:rows].flatten()[:_FINGERPRINT_ENTRIES].to("cpu", torch.bfloat16)

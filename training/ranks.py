@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from abmll.errors import AbmllError
+from abmll.together import Together
 
 _T = TypeVar("_T")
 
@@ -65,6 +66,16 @@ class Ranks:
     def main(self) -> bool:
         """Whether this is the process that writes files."""
         return self.rank == 0
+
+    @property
+    def shards(self) -> int:
+        """Number of parts that the base model's weights lie in."""
+        return self.world if self.sharded else 1
+
+    @property
+    def together(self) -> Together | None:
+        """The processes as the objective asks them, where they hold the base model together."""
+        return self if self.sharded else None
 
     def device(self, wanted: str | None) -> str | None:
         """The device of this process: a GPU of its own where several share the work and none is named."""

@@ -44,8 +44,8 @@ def _work(folder: str, work: str, rank: int, port: int, config: MetaConfig, shar
                    "MASTER_PORT": str(port)}  # fmt: skip
     ranks = Ranks.join("cpu", sharded=sharded)
     assert (ranks.rank, ranks.world, ranks.main) == (rank, 2, rank == 0)
-    base = load_base(folder, shards=2 if sharded else 1)
-    attached = attach(base.model, TARGETS, together=ranks if sharded else None)
+    base = load_base(folder, shards=ranks.shards)
+    attached = attach(base.model, TARGETS, together=ranks.together)
     if sharded:
         held = [weight.to_local().numel() / weight.numel() for weight in base.model.model.layers.parameters()]
         assert set(held) == {0.5}

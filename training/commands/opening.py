@@ -23,8 +23,14 @@ def dtype_of(name: str) -> Any:
     return known[name]
 
 
-def join_ranks(device: str | None, shard_base: bool, jobs: int = 1) -> Any:
+def join_ranks(device: str | None, shard_base: bool, jobs: int = 1, *, share_tasks: bool = False) -> Any:
     """Joins the processes that hold the base model together, if they shall; else this one is alone.
+
+    Args:
+        device: See ``Ranks.join``.
+        shard_base: Whether they hold it together.
+        jobs: Processes that each would start.
+        share_tasks: Whether processes that do not hold it together have something else to share.
 
     Raises:
         AbmllError: There is one process only, or each is to start others.
@@ -33,7 +39,7 @@ def join_ranks(device: str | None, shard_base: bool, jobs: int = 1) -> Any:
     from training.ranks import ALONE, Ranks
 
     if not shard_base:
-        return ALONE
+        return Ranks.join(device) if share_tasks else ALONE
     if jobs > 1:
         raise AbmllError(f"--jobs {jobs} would load the whole base model in each process; leave it out", field="jobs")
     return Ranks.join(device, sharded=True)
@@ -65,9 +71,9 @@ def open_base(posterior: Any, model: str | None, dtype: str, device: str | None,
         resolve(name),
         revision=revision,
         dtype=dtype_of(dtype),
-        device=choose_device(ranks.device(device) if ranks.sharded else device),
-        shards=ranks.world if ranks.sharded else 1,
+        device=choose_device(ranks.device(device)),
+        shards=ranks.shards,
     )
-    attached = attach(base.model, posterior.config.targets, posterior.config.layers, ranks if ranks.sharded else None)
+    attached = attach(base.model, posterior.config.targets, posterior.config.layers, ranks.together)
     check_base(posterior, fingerprint(lambda key: attached.layers[key].base.weight, attached.layers), name)
     return base, attached, posterior.map(lambda tensor: tensor.to(base.device))

@@ -70,7 +70,6 @@ def train_command(
     from training.meta import MetaConfig, meta_train
     from training.progress import silent, track
     from training.pseudo_tasks import kind_tasks, pseudo_tasks
-    from training.ranks import Ranks
     from training.tasks import load_tasks
 
     values = read_toml(config)
@@ -82,7 +81,7 @@ def train_command(
     settings = checked(MetaConfig, {"steps": steps, "minutes": minutes, "seed": seed, "inner": inner} | values)
     loaded = load_tasks(tasks)
     work = out.with_name(out.name + ".work")
-    ranks = join_ranks(device, shard_base, jobs) if shard_base else Ranks.join(device)
+    ranks = join_ranks(device, shard_base, jobs, share_tasks=True)
     # One process makes the split's file.
     chosen = ranks.of_main(chosen_split(loaded, split, seed, pin, work / "split.json") if ranks.main else None)
     assert chosen is not None
@@ -94,7 +93,7 @@ def train_command(
         device=choose_device(ranks.device(device)),
         context=context,
         gradient_checkpointing=gradient_checkpointing,
-        shards=ranks.world if shard_base else 1,
+        shards=ranks.shards,
     )
     posterior_config = checked(
         PosteriorConfig,
@@ -105,13 +104,12 @@ def train_command(
         }
         | posterior_values,
     )
-    together = ranks if shard_base else None
-    attached = attach(base.model, posterior_config.targets, posterior_config.layers, together)
+    attached = attach(base.model, posterior_config.targets, posterior_config.layers, ranks.together)
     familiar = unseen_items(Path(source), chosen.select(loaded, "train"))
     from_books = pseudo_tasks(books, pseudo, seed) if books is not None else []
     training_tasks = [*familiar, *kind_tasks(familiar, pseudo, seed), *from_books]
     theta = meta_train(base, attached, training_tasks, posterior_config, settings, work, ranks=ranks)
-    if not shard_base:
+    if not ranks.sharded:
         ranks.leave()
         if not ranks.main:
             return
@@ -122,19 +120,11 @@ def train_command(
     progress = track if ranks.main else silent
     if validation:
         calibration, results, tables = calibrate_all(
-            base,
-            attached,
-            theta,
-            validation,
-            familiar,
-            settings.inner,
-            evaluation,
-            progress,
-            jobs,
+            base, attached, theta, validation, familiar, settings.inner, evaluation, progress, jobs
         )
         if ranks.main and not as_json:
             typer.echo("\n\n".join(tables))
-    if shard_base:
+    if ranks.sharded:
         ranks.leave()
         if not ranks.main:
             return
