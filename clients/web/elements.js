@@ -87,6 +87,23 @@ export function numberIn(input) {
 }
 
 /**
+ * A value before and after, within `dl.changes`.
+ *
+ * @param {string} name
+ * @param {string} before
+ * @param {string} after
+ * @returns {HTMLElement}
+ */
+export function change(name, before, after) {
+  return h(
+    "div",
+    {},
+    h("dt", {}, name),
+    h("dd", { class: "number" }, h("span", { class: "faint" }, `${before} → `), h("strong", {}, after)),
+  );
+}
+
+/**
  * A table that scrolls by itself where it is wider than the page.
  *
  * @param {string} caption

@@ -352,6 +352,34 @@ def test_how_far_a_confidence_held_is_drawn_and_written(visit: Open, home: str) 
     expect(page.get_by_text("Nothing yet: none of its answers")).to_be_visible()
 
 
+def test_a_temperature_is_fitted_to_the_feedback_shown_and_made_a_version(visit: Open, keyed: Keyed) -> None:
+    rows = [{"prompt": f"{word} the lamp", "options": OPTIONS, "answer": "lights"} for word in ("dim", "light")]
+    with Client(keyed.url, key=keyed.owner) as client:
+        client.wait(client.adapt("judged", rows, steps=1), poll=0.05)
+        client.feedback(client.generate("number 0", task="judged", options=OPTIONS), answer="lights")
+        page = visit("tasks/judged")
+        look = page.get_by_role("button", name="Show what it would change")
+        look.click()
+        expect(page.get_by_role("alert").filter(has_text="at least 20 are needed")).to_be_visible()
+        for number in range(1, 20):
+            answer = client.generate(f"number {number}", task="judged", options=OPTIONS)
+            client.feedback(answer, answer=OPTIONS[number % 3])
+        shown = client.recalibrate("judged")
+        look.click()
+        changes = page.locator(".changes")
+        expect(changes).to_contain_text(f"{shown.temperature_before:.2f} → {shown.temperature_after:.2f}")
+        expect(changes).to_contain_text(f"{shown.before.nll:.3f} → {shown.after.nll:.3f}")
+        expect(page.get_by_text("From 20 judged answers")).to_be_focused()
+        expect(page.get_by_role("alert").filter(has_text="needed")).to_be_hidden()
+        assert barriers(page) == []
+        page.get_by_role("button", name="Make a version with it").click()
+        expect(page.get_by_role("row", name=re.compile("^2 answers, as the newest"))).to_be_visible()
+        expect(page.locator("#live")).to_have_text("Version 2 has the new temperature, and the weights of version 1.")
+        calibration: Any = client.task("judged").calibration
+        assert calibration["by_shots"][0]["temperature"] == pytest.approx(shown.temperature_after)
+        client.delete_task("judged")
+
+
 def test_health_tells_what_the_metrics_say(visit: Open) -> None:
     page = visit("health")
     expect(page.locator(".lamps")).to_contain_text("Answers questionsyes")

@@ -36,16 +36,17 @@ def _save(figure: Any, folder: Path, name: str) -> Path:
 
 
 def _colours(methods: Sequence[str]) -> dict[str, Any]:
-    palette = plt.get_cmap("tab20")
-    colours: dict[str, Any] = {name: palette(number % 20) for number, name in enumerate(methods)}
-    fixed = {
+    """A colour a method, the same in every picture of runs that compare the same methods."""
+    fixed: dict[str, Any] = {
         BOUND: "black",
         "abmll subspace": "#d00000",
         "abmll kronecker": "#e08000",
         "abmll lowrank": "#0040d0",
         "abmll subspace in-context": "#00a0a0",
     }
-    return colours | {name: colour for name, colour in fixed.items() if name in colours}
+    palette = plt.get_cmap("tab20")
+    others = [name for name in methods if name not in fixed]
+    return fixed | {name: palette(number % 20) for number, name in enumerate(others)}
 
 
 def _line(method: str, colours: dict[str, Any]) -> dict[str, Any]:
@@ -100,10 +101,12 @@ def reliability_panels(answers: Mapping[str, tuple[Tensor, Tensor]], folder: Pat
 
 def risk_coverage(rows: Sequence[Row], folder: Path) -> Path:
     """Error among the surest answers against their share, at the most shots."""
-    chosen = select(rows, calibrated=True, shots=max(row["shots"] for row in rows))
+    shots = max(row["shots"] for row in rows)
+    chosen = select(rows, calibrated=True, shots=shots)
     methods = names(chosen)
     colours = _colours(methods)
     figure, axis = plt.subplots(figsize=(7, 4.5))
+    axis.set_title(f"after {shots} examples", fontsize=10)
     for method in methods:
         confidence, correct = pooled_answers(select(chosen, method=method))
         error = 1 - correct[confidence.argsort(descending=True)].double().numpy()

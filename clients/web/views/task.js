@@ -5,6 +5,7 @@ import { moment } from "../figures.js";
 import { inWords } from "../session.js";
 import { curves } from "./curves.js";
 import { deletion } from "./deletion.js";
+import { recalibration } from "./recalibration.js";
 import { servingForm } from "./serving.js";
 
 /** @param {{session: import("../session.js").Session, announce: (text: string) => void}} page */
@@ -59,8 +60,10 @@ export function taskView(page) {
    * @param {HTMLElement} held
    */
   async function judge(version, held) {
+    held.dataset.version = `${version}`;
     try {
       const { validation, feedback } = await session.call((client) => client.reliability(name, { version }));
+      if (held.dataset.version !== `${version}`) return; // the reader has chosen another
       held.replaceChildren(
         curves("On validation tasks", validation, "Not known: the calibration of this version keeps no curves."),
         curves(
@@ -68,6 +71,7 @@ export function taskView(page) {
           feedback,
           "Nothing yet: none of its answers has been judged. Texts that are not calibrated do not count.",
         ),
+        ...(feedback === null || name === "global" ? [] : [recalibration(name, version, page, show)]),
       );
     } catch (error) {
       held.replaceChildren(h("p", { class: "trouble", role: "alert" }, inWords(error)));

@@ -1,6 +1,6 @@
 /** What a task has learnt: before and after, on the examples that were held back. */
 
-import { h, table } from "../elements.js";
+import { change, h, table } from "../elements.js";
 import { percent, several } from "../figures.js";
 import { summary } from "./trial.js";
 
@@ -43,18 +43,6 @@ export function verdict({ task, version, taught, asked, before, after, again }) 
  */
 function compared(asked, before, after) {
   const [first, second] = [summary(before), summary(after)];
-  const change = (/** @type {string} */ name, /** @type {number} */ from, /** @type {number} */ to) =>
-    h(
-      "div",
-      {},
-      h("dt", {}, name),
-      h(
-        "dd",
-        { class: "number" },
-        h("span", { class: "faint" }, `${percent(from, 0)} → `),
-        h("strong", {}, percent(to, 0)),
-      ),
-    );
   const rows = asked.map((example, index) => [
     example.prompt,
     example.answer,
@@ -65,8 +53,8 @@ function compared(asked, before, after) {
     h(
       "dl",
       { class: "changes" },
-      change("Right", first.accuracy, second.accuracy),
-      change("Mean confidence", first.confidence, second.confidence),
+      change("Right", percent(first.accuracy, 0), percent(second.accuracy, 0)),
+      change("Mean confidence", percent(first.confidence, 0), percent(second.confidence, 0)),
     ),
     h(
       "p",
