@@ -90,11 +90,11 @@ def check_options(options: Sequence[str]) -> None:
         )
     seen: set[str] = set()
     for position, option in enumerate(options):
-        text = option.strip()
+        where, text = f"options[{position}]", option.strip()
         if not text:
-            raise InvalidRequest(f"options[{position}] is empty; every option needs a text", field="options")
+            raise InvalidRequest(f"{where} is empty; every option needs a text", field=where)
         if text in seen:
-            raise InvalidRequest(f"options[{position}] repeats {text!r}; options must differ", field="options")
+            raise InvalidRequest(f"{where} repeats {text!r}; options must differ", field=where)
         seen.add(text)
 
 

@@ -41,8 +41,10 @@ class Limit:
             return Abstained(reason=reason, threshold=self.threshold, candidates=list(candidates))
         if confidence > self.threshold or (self.risk is None and confidence == self.threshold):
             return None
-        # Rounded down, so that it never reads as the one that is needed.
-        own, least = f"{math.floor(1000 * confidence) / 10:g} %", f"{100 * self.threshold:.4g} %"
+        tenths = round(1000 * confidence)
+        if tenths >= 1000 * self.threshold:  # it would read as the one that is needed
+            tenths = math.floor(1000 * confidence)
+        own, least = f"{tenths / 10:g} %", f"{100 * self.threshold:.4g} %"
         reason = f"the likeliest answer has a confidence of {own}, below the {least} asked for"
         if self.risk is not None:
             reason = (

@@ -163,7 +163,7 @@ def _add_adaptation(app: FastAPI, service: Service, access: Access) -> None:
     @app.get(
         "/adapt/{job}",
         tags=["adaptation"],
-        responses=errors(404, 503, *access.statuses),
+        responses=errors(404, 422, 503, *access.statuses),
         dependencies=access.needs("adapt"),
     )
     def get_job(job: str) -> JobReply:  # pyright: ignore[reportUnusedFunction] -- a route
@@ -173,7 +173,7 @@ def _add_adaptation(app: FastAPI, service: Service, access: Access) -> None:
     @app.delete(
         "/adapt/{job}",
         tags=["adaptation"],
-        responses=errors(404, 503, *access.statuses),
+        responses=errors(404, 422, 503, *access.statuses),
         dependencies=access.needs("adapt"),
     )
     def cancel_job(job: str) -> JobReply:  # pyright: ignore[reportUnusedFunction] -- a route
@@ -194,7 +194,10 @@ def _add_tasks(app: FastAPI, service: Service, access: Access) -> None:
         return found
 
     @app.get(
-        "/tasks/{name}", tags=["tasks"], responses=errors(404, *access.statuses), dependencies=access.needs("query")
+        "/tasks/{name}",
+        tags=["tasks"],
+        responses=errors(404, 422, *access.statuses),
+        dependencies=access.needs("query"),
     )
     def get_task(name: str) -> TaskReply:  # pyright: ignore[reportUnusedFunction] -- a route
         """Tells a task's calibration and history."""

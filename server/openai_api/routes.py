@@ -76,7 +76,7 @@ def add_openai(app: FastAPI, questions: Questions, access: Access) -> None:
     @app.get(
         "/v1/models/{model}",
         tags=["openai"],
-        responses=errors(404, *access.statuses),
+        responses=errors(404, 422, *access.statuses),
         dependencies=access.needs("query"),
     )
     def get_model(model: str) -> Model:  # pyright: ignore[reportUnusedFunction] -- a route

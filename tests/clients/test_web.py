@@ -195,8 +195,8 @@ def test_an_answer_shows_what_the_server_said(visit: Open, keyed: Keyed) -> None
 def test_a_mistake_is_told_where_it_was_made(visit: Open) -> None:
     page = visit("ask")
     ask(page, options=("lights", "lights"))
-    expect(page.get_by_role("alert")).to_contain_text("options")
-    expect(page.get_by_label("Answer 1", exact=True)).to_be_focused()
+    expect(page.get_by_role("alert")).to_contain_text("repeats 'lights'")
+    expect(page.get_by_label("Answer 2", exact=True)).to_be_focused()
     page.get_by_role("button", name="Remove answer 2").click()
     page.get_by_role("button", name="Remove answer 1").click()
     ask(page, prompt=" ", options=())

@@ -598,3 +598,9 @@ def test_the_log_holds_no_prompt(server: Server) -> None:
     server.http.post("/generate", json=QUESTION | {"prompt": "xyzzyplugh"})
     server.http.post("/generate", json={"prompt": "xyzzyplugh", "options": ["xyzzyplugh"]})
     assert "xyzzyplugh" not in server.log.read_text()
+
+
+def test_every_error_on_the_openapi_page_is_the_one_that_is_sent(server: Server) -> None:
+    schemas = server.http.get("/openapi.json").json()["components"]["schemas"]
+    assert "ErrorReply" in schemas
+    assert "HTTPValidationError" not in schemas

@@ -150,11 +150,14 @@ export class QuestionForm {
     if (this.version.selectedIndex < 0) this.version.value = "";
   }
 
+  /** The inputs of the answers to choose from; one that is left blank is none. */
+  written() {
+    return [...this.options.querySelectorAll("input")].filter((input) => input.value.trim());
+  }
+
   /** @returns {Asked} */
   read() {
-    const options = [...this.options.querySelectorAll("input")]
-      .map((input) => input.value)
-      .filter((text) => text.trim());
+    const options = this.written().map((input) => input.value);
     const below = numberIn(this.below);
     const settings = {
       task: this.task.value,
@@ -177,13 +180,22 @@ export class QuestionForm {
     this.trouble.textContent = message;
     this.trouble.hidden = message === "";
     const inputs = this.inputs();
-    for (const input of Object.values(inputs)) input?.removeAttribute("aria-invalid");
-    const wrong = typeof where === "string" ? inputs[where.replace(/\W.*/, "")] : where;
+    for (const input of [...Object.values(inputs), ...this.written()]) input?.removeAttribute("aria-invalid");
+    const wrong = typeof where === "string" ? (this.option(where) ?? inputs[where.replace(/\W.*/, "")]) : where;
     if (!wrong) return;
     wrong.setAttribute("aria-invalid", "true");
     const hidden = wrong.closest("details");
     if (hidden) hidden.open = true;
     wrong.focus();
+  }
+
+  /**
+   * The input of an answer that the server names; nothing where it names something else.
+   *
+   * @param {string} named Such as `options[1]`.
+   */
+  option(named) {
+    return this.written()[Number(/^options\[(\d+)\]$/.exec(named)?.[1] ?? -1)];
   }
 
   /** @returns {Record<string, any>} */
