@@ -21,7 +21,7 @@ WORKDIR /app
 COPY --chown=abmll:abmll pyproject.toml Makefile README.md ./
 RUN mkdir abmll training server clients \
     && UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1 make install ACCEL=${ACCEL} \
-    && .venv/bin/uv pip install --no-cache --compile-bytecode --python .venv/bin/python --editable '.[s3,cluster]'
+    && .venv/bin/uv pip install --no-cache --compile-bytecode --python .venv/bin/python --editable '.[s3,cluster,nf4]'
 
 COPY --chown=abmll:abmll abmll abmll
 COPY --chown=abmll:abmll training training

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 _FINGERPRINT_ENTRIES = 1024
 
+# Gives a module's weight by module name.
+Weights = Callable[[str], Tensor]
+
 
 class VariationalLinear(nn.Module):
     """A frozen linear layer plus the Gaussian update that is attached at the moment.
@@ -89,17 +92,26 @@ class Attached:
     """
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, VariationalLinear], together: Together | None = None
+        self,
+        model: nn.Module,
+        layers: Mapping[str, VariationalLinear],
+        together: Together | None = None,
+        weights: Weights | None = None,
     ) -> None:
         self.model = model
         self.layers = layers
         self.together = together
+        self._weights = weights
         numbers = [block_number(name) for name in layers]
         self.trunk, self.blocks = 0, list[nn.Module]()
         if None not in numbers:
             self.trunk = min(number for number in numbers if number is not None)
             stack = model.get_submodule(next(iter(layers)).split(f".{numbers[0]}.")[0])
             self.blocks = [block for name, block in stack.named_children() if int(name) >= self.trunk]
+
+    def fingerprint(self) -> str:
+        """Hash of the weights below the posterior, see ``fingerprint``."""
+        return fingerprint(self._weights or (lambda name: self.layers[name].base.weight), self.layers)
 
     @contextmanager
     def using(
@@ -221,7 +233,13 @@ def target_layers(model: nn.Module, targets: Iterable[str], layers: str = "all")
     return {name: layer for name, layer in found.items() if block_number(name) in blocks[-count:]}
 
 
-def attach(model: nn.Module, targets: Iterable[str], layers: str = "all", together: Together | None = None) -> Attached:
+def attach(
+    model: nn.Module,
+    targets: Iterable[str],
+    layers: str = "all",
+    together: Together | None = None,
+    weights: Weights | None = None,
+) -> Attached:
     """Freezes a model and puts a ``VariationalLinear`` in the place of each targeted layer, see ``target_layers``.
 
     Args:
@@ -229,6 +247,7 @@ def attach(model: nn.Module, targets: Iterable[str], layers: str = "all", togeth
         targets: Last names of modules.
         layers: Which blocks count.
         together: The processes that hold the model together.
+        weights: The weights as they were before the model's own were packed; None where they are as they were.
 
     Raises:
         PosteriorMismatch: A target matches no linear layer.
@@ -240,7 +259,7 @@ def attach(model: nn.Module, targets: Iterable[str], layers: str = "all", togeth
         parent, _, child = name.rpartition(".")
         variational[name] = VariationalLinear(base)
         setattr(model.get_submodule(parent), child, variational[name])
-    return Attached(model, variational, together)
+    return Attached(model, variational, together, weights)
 
 
 def init_posterior(attached: Attached, config: PosteriorConfig, seed: int) -> Posterior:
@@ -250,11 +269,10 @@ def init_posterior(attached: Attached, config: PosteriorConfig, seed: int) -> Po
         name: init_layer(layer.base.out_features, layer.base.in_features, config, generator)
         for name, layer in attached.layers.items()
     }
-    prints = fingerprint(lambda key: attached.layers[key].base.weight, layers)
-    return Posterior(config.model_copy(update={"base_fingerprint": prints}), layers)
+    return Posterior(config.model_copy(update={"base_fingerprint": attached.fingerprint()}), layers)
 
 
-def fingerprint(weight: Callable[[str], Tensor], names: Iterable[str]) -> str:
+def fingerprint(weight: Weights, names: Iterable[str]) -> str:
     """Hash of the first entries of each targeted weight, as bf16, whatever the dtype it is loaded in.
 
     Args:
@@ -281,6 +299,17 @@ def checkpoint_fingerprint(folder: Path, names: Iterable[str]) -> str:
         PosteriorMismatch: A targeted weight is not in the folder.
         InvalidPosterior: The folder has no safetensors file.
     """
+    return fingerprint(checkpoint_weights(folder), names)
+
+
+def checkpoint_weights(folder: Path) -> Weights:
+    """Returns what gives a module's weight, by its name, out of a model folder's safetensors files.
+
+    What is returned raises ``PosteriorMismatch`` for a weight that is not there.
+
+    Raises:
+        InvalidPosterior: The folder has no safetensors file.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise InvalidPosterior(f"{folder} has no *.safetensors file; abmll reads no other weights")
@@ -296,7 +325,7 @@ def checkpoint_fingerprint(folder: Path, names: Iterable[str]) -> str:
         with safe_open(where[key], "pt") as reader:
             return reader.get_tensor(key)
 
-    return fingerprint(weight, names)
+    return weight
 
 
 def check_base(posterior: Posterior, actual: str, model_name: str) -> None:

@@ -50,9 +50,7 @@ class Adapting:
         Raises:
             InvalidExamples: The adaptation diverged.
         """
-        import torch
-
-        from training.base_model import load_base  # these load transformers, which takes seconds
+        from training.base_model import load_base, weights_dtype  # these load transformers, which takes seconds
         from training.task_calibration import adapt_and_calibrate
 
         settings, posterior = self.settings, self.prior.posterior
@@ -60,7 +58,7 @@ class Adapting:
             base = load_base(
                 settings.base_model,
                 revision=settings.revision,
-                dtype=getattr(torch, settings.dtype),
+                dtype=weights_dtype(settings.dtype),
                 device=settings.adapt_device,
                 context=settings.context,
             )

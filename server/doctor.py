@@ -61,7 +61,7 @@ def examine(options: dict[str, Any], config: Path | None) -> list[Finding]:
     try:
         checks: dict[str, Callable[[], Iterable[Finding]]] = {
             "environment": partial(service_checks.environment, config) if not findings else list,
-            "packages": machine_checks.packages,
+            "packages": partial(machine_checks.packages, settings),
             "machine": partial(machine_checks.machine, settings),
             "store": partial(service_checks.store, settings),
             "port": partial(service_checks.port, settings),

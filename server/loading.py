@@ -71,16 +71,15 @@ def make_engine(settings: Settings, config: PosteriorConfig) -> Engine:
             cache_bytes=settings.cache,
             options=vllm_arguments(settings) | settings.vllm_options,
         )
-    import torch
-
     from server.torch_engine import TorchEngine
+    from training.base_model import weights_dtype
 
     return TorchEngine(
         settings.base_model,
         targets=config.targets,
         layers=config.layers,
         revision=settings.revision,
-        dtype=getattr(torch, settings.dtype),
+        dtype=weights_dtype(settings.dtype),
         device=settings.device,
         context=settings.context,
         threads=settings.threads,

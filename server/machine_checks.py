@@ -115,19 +115,21 @@ def _devices(settings: Settings, torch: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("device", "ok", ", ".join(gpus) if gpus else "CPU, no GPU")
 
 
-def packages() -> Iterator[Finding]:
+def packages(settings: Settings) -> Iterator[Finding]:
     """Versions, and packages whose build does not go with torch's: they would break `import transformers`."""
     running = sys.version_info[:2]
     fits = (3, 11) <= running < (3, 13)
     yield Finding(
         "python", "ok" if fits else "fail", platform.python_version(), "" if fits else "use Python 3.11 or 3.12"
     )
-    names = ("abmll", "transformers", "peft", "safetensors", "fastapi")
+    names = ["abmll", "transformers", "peft", "safetensors", "fastapi"]
+    names += ["bitsandbytes"] if settings.dtype == "nf4" else []
     found = [(name, _version(name)) for name in names]
     missing = [name for name, version in found if version is None]
     told = ", ".join(f"{name} {version}" for name, version in found if version)
     if missing:
-        yield Finding("packages", "fail", f"{', '.join(missing)} missing; {told}", "`make install`")
+        mend = "`pip install 'abmll[nf4]'`" if missing == ["bitsandbytes"] else "`make install`"
+        yield Finding("packages", "fail", f"{', '.join(missing)} missing; {told}", mend)
     else:
         yield Finding("packages", "ok", told)
     torch = _version("torch") or ""

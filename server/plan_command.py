@@ -47,7 +47,9 @@ def plan_command(
     reached: Annotated[float, typer.Option(min=0.01, max=1, help="Part of the GPU's speed that is reached.")] = (
         _REACHED
     ),
-    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the base weights.")] = "bfloat16",
+    dtype: Annotated[
+        Literal["bfloat16", "float32", "nf4"], typer.Option(help="Of the base weights; nf4: in 4 bits, but in vLLM.")
+    ] = "bfloat16",
     checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Activations are computed again in the backward pass.")
     ] = False,
@@ -59,6 +61,7 @@ def plan_command(
     from abmll.posterior import PosteriorConfig
     from server.gpus import find_gpu
     from server.serving_plan import plan_serving
+    from training.base_model import weights_dtype
     from training.embedded import NAME, resolve
     from training.plan import plan_training, read_config
     from training.settings import checked
@@ -70,11 +73,12 @@ def plan_command(
         "layers": layers,
     }  # fmt: skip
     posterior = checked(PosteriorConfig, given | ({} if rank is None else {"rank": rank}))
-    weights: torch.dtype = getattr(torch, dtype)
-    training = plan_training(config, posterior, rows=rows, tokens=tokens, dtype=weights, checkpointing=checkpointing)
+    training = plan_training(
+        config, posterior, rows=rows, tokens=tokens, dtype=weights_dtype(dtype), checkpointing=checkpointing
+    )
     serving = plan_serving(
         config, posterior, draws=draws, slots=slots, tokens=tokens, memory=chosen.memory, utilization=utilization,
-        dtype=weights,
+        dtype=torch.float32 if dtype == "float32" else torch.bfloat16,  # vLLM 0.32.0 has no NF4
     )  # fmt: skip
     seconds = training.step_flops / (reached * chosen.flops)
     commands = _commands(posterior, draws, slots, utilization, dtype, checkpointing)

@@ -18,6 +18,7 @@ from server.logs import configure
 from server.settings import Settings
 from server.vllm_setup import check_options
 from training.embedded import BASE, NAME
+from training.four_bits import NF4, check_installed
 
 logger = logging.getLogger("abmll")
 
@@ -26,8 +27,8 @@ def check(settings: Settings) -> None:
     """Finds what would fail after a long start.
 
     Raises:
-        AbmllError: The embedded model is not there, vLLM cannot be imported or has no such argument, or there are no
-            keys.
+        AbmllError: The embedded model is not there, vLLM or what packs weights cannot be imported, vLLM has no such
+            argument, or there are no keys.
     """
     if settings.keys is not None and not Keys(settings.keys).all():
         raise AbmllError(f"{settings.keys} holds no key, nobody could ask; make one with `abmll keys add`")
@@ -36,6 +37,8 @@ def check(settings: Settings) -> None:
             raise AbmllError(f"the embedded base model is not in {BASE}; name one with --model")
     elif Path(settings.model).is_absolute() and not Path(settings.model).is_dir():
         raise AbmllError(f"there is no model folder {settings.model}; check --model")
+    if settings.dtype == NF4:
+        check_installed()
     if settings.engine == "vllm":
         try:
             import vllm  # noqa: F401 # pyright: ignore[reportUnusedImport] -- is it there?

@@ -53,8 +53,8 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     device: str = Field(
         default="auto", description="device of the torch engine, such as cpu or cuda:1; auto: a GPU if there is one"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="base weights of the torch engine and of adaptation"
+    dtype: Literal["float32", "bfloat16", "float16", "nf4"] = Field(
+        default="float32", description="base weights of the torch engine and of adaptation; nf4: in 4 bits"
     )
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads of the torch engine; default: torch's choice"

@@ -30,7 +30,7 @@ from server.engine import EngineState, Served, Tell
 from server.passes import KEPT, Item, Kind, row_tokens, teller
 from server.shared_beginnings import SharedBeginnings
 from training.allocator import keep_freed_memory
-from training.base_model import BaseModel, load_base
+from training.base_model import BaseModel, WeightsDtype, load_base
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class TorchEngine:
         targets: Module names that posteriors target.
         layers: Which blocks they target them in, see ``PosteriorConfig.layers``.
         revision: Commit or tag on the hub.
-        dtype: Of the base model's weights.
+        dtype: Of the base model's weights, see ``load_base``.
         device: cpu, cuda, or auto: the accelerator where there is one.
         context: The most tokens to take; the model's own limit by default.
         threads: CPU threads; torch's choice by default.
@@ -70,14 +70,15 @@ class TorchEngine:
         targets: Sequence[str],
         layers: str = "all",
         revision: str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: WeightsDtype = torch.float32,
         device: str = "cpu",
         context: int | None = None,
         threads: int | None = None,
         pass_tokens: int | None = None,
         cache_bytes: int = 1 << 30,
     ) -> None:
-        self.model, self.revision, self.dtype = model, revision, dtype
+        self.model, self.revision = model, revision
+        self.dtype: WeightsDtype = dtype
         self.targets, self.layers = tuple(targets), layers
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.context = context or 0  # the model's own limit, once started

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -13,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from abmll.errors import AbmllError
+from abmll.layers import Weights, checkpoint_weights
+from training.four_bits import NF4, quantization, settle
 from training.hub import brief, fetch
 
 
@@ -26,6 +29,7 @@ class BaseModel:
         tokenizer: Its tokenizer, with a pad token.
         context: The most tokens that it takes.
         revision: Its commit on the hub; None for a folder.
+        weights: Its weights as its files have them, where they are packed in the model; else None.
     """
 
     name: str
@@ -33,6 +37,7 @@ class BaseModel:
     tokenizer: Any
     context: int
     revision: str | None = None
+    weights: Weights | None = None
 
     @property
     def device(self) -> torch.device:
@@ -40,11 +45,20 @@ class BaseModel:
         return next(self.model.parameters()).device
 
 
+# Of a base model's frozen weights; nf4: in 4 bits, see ``training.four_bits``.
+WeightsDtype = torch.dtype | Literal["nf4"]
+
+
+def weights_dtype(name: str) -> WeightsDtype:
+    """Returns what ``load_base`` takes for the dtype of a name, such as ``bfloat16`` or ``nf4``."""
+    return NF4 if name == NF4 else getattr(torch, name)
+
+
 def load_base(
     name: str,
     *,
     revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: WeightsDtype = torch.float32,
     device: str = "cpu",
     context: int | None = None,
     gradient_checkpointing: bool = False,
@@ -65,13 +79,21 @@ def load_base(
     Raises:
         AbmllError: The model cannot be had; the message says what to do.
     """
+    packed = quantization() if dtype == NF4 else None
+    if packed is not None and shards > 1:
+        raise AbmllError(
+            "weights in 4 bits are not shared by processes: give dtype bfloat16, or leave --shard-base out",
+            field="dtype",
+        )
     found = fetch(name, revision)
     tokenizer = load_tokenizer(name, revision=revision)
     with _told(f"cannot load the base model {name}"):
         config = AutoConfig.from_pretrained(found.folder, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             found.folder,
-            dtype=dtype,
+            dtype=torch.bfloat16 if packed else dtype,
+            quantization_config=packed,
+            device_map={"": device} if packed else None,
             use_safetensors=True,
             attn_implementation=attention(config),
             trust_remote_code=False,
@@ -93,11 +115,14 @@ def load_base(
         model.train()  # transformers checkpoints in training mode only; the models served have no dropout
     else:
         model.eval()
-    if shards > 1:
+    if packed is not None:
+        settle(model)
+    elif shards > 1:
         _settle(model)
     else:
         model.to(device)
-    return BaseModel(name, model, tokenizer, context or limit, found.commit)
+    weights = None if packed is None else checkpoint_weights(Path(found.folder))
+    return BaseModel(name, model, tokenizer, context or limit, found.commit, weights)
 
 
 def _settle(model: Any) -> None:

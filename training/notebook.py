@@ -41,7 +41,7 @@ def load(
         posterior: Its folder; the embedded global posterior by default.
         model: Hub name or folder of the base model, where it is not found by the name that the posterior has.
         device: Such as ``cuda:1``; a GPU by default, if there is one.
-        dtype: Of the base weights: ``float32`` or ``bfloat16``.
+        dtype: Of the base weights: ``float32``, ``bfloat16`` or ``nf4`` (4 bits).
 
     Raises:
         AbmllError: The posterior is damaged, or the base model is not there or another one.

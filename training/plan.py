@@ -15,7 +15,8 @@ from abmll.layers import attach
 from abmll.objective import Labelled, backward_data
 from abmll.posterior import Posterior, PosteriorConfig, init_layer
 from abmll.scoring import Question
-from training.base_model import attention
+from training.base_model import WeightsDtype, attention
+from training.four_bits import NF4, Packing, packing
 from training.hub import brief, fetch
 from training.live_memory import LiveMemory
 
@@ -75,7 +76,7 @@ def plan_training(
     *,
     rows: int,
     tokens: int,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: WeightsDtype = torch.bfloat16,
     checkpointing: bool = False,
     max_tokens: int = 4096,
 ) -> TrainingPlan:
@@ -99,7 +100,9 @@ def plan_training(
     data = [Labelled(Question((0,) * max(1, tokens - 1), options), 0) for _ in range(rows)]
     memory, flops = LiveMemory(), FlopCounterMode(display=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention(config))
+        held = torch.bfloat16 if dtype == NF4 else dtype
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=held, attn_implementation=attention(config))
+        packed = packing(model) if dtype == NF4 else Packing(0, 0)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
@@ -137,9 +140,9 @@ def plan_training(
     return TrainingPlan(
         base_parameters=sum(tensor.numel() for tensor in model.parameters()),
         posterior_parameters=parameters,
-        base=base,
+        base=base - packed.saved,
         theta=_OF_THETA * one,
         phi=kept - base - one,
-        step=memory.peak - kept,
+        step=memory.peak - kept + packed.unpacked,
         step_flops=flops.get_total_flops(),
     )

@@ -129,7 +129,7 @@ def test_a_build_for_cuda_beside_torch_for_the_cpu_is_found_without_importing_it
         folder.mkdir()
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    (found,) = [found for found in machine_checks.packages() if found.name == "builds"]
+    (found,) = [found for found in machine_checks.packages(Settings()) if found.name == "builds"]
     assert (found.status, found.mend) == ("fail", "`uv pip uninstall torchvision`")
     assert "torchaudio" not in found.detail
 

@@ -114,6 +114,11 @@ def test_the_command_tells_the_plan_and_what_is_wrong(abmll: CommandLine) -> Non
     assert all(words in train for words in ("--layers last", "--revision main", "--dtype float32"))
     assert all(words in serve for words in ("--revision main", "--draws 99 --max-draws 99", "--engine vllm"))
     assert "--vllm-option gpu_memory_utilization=0.5 --vllm-option max_loras=9" in serve
+    packed = abmll("plan", "--rows", 2, "--tokens", 16, "--dtype", "nf4", "--json").json
+    assert packed["training"]["base"] < 0.7 * told["training"]["base"]
+    assert packed["serving"] == told["serving"]  # vLLM packs no weights so
+    assert "--dtype nf4" in packed["commands"][0]
+    assert "--dtype nf4" in packed["commands"][1]  # of adaptation
     assert abmll("plan", "--dtype", "float16").code == 2  # train does not take it
     assert "known: l4" in abmll("plan", "--gpu", "abacus").refusal
     assert "linear layers are" in abmll("plan", "--targets", "x").refusal

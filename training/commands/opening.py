@@ -8,19 +8,17 @@ from training.settings import choose_device
 
 
 def dtype_of(name: str) -> Any:
-    """Returns torch's dtype of a name.
+    """Returns what ``load_base`` takes for the dtype of a name.
 
     Raises:
-        AbmllError: It is neither float32 nor bfloat16.
+        AbmllError: It is none of float32, bfloat16 and nf4.
     """
-    import torch
-
     from abmll.errors import AbmllError
+    from training.base_model import weights_dtype
 
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if name not in known:
-        raise AbmllError(f"dtype is {name!r}; give float32 or bfloat16", field="dtype")
-    return known[name]
+    if name not in ("float32", "bfloat16", "nf4"):
+        raise AbmllError(f"dtype is {name!r}; give float32, bfloat16 or nf4", field="dtype")
+    return weights_dtype(name)
 
 
 def join_ranks(device: str | None, shard_base: bool, jobs: int = 1, *, share_tasks: bool = False) -> Any:
@@ -61,7 +59,7 @@ def open_base(posterior: Any, model: str | None, dtype: str, device: str | None,
     Raises:
         AbmllError: The model cannot be had, or the posterior was made for another.
     """
-    from abmll.layers import attach, check_base, fingerprint
+    from abmll.layers import attach, check_base
     from training.base_model import load_base
     from training.embedded import resolve
 
@@ -74,6 +72,6 @@ def open_base(posterior: Any, model: str | None, dtype: str, device: str | None,
         device=choose_device(ranks.device(device)),
         shards=ranks.shards,
     )
-    attached = attach(base.model, posterior.config.targets, posterior.config.layers, ranks.together)
-    check_base(posterior, fingerprint(lambda key: attached.layers[key].base.weight, attached.layers), name)
+    attached = attach(base.model, posterior.config.targets, posterior.config.layers, ranks.together, base.weights)
+    check_base(posterior, attached.fingerprint(), name)
     return base, attached, posterior.map(lambda tensor: tensor.to(base.device))

@@ -15,7 +15,7 @@ SplitFile = Annotated[Path | None, typer.Option(help="Split file to read; made f
 Pins = Annotated[list[str] | None, typer.Option("--pin", help="FAMILY=train|validation|test; may be repeated.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Processes that share the predictions, each with its own model.")]
-Dtype = Annotated[str, typer.Option(help="Dtype of the frozen base weights: float32 or bfloat16.")]
+Dtype = Annotated[str, typer.Option(help="Frozen base weights: float32, bfloat16, or nf4 (4 bits, bitsandbytes).")]
 ShardBase = Annotated[
     bool,
     typer.Option(

@@ -104,7 +104,7 @@ def train_command(
         }
         | posterior_values,
     )
-    attached = attach(base.model, posterior_config.targets, posterior_config.layers, ranks.together)
+    attached = attach(base.model, posterior_config.targets, posterior_config.layers, ranks.together, base.weights)
     familiar = unseen_items(Path(source), chosen.select(loaded, "train"))
     from_books = pseudo_tasks(books, pseudo, seed) if books is not None else []
     training_tasks = [*familiar, *kind_tasks(familiar, pseudo, seed), *from_books]
