@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +40,6 @@ def quantization() -> Any:
     check_installed()
     from transformers import BitsAndBytesConfig
 
-    # On a CPU it misses kernels that would have to be downloaded, and says so.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
