@@ -27,6 +27,7 @@ from server.clock import current_clock
 from server.engine import EngineState, Served, Tell
 from server.tracing import trace_headers
 from server.trie import Step, option_steps, token_steps
+from server.vllm_process import own
 from server.vllm_requests import Following, ask_params, decode_params, decoded, read_params
 from server.vllm_setup import adapter_rank, fused, set_environment, target_shapes
 from training.hub import fetch
@@ -93,6 +94,7 @@ class VllmEngine:
     async def start(self) -> None:
         """Loads the model and warms up every path, so that nothing is left to compile."""
         set_environment()
+        own()
         self._building = asyncio.ensure_future(asyncio.to_thread(self._build))
         try:
             self._llm = await asyncio.shield(self._building)

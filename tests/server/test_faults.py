@@ -203,6 +203,11 @@ def test_a_killed_vllm_is_started_anew_and_nothing_is_lost(start_server: Callabl
     assert not core.is_running()
     assert server.wait_job(adapt(server, "later", steps=1)["job"])["status"] == "done"
 
+    started = processes_below(server.process.pid)
+    assert len(started) > 2
+    server.process.kill()
+    wait_for(lambda: not any(process.is_running() for process in started))
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM exists for Linux only")
