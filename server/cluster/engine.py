@@ -97,6 +97,10 @@ class ClusterEngine:
                     "min_replicas": settings.replicas,
                     "max_replicas": settings.max_replicas,
                     "target_ongoing_requests": settings.replica_load,
+                    # A third of Ray's own, for it takes an engine long enough to start.
+                    "metrics_interval_s": 3.0,
+                    "look_back_period_s": 10.0,
+                    "upscale_delay_s": 10.0,
                 }
             }
         text, kind = settings.model_dump_json(), self._config.model_dump_json()

@@ -205,8 +205,8 @@ def test_a_killed_server_takes_its_cluster_along_and_the_next_goes_on_with_more_
             seen.add(ask(server, QUESTION | {"prompt": f"film {number} of {worker}", "draws": 16})[0])
         return seen
 
-    with ThreadPoolExecutor(3) as pool:
-        statuses = pool.map(keep_asking, range(3))
+    with ThreadPoolExecutor(8) as pool:
+        statuses = pool.map(keep_asking, range(8))
         wait_for(lambda: len(ray_processes(server, "ray::ServeReplica")) == 2, 120)
         came.set()
         assert set[int]().union(*statuses) == {200}
