@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import typer
 from typer.cli import get_docs_for_click
@@ -21,10 +22,18 @@ from server.settings import Settings
 def commands() -> str:
     """The command line's help, as Typer writes it."""
     cli = typer.main.get_command(create_cli())
+    _tell_whole(cli)
     context = typer.Context(cli, info_name="abmll")
     with context:
         text = get_docs_for_click(obj=cli, ctx=context, indent=1, name="abmll")
     return text.replace("\\[", "[")  # Rich's escape
+
+
+def _tell_whole(command: Any) -> None:
+    """Has lists of commands tell all of each one's first paragraph, where a terminal has room for its beginning."""
+    for below in getattr(command, "commands", {}).values():
+        below.short_help = " ".join((below.help or "").split("\n\n")[0].split())
+        _tell_whole(below)
 
 
 def settings() -> str:
