@@ -130,6 +130,7 @@ def test_ctrl_c_ends_a_server_without_a_word_of_python(
         server = subprocess.Popen([*map(str, command)], stdout=stream, stderr=stream, start_new_session=True)
     try:
         wait_for(lambda: "ready: " in log.read_text(), 90)
+        wait_for(lambda: bool(processes_below(server.pid, "server.worker")))
         (worker,) = processes_below(server.pid, "server.worker")
         os.killpg(server.pid, signal.SIGINT)
         assert server.wait(30) == 0
