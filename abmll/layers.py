@@ -317,15 +317,16 @@ def checkpoint_weights(folder: Path) -> Weights:
     for file in files:
         with safe_open(file, "pt") as reader:
             where |= dict.fromkeys(reader.keys(), file)
+    return partial(_checkpoint_weight, folder, where)
 
-    def weight(name: str) -> Tensor:
-        key = f"{name}.weight"
-        if key not in where:
-            raise PosteriorMismatch(f"the base model in {folder} has no weight {key}, which the posterior targets")
-        with safe_open(where[key], "pt") as reader:
-            return reader.get_tensor(key)
 
-    return weight
+# No function within a function: other processes are given it.
+def _checkpoint_weight(folder: Path, where: Mapping[str, Path], name: str) -> Tensor:
+    key = f"{name}.weight"
+    if key not in where:
+        raise PosteriorMismatch(f"the base model in {folder} has no weight {key}, which the posterior targets")
+    with safe_open(where[key], "pt") as reader:
+        return reader.get_tensor(key)
 
 
 def check_base(posterior: Posterior, actual: str, model_name: str) -> None:

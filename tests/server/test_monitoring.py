@@ -188,7 +188,7 @@ def test_targets_are_scraped_with_the_key_and_rules_are_evaluated(watched: Prome
     assert len(rules) == sum(len(group["rules"]) for group in groups())
     assert [rule["name"] for rule in rules if rule["health"] != "ok"] == []
     (down,) = [alert for rule in rules if rule["name"] == "AbmllDown" for alert in rule["alerts"]]
-    assert down["labels"]["instance"] == NOBODY
+    assert (down["labels"]["instance"], down["state"]) == (NOBODY, "pending")
     recorded = {rule["record"] for group in groups() for rule in group["rules"] if "record" in rule}
     # Of adaptation jobs none has ended yet.
     recorded.remove("abmll:adaptation_failures:share1h")

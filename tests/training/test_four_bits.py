@@ -16,9 +16,11 @@ import abmll
 from abmll.errors import AbmllError
 from abmll.layers import attach, checkpoint_fingerprint, init_posterior
 from abmll.posterior import PosteriorConfig
-from tests.training.conftest import TARGETS
+from tests.training.conftest import TARGETS, rule_task
+from training.adaptation import AdaptConfig
 from training.base_model import load_base
 from training.embedded import BASE
+from training.evaluation import EvalConfig, predict_tasks
 from training.four_bits import packing
 
 
@@ -94,6 +96,17 @@ def test_a_task_is_learnt_over_them_as_over_the_weights_themselves() -> None:
     assert list(packed["answer"]) == list(plain["answer"]) == options
     difference = (packed["confidence"] - plain["confidence"]).abs().max()
     assert 0 < difference < 0.2
+
+
+def test_processes_share_the_work_and_change_nothing(tiny_model_folder: Path) -> None:
+    base = load_base(str(tiny_model_folder), dtype="nf4")
+    attached = attach(base.model, TARGETS, weights=base.weights)
+    theta = init_posterior(attached, PosteriorConfig(base_model="tiny", targets=TARGETS), 0)
+    tasks, inner = [rule_task(number) for number in range(2)], AdaptConfig(steps=2, learning_rate=2e-2)
+    config = EvalConfig(shots=(4,), queries=6, draws=2)
+    alone, shared = (predict_tasks(base, attached, theta, tasks, inner, config, jobs=jobs) for jobs in (1, 2))
+    for one, other in zip(alone, shared, strict=True):
+        torch.testing.assert_close(one.scores, other.scores, atol=5e-2, rtol=5e-2)  # bfloat16, and threads round
 
 
 def test_what_cannot_be_is_told(monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Path) -> None:
