@@ -32,8 +32,7 @@ READY = 240.0
 
 def ray_processes(server: Server, title: str) -> list[psutil.Process]:
     """Processes of the server's Ray that call themselves so."""
-    found = psutil.Process(server.process.pid).children(recursive=True)
-    return [process for process in found if title in " ".join(_command(process))]
+    return [process for process in all_processes(server) if title in " ".join(_command(process))]
 
 
 def _command(process: psutil.Process) -> list[str]:
@@ -187,9 +186,11 @@ def test_a_killed_server_takes_its_cluster_along_and_the_next_goes_on_with_more_
 ) -> None:
     job = adapt(cluster, "begun", steps=1000)["job"]
     wait_for(lambda: cluster.http.get(f"/adapt/{job}").json()["status"] == "running", READY)
-    with ends_all(cluster):
-        cluster.process.send_signal(signal.SIGKILL)
-        cluster.process.wait(30)
+    engines, processes = ray_processes(cluster, "ray::ServeReplica"), all_processes(cluster)
+    cluster.process.send_signal(signal.SIGKILL)
+    cluster.process.wait(30)
+    assert len(engines) == 2
+    assert_ended(engines, 30)
 
     server = start_cluster(replicas=1, max_replicas=2, replica_load=1.0, store=cluster.settings.store)
     assert server.http.get(f"/adapt/{job}").json()["status"] in ("queued", "running")
@@ -212,14 +213,25 @@ def test_a_killed_server_takes_its_cluster_along_and_the_next_goes_on_with_more_
         assert set[int]().union(*statuses) == {200}
     with ends_all(server):
         assert server.stop() == 0
+    assert_ended(processes, 90)  # Ray's own agents wait a minute for their cluster
 
 
 @contextmanager
 def ends_all(server: Server) -> Generator[None]:
     """Checks that the server's end is the end of all its processes."""
-    processes = psutil.Process(server.process.pid).children(recursive=True)
+    processes = all_processes(server)
     yield
-    _, alive = psutil.wait_procs(processes, timeout=90)
+    assert_ended(processes, 90)
+
+
+def all_processes(server: Server) -> list[psutil.Process]:
+    """Processes that the server began, and those that these began."""
+    return psutil.Process(server.process.pid).children(recursive=True)
+
+
+def assert_ended(processes: list[psutil.Process], seconds: float) -> None:
+    """Checks that processes end within some seconds."""
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
     assert alive == []
 
 

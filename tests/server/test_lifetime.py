@@ -65,7 +65,7 @@ def test_tasks_and_jobs_survive_restarts_and_damage_stays_where_it_is(
         assert server.wait_job(adapt(server, name, steps=1)["job"])["status"] == "done"
     ask = QUESTION | {"task": "kept"}
     before = server.http.post("/generate", json=ask).json()
-    running = adapt(server, "long", steps=300)["job"]
+    running = adapt(server, "long", steps=150)["job"]
     queued = adapt(server, "next", steps=1)["job"]
     wait_running(server, running)
     assert server.stop() == 0

@@ -160,7 +160,7 @@ def test_every_score_of_a_text_is_one_number_an_answer_and_the_table_has_a_row_f
     rows = rows_of(mixed, mixed)
     assert {row["score"] for row in rows} == first.scores.keys()
     assert draw(rows, tmp_path).stat().st_size > 10_000
-    table = markdown(rows).splitlines()
+    table = markdown(rows, resamples=100).splitlines()
     assert len(table) == 2 + len(first.scores)
     with pytest.raises(AbmllError, match="lm_polygraph"):
         with_polygraph(part, sys.executable)

@@ -52,7 +52,6 @@ from training.text_evaluation import adapt_without_options
 BUDGET = 8
 _SHOTS = 16
 _QUERIES = 40
-_BOOTSTRAP = 2000
 # Of the generated world: validation and test tasks, and the seeds that they are drawn with.
 _WORLD = ((12, 1), (24, 2))
 
@@ -266,19 +265,23 @@ def rows_of(validation: Sequence[Scored], test: Sequence[Scored]) -> list[dict[s
     return rows
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
+def markdown(rows: Sequence[dict[str, Any]], resamples: int = 2000) -> str:
     """Returns a table of the scores, with 95 % bootstrap intervals over tasks."""
+
+    def interval(of: Sequence[dict[str, Any]], measure: Callable[[Sequence[dict[str, Any]]], float]) -> str:
+        return _interval(of, measure, resamples)
+
     lines: list[list[str]] = []
     for name in dict.fromkeys(row["score"] for row in rows):
         of = [row for row in rows if row["score"] == name]
         lines.append(
             [
                 name,
-                _interval(of, lambda some: mean_of_known([row["auroc"] for row in some])),
-                _interval(of, lambda some: mean_of_known([row["prr"] for row in some])),
-                _interval(of, lambda some: metrics.confidence_auroc(*_together(some))),
-                _interval(of, lambda some: metrics.expected_calibration_error(*_together(some))),
-                _interval(of, _log_loss),
+                interval(of, lambda some: mean_of_known([row["auroc"] for row in some])),
+                interval(of, lambda some: mean_of_known([row["prr"] for row in some])),
+                interval(of, lambda some: metrics.confidence_auroc(*_together(some))),
+                interval(of, lambda some: metrics.expected_calibration_error(*_together(some))),
+                interval(of, _log_loss),
             ]
         )
     return table(["score", "AUROC in a task", "PRR in a task", "AUROC of all", "ECE", "log loss"], lines)
@@ -301,9 +304,11 @@ def _log_loss(rows: Sequence[dict[str, Any]]) -> float:
     return torch.nn.functional.binary_cross_entropy(confidence, correct.double()).item()
 
 
-def _interval(rows: Sequence[dict[str, Any]], measure: Callable[[Sequence[dict[str, Any]]], float]) -> str:
+def _interval(
+    rows: Sequence[dict[str, Any]], measure: Callable[[Sequence[dict[str, Any]]], float], resamples: int
+) -> str:
     rng = random.Random(0)
-    values = sorted(v for _ in range(_BOOTSTRAP) if not math.isnan(v := measure(rng.choices(rows, k=len(rows)))))
+    values = sorted(v for _ in range(resamples) if not math.isnan(v := measure(rng.choices(rows, k=len(rows)))))
     if not values:
         return "–"
     low, high = values[int(0.025 * len(values))], values[int(0.975 * len(values))]
