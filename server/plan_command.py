@@ -53,6 +53,9 @@ def plan_command(
     checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Activations are computed again in the backward pass.")
     ] = False,
+    shards: Annotated[
+        int, typer.Option(min=1, help="GPUs that hold the base model together in training (train's --shard-base).")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON document.")] = False,
 ) -> None:
     """Say what training and serving take, from the model's configuration alone: memory, operations, time."""
@@ -74,28 +77,33 @@ def plan_command(
     }  # fmt: skip
     posterior = checked(PosteriorConfig, given | ({} if rank is None else {"rank": rank}))
     training = plan_training(
-        config, posterior, rows=rows, tokens=tokens, dtype=weights_dtype(dtype), checkpointing=checkpointing
-    )
+        config, posterior, rows=rows, tokens=tokens, dtype=weights_dtype(dtype), checkpointing=checkpointing,
+        shards=shards,
+    )  # fmt: skip
     serving = plan_serving(
         config, posterior, draws=draws, slots=slots, tokens=tokens, memory=chosen.memory, utilization=utilization,
         dtype=torch.float32 if dtype == "float32" else torch.bfloat16,  # vLLM 0.32.0 has no NF4
     )  # fmt: skip
     seconds = training.step_flops / (reached * chosen.flops)
-    commands = _commands(posterior, draws, slots, utilization, dtype, checkpointing)
+    commands = _commands(posterior, draws, slots, utilization, dtype, checkpointing, shards)
     if as_json:
         document = {
             "model": name,
             "posterior": posterior.model_dump(),
             "gpu": {"name": gpu} | chosen.model_dump(),
-            "training": training.model_dump() | {"peak": training.peak, "step_seconds": seconds},
+            "training": training.model_dump() | {"shards": shards, "peak": training.peak, "step_seconds": seconds},
             "serving": serving.model_dump(),
             "commands": commands,
         }
         typer.echo(json.dumps(document, indent=2))
         return
-    _print(name, posterior, training, serving, gpu, seconds, steps)
+    _print(name, posterior, training, serving, gpu, seconds, steps, shards)
     if training.peak > chosen.memory:
-        typer.echo(f"training does not fit on one {gpu} ({_size(chosen.memory)})")
+        where = f"one {gpu}" if shards == 1 else f"each {gpu}"
+        typer.echo(
+            f"training does not fit on {where} ({_size(chosen.memory)}): plan it with --gradient-checkpointing, with "
+            f"fewer --rows, or with the base model on more GPUs (--shards {2 * shards})"
+        )
     if serving.kv_tokens < tokens:
         taken = _size(utilization * chosen.memory)
         typer.echo(f"serving does not fit on one {gpu} ({taken} of it): there is no room for a question's tokens")
@@ -110,11 +118,13 @@ def _print(
     gpu: str,
     seconds: float,
     steps: int,
+    shards: int,
 ) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{name}, {posterior.family} posterior over {', '.join(posterior.targets)}, one {gpu}",
+    table = Table(title=f"{name}, {posterior.family} posterior over {', '.join(posterior.targets)}, one {gpu}"
+                  + (f"; training on each of {shards}" if shards > 1 else ""),
                   title_justify="left")  # fmt: skip
     table.add_column("what")
     table.add_column("takes", justify="right")
@@ -122,7 +132,8 @@ def _print(
         ("base model, parameters", f"{training.base_parameters:,}"),
         ("posterior, parameters", f"{training.posterior_parameters:,}"),
         None,
-        ("training: base weights", _size(training.base)),
+        ("training: base weights" + (", a share" if shards > 1 else ""), _size(training.base)),
+        *([("training: base weights gathered beside it", _size(training.gathered))] if shards > 1 else []),
         ("training: global posterior, gradient, optimizer", _size(training.theta)),
         ("training: task posterior, optimizer", _size(training.phi)),
         ("training: activations, gradients and KL of a step", _size(training.step)),
@@ -147,16 +158,24 @@ def _print(
 
 
 def _commands(
-    posterior: PosteriorConfig, draws: int, slots: int, utilization: float, dtype: str, checkpointing: bool
+    posterior: PosteriorConfig,
+    draws: int,
+    slots: int,
+    utilization: float,
+    dtype: str,
+    checkpointing: bool,
+    shards: int,
 ) -> list[str]:
     from server.settings import Settings
 
     base = ["--model", posterior.base_model]
     base += [] if posterior.base_revision is None else ["--revision", posterior.base_revision]
-    train = ["abmll", "train", "--tasks", "TASKS", *base, "--family", posterior.family, "--dtype", dtype]
+    alone = ["abmll"] if shards == 1 else ["torchrun", "--nproc-per-node", str(shards), "-m", "server.cli"]
+    train = [*alone, "train", "--tasks", "TASKS", *base, "--family", posterior.family, "--dtype", dtype]
     train += ["--targets", ",".join(posterior.targets), "--rank", str(posterior.rank)]
     train += [] if posterior.layers == "all" else ["--layers", posterior.layers]
     train += ["--gradient-checkpointing"] if checkpointing else []
+    train += ["--shard-base"] if shards > 1 else []
     serve = ["abmll", "serve", *base, "--posterior", "posterior", "--dtype", dtype, "--draws", str(draws)]
     serve += ["--max-draws", str(draws)] if draws > Settings().max_draws else []
     options = [] if utilization == _UTILIZATION else [f"gpu_memory_utilization={utilization}"]

@@ -80,11 +80,8 @@ def load_base(
         AbmllError: The model cannot be had; the message says what to do.
     """
     packed = quantization() if dtype == NF4 else None
-    if packed is not None and shards > 1:
-        raise AbmllError(
-            "weights in 4 bits are not shared by processes: give dtype bfloat16, or leave --shard-base out",
-            field="dtype",
-        )
+    if shards > 1:
+        check_shared(dtype)
     found = fetch(name, revision)
     tokenizer = load_tokenizer(name, revision=revision)
     with _told(f"cannot load the base model {name}"):
@@ -125,11 +122,32 @@ def load_base(
     return BaseModel(name, model, tokenizer, context or limit, found.commit, weights)
 
 
+def check_shared(dtype: WeightsDtype) -> None:
+    """Checks that processes can hold weights of a type together.
+
+    Raises:
+        AbmllError: They cannot.
+    """
+    if dtype == NF4:
+        raise AbmllError(
+            "weights in 4 bits are not shared by processes: give dtype bfloat16, or let each process have all of them",
+            field="dtype",
+        )
+
+
 def _settle(model: Any) -> None:
     """Runs a sharded model once as a whole: it is then one unit, whichever of its parts is called later."""
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
     model.requires_grad_(False)  # before the first pass, which settles what has gradients
     with torch.no_grad():
         model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
+    head = model.get_output_embeddings()
+    if not isinstance(head, FSDPModule):
+        # Tied to the embedding, its weights belong to the whole model, and would not be gathered for a call of its own.
+        model.through_head = head.forward
+        register_fsdp_forward_method(model, "through_head")
+        head.forward = model.through_head
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from abmll.layers import attach
 from abmll.objective import Labelled, backward_data
 from abmll.posterior import Posterior, PosteriorConfig, init_layer
 from abmll.scoring import Question
-from training.base_model import WeightsDtype, attention
+from training.base_model import WeightsDtype, attention, check_shared
 from training.four_bits import NF4, Packing, packing
 from training.hub import brief, fetch
 from training.live_memory import LiveMemory
@@ -32,7 +33,8 @@ class TrainingPlan(BaseModel, frozen=True):
     Attributes:
         base_parameters: Of the base model, frozen.
         posterior_parameters: Of one posterior.
-        base: Bytes of the base model's weights and buffers.
+        base: Bytes of the base model's weights and buffers; of a process's share, where several hold it together.
+        gathered: Bytes of the weights that such a process has whole at a time beside its share.
         theta: Bytes of the global posterior with its gradient and optimizer.
         phi: Bytes of a task's posterior with its optimizer.
         step: Bytes that a step takes besides at its peak: activations, gradients, the KL term.
@@ -42,6 +44,7 @@ class TrainingPlan(BaseModel, frozen=True):
     base_parameters: int
     posterior_parameters: int
     base: int = Field(description="bytes")
+    gathered: int = Field(description="bytes")
     theta: int = Field(description="bytes")
     phi: int = Field(description="bytes")
     step: int = Field(description="bytes")
@@ -50,7 +53,7 @@ class TrainingPlan(BaseModel, frozen=True):
     @property
     def peak(self) -> int:
         """Bytes at the peak of meta-training."""
-        return self.base + self.theta + self.phi + self.step
+        return self.base + self.gathered + self.theta + self.phi + self.step
 
 
 def read_config(model: str, revision: str | None = None) -> Any:
@@ -79,6 +82,7 @@ def plan_training(
     dtype: WeightsDtype = torch.bfloat16,
     checkpointing: bool = False,
     max_tokens: int = 4096,
+    shards: int = 1,
 ) -> TrainingPlan:
     """Does a step of the inner loop with tensors that have shapes but no contents, and counts bytes and operations.
 
@@ -90,18 +94,22 @@ def plan_training(
         dtype: Of the base weights; posterior and KL are float32.
         checkpointing: Whether activations are computed again in the backward pass.
         max_tokens: Padded tokens in one forward pass.
+        shards: Processes that hold the base model together and share a step's examples (``load_base``); the plan is
+            one's.
 
     Raises:
-        AbmllError: The model has no such targets.
+        AbmllError: The model has no such targets, or its weights cannot be held so.
     """
+    if shards > 1:
+        check_shared(dtype)
     from transformers import AutoModelForCausalLM
 
     options = tuple((token,) for token in range(_OPTIONS))
-    data = [Labelled(Question((0,) * max(1, tokens - 1), options), 0) for _ in range(rows)]
+    data = [Labelled(Question((0,) * max(1, tokens - 1), options), 0) for _ in range(math.ceil(rows / shards))]
     memory, flops = LiveMemory(), FlopCounterMode(display=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        held = torch.bfloat16 if dtype == NF4 else dtype
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=held, attn_implementation=attention(config))
+        made = torch.bfloat16 if dtype == NF4 else dtype
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=made, attn_implementation=attention(config))
         packed = packing(model) if dtype == NF4 else Packing(0, 0)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -115,6 +123,7 @@ def plan_training(
         prior = Posterior(posterior, layers)
         theta, phi = prior.tensors(), {key: tensor.clone() for key, tensor in prior.tensors().items()}
         base = memory.track([*model.parameters(), *model.buffers()])
+        held, gathered = (base, 0) if shards == 1 else _shared(model, base, shards)
         one = memory.track(theta.values())
         memory.track(phi.values())
         optimizer = torch.optim.Adam(phi.values())
@@ -140,9 +149,26 @@ def plan_training(
     return TrainingPlan(
         base_parameters=sum(tensor.numel() for tensor in model.parameters()),
         posterior_parameters=parameters,
-        base=base - packed.saved,
+        base=held - packed.saved,
+        gathered=gathered,
         theta=_OF_THETA * one,
         phi=kept - base - one,
         step=memory.peak - kept + packed.unpacked,
         step_flops=flops.get_total_flops(),
     )
+
+
+def _shared(model: Any, whole: int, shards: int) -> tuple[int, int]:
+    """Bytes of a process's share, and of what FSDP2 gathers: a block in use, the next one, and the head throughout."""
+    from transformers.distributed.fsdp import expand_fsdp_plan
+
+    passing, staying = expand_fsdp_plan(model, model._fsdp_plan)
+    head = {weight for _, module in staying for weight in module.parameters()}
+    # An embedding that is tied to the head becomes a second copy of it, and stays too.
+    twice = model.get_input_embeddings().weight.nbytes if head & set(model.get_input_embeddings().parameters()) else 0
+    blocks = sorted(_bytes(set(module.parameters()) - head) for _, module in passing)
+    return math.ceil((whole + twice) / shards), _bytes(head) + twice + sum(blocks[-2:])
+
+
+def _bytes(weights: set[Any]) -> int:
+    return sum(weight.nbytes for weight in weights)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,27 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from abmll.draws import draw, save_adapter
 from abmll.layers import attach, init_posterior
+from abmll.objective import Labelled
 from abmll.posterior import Family, PosteriorConfig
+from abmll.scoring import Question
 from server.serving_plan import plan_serving
 from server.vllm_setup import adapter_rank
 from tests.command_line import CommandLine
-from training.base_model import load_base
+from tests.two_processes import environment_of, results_of, start_two
+from training.adaptation import AdaptConfig, InnerLoop
+from training.base_model import load_base, load_tokenizer
+from training.bench import Setup
 from training.embedded import BASE
 from training.plan import plan_training
+from training.ranks import Ranks
 
 ROWS, TOKENS = 64, 128
+# Where two processes share the base model: one that is not small beside its activations.
+SHARED, SHARED_ROWS = PosteriorConfig(base_model="x"), 8
 _M_MMAP_THRESHOLD = -3
 
 
@@ -32,14 +41,15 @@ def _resident(what: str) -> int:
     return int(re.findall(what + r":\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) << 10
 
 
+def _give_back_at_once() -> None:
+    """Has freed blocks go back to the system; else the heap keeps holes."""
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+
+
 def _measure(pipe: Any, family: Family) -> None:
     """What a process holds more of at the peak of two steps than before it loads the model."""
-    from training.adaptation import AdaptConfig, InnerLoop
-    from training.bench import Setup
-
     setup = Setup(str(BASE), "cpu", "float32", ROWS, TOKENS)
-    # Freed blocks go back at once; else the heap keeps holes.
-    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+    _give_back_at_once()
     load_base(str(BASE)).model(input_ids=torch.tensor([[1]])).logits.sum()  # what the libraries take at their first use
     gc.collect()
     before = _resident("VmRSS")
@@ -68,6 +78,48 @@ def test_a_step_takes_what_was_planned(family: Family) -> None:
     planned = plan.peak - plan.theta
     print(f"{family}: planned {planned / 2**20:.0f} MiB, measured {measured / 2**20:.0f}")
     assert planned == pytest.approx(measured, rel=0.15)
+
+
+def _measure_shared(pipe: Any, folder: str, rank: int, port: int) -> None:
+    """The same in a process that holds half of the model."""
+    torch.set_num_threads(1)
+    os.environ |= environment_of(rank, port)
+    ranks = Ranks.join("cpu", sharded=True)
+    _give_back_at_once()
+    question = Question((1,) * (TOKENS - 1), ((1,), (2,), (3,), (4,)))
+
+    def two_steps(model: str) -> None:
+        base = load_base(model, shards=ranks.shards)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak of loading, which needs files whole, is not a step's
+        attached = attach(base.model, SHARED.targets, together=ranks.together)
+        loop = InnerLoop(attached, init_posterior(attached, SHARED, 0), AdaptConfig(max_tokens=10**6))
+        for _ in range(2):
+            loop.step([Labelled(question, 0)] * SHARED_ROWS, SHARED_ROWS, torch.Generator().manual_seed(0))
+
+    two_steps(str(BASE))  # what the libraries take at their first use
+    gc.collect()
+    before = _resident("VmRSS")
+    two_steps(folder)
+    pipe.send(_resident("VmHWM") - before)
+    ranks.leave()
+
+
+def test_a_step_of_two_processes_that_share_the_base_model_takes_what_was_planned(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    load_tokenizer(str(BASE)).save_pretrained(tmp_path)
+    plan = plan_training(
+        AutoConfig.from_pretrained(tmp_path), SHARED, rows=SHARED_ROWS, tokens=TOKENS, dtype=torch.float32,
+        max_tokens=10**6, shards=2,
+    )  # fmt: skip
+    measured = max(results_of(start_two(_measure_shared, str(tmp_path))))
+    planned = plan.peak - plan.theta
+    print(f"planned {planned / 2**20:.0f} MiB, measured {measured / 2**20:.0f}")
+    assert planned == pytest.approx(measured, rel=0.15)
+    assert plan.base + plan.gathered > 0.3 * planned
 
 
 def test_operations_are_those_of_the_matrices() -> None:
@@ -99,7 +151,7 @@ def test_a_draw_and_the_weights_take_what_was_planned(tmp_path: Path) -> None:
     assert plan.questions == plan.kv_tokens // (64 * 8)
 
 
-def test_the_command_tells_the_plan_and_what_is_wrong(abmll: CommandLine) -> None:
+def test_the_command_tells_the_plan_and_what_is_wrong(abmll: CommandLine, tmp_path: Path) -> None:
     told = abmll("plan", "--rows", 2, "--tokens", 16, "--json").json
     assert told["training"]["peak"] > told["training"]["base"]
     assert told["commands"][1].startswith("abmll serve --model abmll-small")
@@ -114,6 +166,20 @@ def test_the_command_tells_the_plan_and_what_is_wrong(abmll: CommandLine) -> Non
     assert all(words in train for words in ("--layers last", "--revision main", "--dtype float32"))
     assert all(words in serve for words in ("--revision main", "--draws 99 --max-draws 99", "--engine vllm"))
     assert "--vllm-option gpu_memory_utilization=0.5 --vllm-option max_loras=9" in serve
+    config = AutoConfig.from_pretrained(BASE)
+    shared = abmll("plan", "--rows", 4, "--tokens", 16, "--shards", 2, "--json").json
+    embedding = 2 * config.vocab_size * config.hidden_size  # tied to the head, each process has a share of two
+    assert shared["training"]["base"] == (told["training"]["base"] + embedding) // 2
+    assert shared["training"]["step_flops"] == told["training"]["step_flops"]  # two rows in each process
+    assert shared["commands"][0].startswith("torchrun --nproc-per-node 2 -m server.cli train")
+    assert shared["commands"][0].split()[-3:] == ["--shard-base", "--out", "posterior"]
+    LlamaConfig(hidden_size=16384, intermediate_size=53248, num_hidden_layers=12, vocab_size=4096).save_pretrained(
+        tmp_path
+    )
+    large = abmll("plan", "--model", tmp_path, "--rows", 2, "--tokens", 16, "--gpu", "l4", "--shards", 2).out
+    assert "training: base weights gathered beside it" in large
+    assert "training does not fit on each l4 (22.5 GiB)" in large
+    assert "(--shards 4)" in large
     packed = abmll("plan", "--rows", 2, "--tokens", 16, "--dtype", "nf4", "--json").json
     assert packed["training"]["base"] < 0.7 * told["training"]["base"]
     assert packed["serving"] == told["serving"]  # vLLM packs no weights so

@@ -110,7 +110,7 @@ def test_processes_share_the_work_and_change_nothing(tiny_model_folder: Path) ->
 
 
 def test_what_cannot_be_is_told(monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Path) -> None:
-    with pytest.raises(AbmllError, match="leave --shard-base out"):
+    with pytest.raises(AbmllError, match="let each process have all of them"):
         load_base(str(tiny_model_folder), dtype="nf4", shards=2)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
