@@ -47,7 +47,9 @@ def teach_command(
             help='JSON Lines, 1 to 64 examples: {"prompt": ..., "options": [...], "answer": ...}; free text: no options'
         ),
     ],
-    steps: Annotated[int | None, typer.Option(min=1, help="Gradient steps; as in meta-training by default.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Gradient steps; default: as in meta-training, more for many examples.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed: same examples, same posterior.")] = 0,
     url: Url = None,
     timeout: Timeout = None,

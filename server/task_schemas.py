@@ -32,7 +32,9 @@ class AdaptRequest(Request):
 
     task: str = Field(description="Name of the task to make, or to make anew.", examples=["film-reviews"])
     examples: list[ExampleIn] = Field(description=f"1 to {MAX_EXAMPLES} labelled examples.")
-    steps: int | None = Field(None, ge=1, le=1000, description="Gradient steps; null: as in meta-training.")
+    steps: int | None = Field(
+        None, ge=1, le=1000, description="Gradient steps; null: as in meta-training, more for many examples."
+    )
     seed: int = Field(0, ge=0, lt=2**53, description="The same seed and examples give the same posterior.")
 
 

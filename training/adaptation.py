@@ -21,7 +21,9 @@ from training.episodes import label, minibatch
 class AdaptConfig(BaseModel, frozen=True):
     """Settings of the inner loop, the same in meta-training and in adaptation."""
 
-    steps: int = Field(default=10, ge=0, le=1000, description="K, gradient steps")
+    steps: int = Field(
+        default=10, ge=0, le=1000, description="K, gradient steps on as many examples as a batch, or fewer"
+    )
     text_steps: int | None = Field(
         default=None, ge=0, le=1000, description="K on examples without options; as many by default"
     )
@@ -30,17 +32,26 @@ class AdaptConfig(BaseModel, frozen=True):
     scale_rate: float = Field(default=1e-2, ge=0, description="alpha of the scales' parameters")
     beta: float = Field(default=1e-4, ge=0, description="weight of KL")
     batch: int = Field(default=16, ge=1, description="support examples in a step; all of them if fewer")
+    growth: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="power of (support set / batch) that K grows with, for examples with options: with 1 each is "
+        "looked at as often as in a set of a batch's size, with 0 there are always K steps",
+    )
     max_tokens: int = Field(default=4096, ge=64, description="padded tokens in one forward pass")
 
     def steps_on(self, support: Sequence[Labelled]) -> int:
         """Gradient steps on a support set."""
         if not support:
             return 0
-        return self.steps if self.text_steps is None or not support[0].is_free_text else self.text_steps
+        if support[0].is_free_text:
+            return self.steps if self.text_steps is None else self.text_steps
+        return round(self.steps * max(1.0, len(support) / self.batch) ** self.growth)
 
     def with_steps(self, steps: int) -> AdaptConfig:
         """The same settings with so many steps, whatever the examples."""
-        return self.model_copy(update={"steps": steps, "text_steps": None})
+        return self.model_copy(update={"steps": steps, "text_steps": None, "growth": 0.0})
 
     @classmethod
     def from_record(cls, training: Mapping[str, Any]) -> AdaptConfig:

@@ -88,7 +88,7 @@ class LoadedPosterior:
         Args:
             examples: Records or rows with ``prompt``, ``answer`` and, but for free text, ``options``.
             task: The task's name.
-            steps: Gradient steps; as in meta-training by default.
+            steps: Gradient steps; by default as in meta-training, more for many examples.
             seed: The same seed and examples give the same posterior.
 
         Raises:

@@ -123,12 +123,13 @@ def adapt_and_calibrate(
         return phi, calibration.for_text_task(shots)
     held_out = None
     if folds:
+        support = label(base, prior.config.template, examples)
+        done = config.steps_on(support)
 
         def report_fold(step: int, steps: int) -> None:
             if on_step is not None:
-                on_step(config.steps + step, config.steps + steps)
+                on_step(done + step, done + steps)
 
-        support = label(base, prior.config.template, examples)
         held_out = held_out_scores(
             attached, prior, support, config, draws=calibration.draws, seed=seed, on_step=report_fold
         )

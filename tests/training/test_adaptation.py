@@ -7,8 +7,9 @@ from abmll.errors import InvalidExamples, InvalidPosterior, PromptTooLong
 from abmll.examples import Example
 from abmll.kl import kl
 from abmll.layers import Attached, init_posterior
-from abmll.objective import data_loss
+from abmll.objective import Labelled, data_loss
 from abmll.posterior import Posterior, PosteriorConfig
+from abmll.scoring import Question
 from tests.training.conftest import TARGETS, rule_task
 from training.adaptation import AdaptConfig, adapt
 from training.base_model import BaseModel
@@ -26,6 +27,17 @@ def theta(attached: Attached) -> Posterior:
 def loss(base: BaseModel, attached: Attached, phi: Posterior) -> float:
     with torch.no_grad():
         return data_loss(attached, phi, label(base, phi.config.template, EXAMPLES), None).item()
+
+
+def test_steps_grow_with_more_examples_than_a_batch_but_not_those_that_are_asked_for() -> None:
+    config = AdaptConfig(steps=12, text_steps=30, batch=16)
+    with_options = [Labelled(Question((1,), ((1,), (2,))), 0)] * 64
+    texts = [Labelled(Question((1,), ((1,),)), 0)] * 64
+    assert [config.steps_on(with_options[:count]) for count in (0, 1, 16, 32, 64)] == [0, 12, 12, 24, 48]
+    assert config.steps_on(texts) == 30  # what more would do to them was not measured
+    assert config.model_copy(update={"growth": 0.5}).steps_on(with_options) == 24
+    assert config.model_copy(update={"growth": 0.0}).steps_on(with_options) == 12
+    assert config.with_steps(7).steps_on(with_options) == config.with_steps(7).steps_on(texts) == 7
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])

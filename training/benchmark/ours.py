@@ -76,7 +76,8 @@ class Abmll:
         )
         chosen = {"learning_rate": settings["rate"], "beta": settings["beta"]}
         inner = AdaptConfig.model_validate(
-            {"steps": budget.steps, "batch": budget.batch} | family_settings(self.family) | chosen
+            # As many steps as the other methods, however many examples.
+            {"steps": budget.steps, "batch": budget.batch, "growth": 0.0} | family_settings(self.family) | chosen
         )
         meta = MetaConfig(
             steps=budget.meta_steps,

@@ -19,7 +19,9 @@ def adapt_command(
     task: Annotated[str, typer.Option(help="Name of the new task.")],
     out: Annotated[Path, typer.Option(help="Posterior folder to make.")],
     model: Model = None,
-    steps: Annotated[int | None, typer.Option(help="Gradient steps; as in meta-training by default.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Gradient steps; default: as in meta-training, more for many examples.")
+    ] = None,
     seed: int = 0,
     dtype: Dtype = "float32",
     device: Device = None,
