@@ -159,15 +159,18 @@ def plan_training(
 
 
 def _shared(model: Any, whole: int, shards: int) -> tuple[int, int]:
-    """Bytes of a process's share, and of what FSDP2 gathers: a block in use, the next one, and the head throughout."""
+    """Bytes of a process's share, and of what FSDP2 gathers: two blocks at a time, and what is no block's."""
     from transformers.distributed.fsdp import expand_fsdp_plan
 
     passing, staying = expand_fsdp_plan(model, model._fsdp_plan)
+    # The head is gathered once, and so is all that is in no unit of its own.
     head = {weight for _, module in staying for weight in module.parameters()}
+    units = [set(module.parameters()) - head for _, module in passing]
+    rest = set(model.parameters()).difference(*units)
     # An embedding that is tied to the head becomes a second copy of it, and stays too.
-    twice = model.get_input_embeddings().weight.nbytes if head & set(model.get_input_embeddings().parameters()) else 0
-    blocks = sorted(_bytes(set(module.parameters()) - head) for _, module in passing)
-    return math.ceil((whole + twice) / shards), _bytes(head) + twice + sum(blocks[-2:])
+    embedding: Any = model.get_input_embeddings().weight
+    twice = embedding.nbytes if embedding in head else 0
+    return math.ceil((whole + twice) / shards), _bytes(rest) + twice + sum(sorted(map(_bytes, units))[-2:])
 
 
 def _bytes(weights: set[Any]) -> int:
