@@ -91,13 +91,13 @@ def plan_command(
             "model": name,
             "posterior": posterior.model_dump(),
             "gpu": {"name": gpu} | chosen.model_dump(),
-            "training": training.model_dump() | {"shards": shards, "peak": training.peak, "step_seconds": seconds},
+            "training": training.model_dump() | {"peak": training.peak, "step_seconds": seconds},
             "serving": serving.model_dump(),
             "commands": commands,
         }
         typer.echo(json.dumps(document, indent=2))
         return
-    _print(name, posterior, training, serving, gpu, seconds, steps, shards)
+    _print(name, posterior, training, serving, gpu, seconds, steps)
     if training.peak > chosen.memory:
         where = f"one {gpu}" if shards == 1 else f"each {gpu}"
         typer.echo(
@@ -118,22 +118,26 @@ def _print(
     gpu: str,
     seconds: float,
     steps: int,
-    shards: int,
 ) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{name}, {posterior.family} posterior over {', '.join(posterior.targets)}, one {gpu}"
-                  + (f"; training on each of {shards}" if shards > 1 else ""),
+                  + (f"; training on each of {training.shards}" if training.shards > 1 else ""),
                   title_justify="left")  # fmt: skip
     table.add_column("what")
     table.add_column("takes", justify="right")
+    base = [("training: base weights", _size(training.base))]
+    if training.shards > 1:
+        base = [
+            ("training: base weights, a share", _size(training.base)),
+            ("training: base weights gathered beside it", _size(training.gathered)),
+        ]
     rows = [
         ("base model, parameters", f"{training.base_parameters:,}"),
         ("posterior, parameters", f"{training.posterior_parameters:,}"),
         None,
-        ("training: base weights" + (", a share" if shards > 1 else ""), _size(training.base)),
-        *([("training: base weights gathered beside it", _size(training.gathered))] if shards > 1 else []),
+        *base,
         ("training: global posterior, gradient, optimizer", _size(training.theta)),
         ("training: task posterior, optimizer", _size(training.phi)),
         ("training: activations, gradients and KL of a step", _size(training.step)),

@@ -20,6 +20,7 @@ from training.base_model import WeightsDtype, attention, check_shared
 from training.four_bits import NF4, Packing, packing
 from training.hub import brief, fetch
 from training.live_memory import LiveMemory
+from training.ranks import Ranks
 
 # theta, where it began (hyperprior), its gradient and Adam's two moments.
 _OF_THETA = 5
@@ -31,6 +32,7 @@ class TrainingPlan(BaseModel, frozen=True):
     """Sizes of a gradient step of a task's posterior, and of what meta-training keeps beside it.
 
     Attributes:
+        shards: Processes that hold the base model together; bytes and operations are those of one.
         base_parameters: Of the base model, frozen.
         posterior_parameters: Of one posterior.
         base: Bytes of the base model's weights and buffers; of a process's share, where several hold it together.
@@ -41,6 +43,7 @@ class TrainingPlan(BaseModel, frozen=True):
         step_flops: Floating-point operations of a step, a multiplication and addition counted as two.
     """
 
+    shards: int
     base_parameters: int
     posterior_parameters: int
     base: int = Field(description="bytes")
@@ -94,8 +97,7 @@ def plan_training(
         dtype: Of the base weights; posterior and KL are float32.
         checkpointing: Whether activations are computed again in the backward pass.
         max_tokens: Padded tokens in one forward pass.
-        shards: Processes that hold the base model together and share a step's examples (``load_base``); the plan is
-            one's.
+        shards: Processes that hold the base model together (``load_base``) and share each pass's examples.
 
     Raises:
         AbmllError: The model has no such targets, or its weights cannot be held so.
@@ -105,7 +107,7 @@ def plan_training(
     from transformers import AutoModelForCausalLM
 
     options = tuple((token,) for token in range(_OPTIONS))
-    data = [Labelled(Question((0,) * max(1, tokens - 1), options), 0) for _ in range(math.ceil(rows / shards))]
+    data = [Labelled(Question((0,) * max(1, tokens - 1), options), 0) for _ in range(rows)]
     memory, flops = LiveMemory(), FlopCounterMode(display=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
         made = torch.bfloat16 if dtype == NF4 else dtype
@@ -114,7 +116,8 @@ def plan_training(
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
-        attached = attach(model, posterior.targets, posterior.layers)
+        together = Ranks(world=shards, sharded=shards > 1).together
+        attached = attach(model, posterior.targets, posterior.layers, together=together)
         generator = torch.Generator()
         layers = {
             name: init_layer(layer.base.out_features, layer.base.in_features, posterior, generator)
@@ -147,6 +150,7 @@ def plan_training(
                 step()
     parameters = sum(tensor.numel() for tensor in theta.values())
     return TrainingPlan(
+        shards=shards,
         base_parameters=sum(tensor.numel() for tensor in model.parameters()),
         posterior_parameters=parameters,
         base=held - packed.saved,
