@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import multiprocessing
-import socket
+import os
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
+import torch
 
-def environment_of(rank: int, port: int) -> dict[str, str]:
-    """What torchrun tells one of two processes of this machine."""
-    return {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }  # fmt: skip
+from tests.server.conftest import free_port
 
 
 def start_two(work: Callable[..., None], *arguments: Any) -> list[tuple[ForkServerProcess, Any]]:
-    """Starts ``work(pipe, *arguments, rank, port)`` in two processes; returns each with its pipe's other end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Starts ``work(pipe, *arguments)`` in two processes, as torchrun would; returns each with its pipe's other end."""
+    port = free_port()
     context = multiprocessing.get_context("forkserver")
     started: list[tuple[ForkServerProcess, Any]] = []
     for rank in range(2):
         mine, other = context.Pipe()
-        process = context.Process(target=work, args=(other, *arguments, rank, port))
+        process = context.Process(target=_run, args=(rank, port, work, other, *arguments))
         process.start()
         other.close()
         started.append((process, mine))
     return started
+
+
+def _run(rank: int, port: int, work: Callable[..., None], pipe: Any, *arguments: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}  # fmt: skip
+    work(pipe, *arguments)
 
 
 def results_of(started: list[tuple[ForkServerProcess, Any]]) -> list[Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from abmll.scoring import Question
 from server.serving_plan import plan_serving
 from server.vllm_setup import adapter_rank
 from tests.command_line import CommandLine
-from tests.two_processes import environment_of, results_of, start_two
+from tests.two_processes import results_of, start_two
 from training.adaptation import AdaptConfig, InnerLoop
 from training.base_model import load_base, load_tokenizer
 from training.bench import Setup
@@ -80,10 +79,8 @@ def test_a_step_takes_what_was_planned(family: Family) -> None:
     assert planned == pytest.approx(measured, rel=0.15)
 
 
-def _measure_shared(pipe: Any, folder: str, rank: int, port: int) -> None:
+def _measure_shared(pipe: Any, folder: str) -> None:
     """The same in a process that holds half of the model."""
-    torch.set_num_threads(1)
-    os.environ |= environment_of(rank, port)
     ranks = Ranks.join("cpu", sharded=True)
     _give_back_at_once()
     question = Question((1,) * (TOKENS - 1), ((1,), (2,), (3,), (4,)))

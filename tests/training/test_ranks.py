@@ -16,7 +16,7 @@ from abmll.errors import AbmllError
 from abmll.layers import attach
 from abmll.posterior import PosteriorConfig
 from tests.training.conftest import TARGETS, rule_task
-from tests.two_processes import environment_of, results_of, start_two
+from tests.two_processes import results_of, start_two
 from training.adaptation import AdaptConfig, family_settings
 from training.base_model import load_base
 from training.embedded import BASE
@@ -38,9 +38,8 @@ CONFIG = MetaConfig(
 )
 
 
-def _work(pipe: Any, folder: str, work: str, config: MetaConfig, sharded: bool, rank: int, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ |= environment_of(rank, port)
+def _work(pipe: Any, folder: str, work: str, config: MetaConfig, sharded: bool) -> None:
+    rank = int(os.environ["RANK"])
     ranks = Ranks.join("cpu", sharded=sharded)
     assert (ranks.rank, ranks.world, ranks.main) == (rank, 2, rank == 0)
     base = load_base(folder, shards=ranks.shards)

@@ -15,6 +15,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -267,10 +268,7 @@ def rows_of(validation: Sequence[Scored], test: Sequence[Scored]) -> list[dict[s
 
 def markdown(rows: Sequence[dict[str, Any]], resamples: int = 2000) -> str:
     """Returns a table of the scores, with 95 % bootstrap intervals over tasks."""
-
-    def interval(of: Sequence[dict[str, Any]], measure: Callable[[Sequence[dict[str, Any]]], float]) -> str:
-        return _interval(of, measure, resamples)
-
+    interval = partial(_interval, resamples=resamples)
     lines: list[list[str]] = []
     for name in dict.fromkeys(row["score"] for row in rows):
         of = [row for row in rows if row["score"] == name]
