@@ -47,7 +47,7 @@ class AdaptConfig(BaseModel, frozen=True):
             return 0
         if support[0].is_free_text:
             return self.steps if self.text_steps is None else self.text_steps
-        return round(self.steps * max(1.0, len(support) / self.batch) ** self.growth)
+        return grown(self.steps, self.growth, len(support), self.batch)
 
     def with_steps(self, steps: int) -> AdaptConfig:
         """The same settings with so many steps, whatever the examples."""
@@ -64,6 +64,18 @@ class AdaptConfig(BaseModel, frozen=True):
             return cls.model_validate(training.get("inner", {}))
         except ValidationError as error:
             raise InvalidPosterior(f"the posterior's record has malformed inner-loop settings: {error}") from error
+
+
+def grown(steps: int, growth: float, examples: int, batch: int) -> int:
+    """Gradient steps on a support set, where there are ``steps`` on at most a batch of examples.
+
+    Args:
+        steps: K.
+        growth: Power of (examples / batch) that K grows with, see ``AdaptConfig``.
+        examples: Size of the support set.
+        batch: Support examples in a step.
+    """
+    return round(steps * max(1.0, examples / batch) ** growth)
 
 
 def family_settings(family: Family) -> dict[str, float]:

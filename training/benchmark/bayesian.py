@@ -55,7 +55,7 @@ class _Laplace:
         net, generator = self.net, torch.Generator().manual_seed(seed)
         net.load(self.start)
         labelled = net.label(support)
-        net.fit(labelled, self.budget.steps, self.settings["rate"], seed)
+        net.fit(labelled, self.budget.steps_on(labelled), self.settings["rate"], seed)
         fisher = self._fisher(labelled, generator)
         deviation = {name: (each + self.settings["precision"]).rsqrt() for name, each in fisher.items()}
         questions = net.label(query)
@@ -134,7 +134,7 @@ class _Blob:
         roots = {n: torch.full_like(t, root).requires_grad_() for n, t in self.start.items() if ".lora_A." in n}
         optimizer = torch.optim.AdamW([*weights.values(), *roots.values()], lr=self.rate, weight_decay=0.0)
         labelled, rng = net.label(support), random.Random(seed)
-        for _ in range(self.budget.steps if labelled else 0):
+        for _ in range(self.budget.steps_on(labelled) if labelled else 0):
             batch = minibatch(labelled, self.budget.batch, rng)
             noise = {name: _normal(each, generator) for name, each in roots.items()}
             net.load(_sample(weights, roots, noise))
@@ -201,7 +201,7 @@ class _Tfb:
         net = self.net
         net.load(self.start)
         labelled, questions = net.label(support), net.label(query)
-        net.fit(labelled, self.budget.steps, self.rate, seed)
+        net.fit(labelled, self.budget.steps_on(labelled), self.rate, seed)
         trained = net.state()
         if not labelled:
             return net.scores(questions)[None]

@@ -44,6 +44,12 @@ def bench_command(
         typer.Option(help="Blocks with Gaussian weights, e.g. all,top-50%,last: an ablation of ABMLL likewise."),
     ] = None,
     shots: Annotated[str, typer.Option(help="Numbers of shots, joined by commas.")] = "1,4,16,64",
+    episode_shots: Annotated[
+        str | None, typer.Option(help="Numbers of shots to meta-learn from; default: those measured.")
+    ] = None,
+    growth: Annotated[
+        float, typer.Option(help="Power of (shots / 16) that steps grow with: 1: K for every 16 examples, 0: always K.")
+    ] = 0.0,
     seeds: Annotated[str, typer.Option(help="Seeds, joined by commas.")] = "0,1,2",
     meta_steps: Annotated[int, typer.Option(help="Steps of learning over tasks.")] = 100,
     validation_tasks: Annotated[int, typer.Option(help="Tasks to tune and calibrate on.")] = 40,
@@ -64,6 +70,8 @@ def bench_command(
 
     values: dict[str, Any] = {
         "shots": numbers(shots, "shots"),
+        "episode_shots": None if episode_shots is None else numbers(episode_shots, "episode_shots"),
+        "growth": growth,
         "meta_steps": meta_steps,
         "validation_tasks": validation_tasks,
         "test_tasks": test_tasks,

@@ -97,7 +97,7 @@ class Maml:
 
         def fit(net: LoraNet, support: list[Labelled], seed: int) -> None:
             leaves = {name: tensor.requires_grad_() for name, tensor in net.state().items()}
-            found = descend(net, leaves, support, budget.steps, rate, seed, create_graph=False)
+            found = descend(net, leaves, support, budget.steps_on(support), rate, seed, create_graph=False)
             net.load({name: tensor.detach() for name, tensor in found.items()})
 
         net = LoraNet(load(), budget, seed)

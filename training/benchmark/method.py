@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from abmll.examples import Example
+from training.adaptation import grown
 from training.base_model import BaseModel
 from training.episodes import EpisodeConfig
 from training.tasks import Task
@@ -30,6 +31,7 @@ class Budget:
         tasks_per_step: Episodes in a step.
         episodes: How episodes are drawn.
         steps: Gradient steps of adaptation to one task, in meta-learning as in prediction.
+        growth: Power of (support set / batch) that the steps of prediction grow with; 0: they are always as many.
         batch: Support examples in a gradient step, at most.
         draws: Draws (or samples, or members) in prediction.
         rank: Rank of LoRA; of a posterior's draw, where the method has draws.
@@ -40,10 +42,15 @@ class Budget:
     tasks_per_step: int
     episodes: EpisodeConfig
     steps: int = 12
+    growth: float = 0.0
     batch: int = 16
     draws: int = 8
     rank: int = 16
     targets: tuple[str, ...] = ("o_proj", "down_proj")
+
+    def steps_on(self, support: Sequence[object]) -> int:
+        """Gradient steps of prediction from a support set."""
+        return grown(self.steps, self.growth, len(support), self.batch)
 
 
 class Learner(Protocol):

@@ -76,7 +76,6 @@ class Abmll:
         )
         chosen = {"learning_rate": settings["rate"], "beta": settings["beta"]}
         inner = AdaptConfig.model_validate(
-            # As many steps as the other methods, however many examples.
             {"steps": budget.steps, "batch": budget.batch, "growth": 0.0} | family_settings(self.family) | chosen
         )
         meta = MetaConfig(
@@ -91,7 +90,8 @@ class Abmll:
         with tempfile.TemporaryDirectory() as work:
             theta = meta_train(base, attached, tasks, config, meta, Path(work), progress=silent)
         theta = theta.map(lambda tensor: tensor.to(base.device))
-        return _Abmll(base, attached, theta, inner, theta.parameters, budget.draws, self.in_context)
+        adapt = inner.model_copy(update={"growth": budget.growth})
+        return _Abmll(base, attached, theta, adapt, theta.parameters, budget.draws, self.in_context)
 
 
 @dataclass

@@ -101,7 +101,7 @@ class Adapted:
 
 def fitted(budget: Budget, rate: float) -> Fit:
     """Returns adaptation by the budget's gradient steps."""
-    return lambda net, support, seed: net.fit(support, budget.steps, rate, seed)
+    return lambda net, support, seed: net.fit(support, budget.steps_on(support), rate, seed)
 
 
 def adapted(net: LoraNet, start: State, fit: Fit) -> Adapted:

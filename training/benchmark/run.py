@@ -44,9 +44,17 @@ logger = logging.getLogger(__name__)
 
 
 class BenchConfig(BaseModel, frozen=True):
-    """Settings of a benchmark run; what they say is part of a result's name, so that a resumed run fits."""
+    """Settings of a benchmark run; what they say is part of a result's name, so that a resumed run fits.
+
+    What came later is left out of it where it changes nothing, so that earlier results keep theirs.
+    """
 
     shots: tuple[int, ...] = (1, 4, 16, 64)
+    episode_shots: tuple[int, ...] | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="shots of the episodes to meta-learn from; those measured by default",
+    )
     train_tasks: int = Field(default=200, ge=1, description="tasks to meta-learn from")
     validation_tasks: int = Field(default=40, ge=1, description="tasks to tune and calibrate on")
     test_tasks: int = Field(default=24, ge=1, description="tasks to measure on")
@@ -54,6 +62,13 @@ class BenchConfig(BaseModel, frozen=True):
     meta_steps: int = Field(default=100, ge=1, description="steps of learning over tasks")
     tasks_per_step: int = Field(default=2, ge=1)
     steps: int = Field(default=12, ge=1, description="gradient steps of adaptation")
+    growth: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        exclude_if=lambda value: value == 0,
+        description="power of (support set / 16) that the steps grow with when a task is predicted",
+    )
     draws: int = Field(default=8, ge=1)
     rank: int = Field(default=16, ge=3, description="rank of LoRA, and of a draw where a method has draws")
     tune_shots: int = Field(default=16, ge=1, description="shots at which settings are compared")
@@ -288,8 +303,14 @@ class _Job:
         budget = Budget(
             meta_steps=config.meta_steps,
             tasks_per_step=config.tasks_per_step,
-            episodes=EpisodeConfig(shots=(*config.shots, config.tune_shots), max_chars=None, permute=0.0, subset=0.0),
+            episodes=EpisodeConfig(
+                shots=(*(config.episode_shots or config.shots), config.tune_shots),
+                max_chars=None,
+                permute=0.0,
+                subset=0.0,
+            ),
             steps=config.steps,
+            growth=config.growth,
             draws=config.draws,
             rank=config.rank,
         )
