@@ -51,6 +51,26 @@ def test_a_method_scores_every_option_and_does_not_look_at_answers(method: Metho
     assert wide is None or wide[0].isneginf().tolist() == [[False, False, True], [False, False, False]]
 
 
+FITTED = [method for method in catalogue(None) if method.name not in {"zero-shot", "in-context"}]
+
+
+@pytest.mark.parametrize("method", FITTED, ids=lambda method: method.name)
+def test_steps_that_grow_with_the_examples_change_prediction_alone(method: Method, load: Load) -> None:
+    budget = replace(BUDGET, batch=4)
+    as_many, growing = (
+        method.learn(load, TASKS, method.trials[0], replace(budget, growth=growth), seed=0) for growth in (0.0, 1.0)
+    )
+    few, more = SUPPORT, TASKS[0].examples[:8]
+    assert torch.equal(as_many.predict(few, QUERY, seed=1), growing.predict(few, QUERY, seed=1))
+    assert not torch.equal(as_many.predict(more, QUERY, seed=1), growing.predict(more, QUERY, seed=1))
+
+
+def test_steps_grow_in_proportion_to_the_examples() -> None:
+    growing = replace(BUDGET, batch=4, growth=1.0)
+    assert [growing.steps_on(TASKS[0].examples[:size]) for size in (1, 4, 8, 14)] == [2, 2, 4, 7]
+    assert BUDGET.steps_on(TASKS[0].examples[:30]) == 2
+
+
 def test_an_ablation_of_blocks_has_fewer_parameters_the_fewer_they_are(load: Load) -> None:
     methods = compared(None, layers="all,last")
     names = ["abmll subspace", "abmll subspace last", "abmll kronecker", "abmll kronecker last"]

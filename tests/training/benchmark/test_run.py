@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from abmll.errors import AbmllError
 from abmll.predictive import predictive
 from tests.training.conftest import rule_task
+from training import benchmark
 from training.benchmark import measures
 from training.benchmark.catalogue import compared
 from training.benchmark.exact import ExactBayes
@@ -72,6 +74,13 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tiny_model_folder: Path, tm
     assert Counted(tmp_path / "whole").learned == [(0, 1), (0, 2), (0, 1), (1, 1)]
     assert timeless(rows) == timeless(expected) == timeless(read_rows(out))
     assert len(rows) == 2 * 2 * 4 * 2  # seeds, shots, tasks, calibrated or not
+
+
+@pytest.mark.parametrize("folder", ["real", "world", "world-beta", "world-layers"])
+def test_the_results_in_the_repository_can_be_gone_on_from(folder: str) -> None:
+    report = (Path(benchmark.__file__).parent / "results" / folder / "report.md").read_text()
+    settings = re.findall(r"Settings: (\{.*\})", report)
+    assert [BenchConfig.model_validate_json(text).model_dump_json() for text in settings] == settings != []
 
 
 def test_a_method_that_fails_does_not_stop_the_others(tiny_model_folder: Path, tmp_path: Path) -> None:
