@@ -58,6 +58,7 @@ def examine(options: dict[str, Any], config: Path | None) -> list[Finding]:
         settings = Settings()
     probe = service_checks.start_probe(settings)
     vllm = machine_checks.start_vllm()
+    cluster = service_checks.start_cluster(settings)
     try:
         checks: dict[str, Callable[[], Iterable[Finding]]] = {
             "environment": partial(service_checks.environment, config) if not findings else list,
@@ -69,11 +70,12 @@ def examine(options: dict[str, Any], config: Path | None) -> list[Finding]:
             "model": partial(service_checks.hub, settings),
             "engines": partial(machine_checks.engines, settings, probe, vllm),
             "posterior": partial(service_checks.posterior, settings, probe),
+            "cluster": partial(service_checks.cluster, settings, cluster),
         }
         for name, check in checks.items():
             findings += guarded(name, check)
     finally:
-        for child in (probe, vllm):
+        for child in (probe, vllm, cluster):
             if child is not None:
                 child.end()
     return findings

@@ -20,6 +20,8 @@ from server.settings import Settings
 _GIB = 1 << 30
 # Of the server and its adaptation process with a small model; a base model's weights come on top.
 _MEMORY = {"torch": 2 * _GIB, "vllm": 5 * _GIB}
+# The extra that brings a package.
+_EXTRAS = {"bitsandbytes": "nf4", "ray": "cluster"}
 # vLLM's processes talk through shared memory.
 _SHARED = 64 << 20
 _VLLM = """
@@ -124,11 +126,13 @@ def packages(settings: Settings) -> Iterator[Finding]:
     )
     names = ["abmll", "transformers", "peft", "safetensors", "fastapi"]
     names += ["bitsandbytes"] if settings.dtype == "nf4" else []
+    names += ["ray"] if settings.replicas else []
     found = [(name, _version(name)) for name in names]
     missing = [name for name, version in found if version is None]
     told = ", ".join(f"{name} {version}" for name, version in found if version)
     if missing:
-        mend = "`pip install 'abmll[nf4]'`" if missing == ["bitsandbytes"] else "`make install`"
+        extras = [_EXTRAS.get(name) for name in missing]
+        mend = f"`pip install 'abmll[{','.join(map(str, extras))}]'`" if all(extras) else "`make install`"
         yield Finding("packages", "fail", f"{', '.join(missing)} missing; {told}", mend)
     else:
         yield Finding("packages", "ok", told)

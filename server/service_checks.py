@@ -8,7 +8,7 @@ import shutil
 import socket
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from server.findings import Finding
@@ -66,6 +66,37 @@ def start_probe(settings: Settings) -> Child:
     """Begins to import torch and to load the global posterior; downloads nothing."""
     compare = "compare" if _is_here(settings) else "alone"
     return Child(["-m", "server.probe", settings.model_dump_json(), compare])
+
+
+def start_cluster(settings: Settings) -> Child | None:
+    """Begins to join the Ray cluster, where the settings name one."""
+    if settings.replicas is None or settings.ray_address is None:
+        return None
+    return Child(["-m", "server.cluster.probe", settings.model_dump_json()])
+
+
+def cluster(settings: Settings, probe: Child | None) -> Iterator[Finding]:
+    """Whether the Ray cluster lets us in, and has what the engines and an adaptation want."""
+    if probe is None:
+        return
+    found, why = probe.told()
+    if not found:
+        yield Finding("cluster", "fail", f"cannot be joined: {why}", "mend what packages tells of")
+    elif "error" in found[0]:
+        detail, _, mend = found[0]["error"].partition("; ")
+        yield Finding("cluster", "fail", detail, mend)
+    else:
+        told, lacks = found[0], _amounts(found[0]["lacks"])
+        detail = f"{told['nodes']} machines at {settings.ray_address} with Ray {told['version']}"
+        if lacks:
+            mend = "add machines, or ask for fewer --replicas, --threads, --adapt-threads, --adapt-resource"
+            yield Finding("cluster", "warn", f"{detail}, together below what is wanted: {lacks}", mend)
+        else:
+            yield Finding("cluster", "ok", f"{detail}: {_amounts(told['has'])}")
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {amount:g}" for name, amount in sorted(resources.items()))
 
 
 def posterior(settings: Settings, probe: Child) -> Iterator[Finding]:

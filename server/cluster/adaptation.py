@@ -25,6 +25,8 @@ from server.store import TaskStore
 
 logger = logging.getLogger(__name__)
 
+# After these Ray is said to have no room for a job.
+_WAIT_SECONDS = 15.0
 _T = TypeVar("_T")
 _Made = tuple[Posterior, Calibration | None]
 
@@ -113,9 +115,11 @@ class ClusterAdaptation:
         prior = await asyncio.to_thread(ray.put, self.prior)
         results = self._task.remote(self.settings.model_dump_json(), prior, job, examples)
         made: _Made | None = None
+        waiting = in_background(self._tell_of_waiting(job), f"the watch over job {job.id}")
         try:
             async for reference in results:
                 told: float | _Made = await reference
+                waiting.cancel()
                 if isinstance(told, tuple):
                     made = told
                 else:
@@ -123,9 +127,20 @@ class ClusterAdaptation:
         except BaseException:
             ray.cancel(results)
             raise
+        finally:
+            waiting.cancel()
         assert made is not None
         done = made
         await _persist(lambda: finish(job, done, len(examples), self.prior, self.store, self.registry))
+
+    async def _tell_of_waiting(self, job: Job) -> None:
+        await asyncio.sleep(_WAIT_SECONDS)
+        wanted = adaptation_resources(self.settings)
+        logger.warning(
+            "job %s waits in Ray for %s; `ray status` tells what is taken, `abmll doctor` what the cluster has",
+            job.id,
+            ", ".join(f"{name} {amount:g}" for name, amount in (wanted | wanted.pop("resources")).items()),
+        )
 
     async def _report(self, job: Job, progress: float) -> None:
         try:
@@ -164,6 +179,7 @@ def _adapting(settings: str, prior: StoredPosterior) -> Adapting:
 
 def _adapt(settings: str, prior: StoredPosterior, job: Job, examples: Sequence[Example]) -> Generator[float | _Made]:
     """The task of Ray: gives progress, 0 to 1, and at last what the job has made."""
+    yield 0.0  # it has begun, though the base model may have to be loaded
     adapting = _adapting(settings, prior)
     told: queue.Queue[float | _Made | BaseException] = queue.Queue()
     cancelled = threading.Event()

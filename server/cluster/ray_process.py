@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 import socket
+from pathlib import Path
 from typing import Any
 
 from abmll.errors import AbmllError
@@ -14,6 +16,7 @@ from server.settings import Settings
 _CONNECT_SECONDS = 5.0
 # Names of ours in a cluster that others use, too.
 NAMESPACE = "abmll"
+_TOKEN = "~/.ray/auth_token"
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nobody outside is told
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -30,6 +33,7 @@ def join(settings: Settings) -> None:
         AbmllError: Ray is not installed, or nobody answers at the address.
     """
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    _authenticate(settings)
     try:
         import ray
     except ImportError as error:
@@ -53,9 +57,28 @@ def join(settings: Settings) -> None:
         ray.init(address=settings.ray_address, **quiet)
     except (OSError, RuntimeError, ValueError) as error:
         raise AbmllError(
-            f"no Ray cluster answers at {settings.ray_address}: {error}; check --ray-address, and `ray status` there",
+            f"no Ray cluster answers at {settings.ray_address}: {error}; check --ray-address, and `ray status` there; "
+            f"if it wants a token: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or {_TOKEN}",
             field="ray_address",
         ) from error
+
+
+def _authenticate(settings: Settings) -> None:
+    """Decides for Ray, which would read it at its import, what the operator has not decided.
+
+    A cluster that is there wants a token where ``ray start --head`` found one; Ray's clients, otherwise than that, use
+    none unless told. One of this server's own gets a token that nobody else knows: Ray would write one into the
+    operator's home, where every later ``ray start --head`` would find it.
+    """
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    given = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    if settings.ray_address is None:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        if not given:
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    elif given or Path(_TOKEN).expanduser().is_file():
+        os.environ["RAY_AUTH_MODE"] = "token"
 
 
 def leave(settings: Settings) -> None:

@@ -183,6 +183,15 @@ def start_server(
 
 
 @pytest.fixture(scope="session")
+def at_the_end() -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Takes checks that are made after all tests: of what takes a while that nobody has to wait for."""
+    checks: list[Callable[[], None]] = []
+    yield checks.append
+    for check in checks:
+        check()
+
+
+@pytest.fixture(scope="session")
 def server(
     tiny_model_folder: Path, global_posterior: tuple[Path, StoredPosterior], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:

@@ -182,7 +182,7 @@ def ask(server: Server, question: dict[str, Any]) -> tuple[int, list[float]]:
 
 
 def test_a_killed_server_takes_its_cluster_along_and_the_next_goes_on_with_more_replicas_as_questions_queue(
-    cluster: Server, start_cluster: Callable[..., Server]
+    cluster: Server, start_cluster: Callable[..., Server], at_the_end: Callable[[Callable[[], None]], None]
 ) -> None:
     job = adapt(cluster, "begun", steps=1000)["job"]
     wait_for(lambda: cluster.http.get(f"/adapt/{job}").json()["status"] == "running", READY)
@@ -215,7 +215,7 @@ def test_a_killed_server_takes_its_cluster_along_and_the_next_goes_on_with_more_
     with ends_all(server):
         assert server.stop() == 0
     # Ray's own agents wait a minute for their cluster.
-    assert_ended(processes, max(0, killed + 90 - time.monotonic()))
+    at_the_end(lambda: assert_ended(processes, max(0, killed + 90 - time.monotonic())))
 
 
 @contextmanager
@@ -246,6 +246,7 @@ def test_a_cluster_that_does_not_answer_is_told(
         last = server.log.read_text().strip().splitlines()[-1]
         assert "no Ray cluster answers at 127.0.0.1:1" in last
         assert "--ray-address" in last
+        assert "RAY_AUTH_TOKEN" in last
 
 
 def test_settings_that_contradict_each_other_are_told(abmll: CommandLine) -> None:
