@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from abmll.calibration import Calibration
-from abmll.errors import InvalidPosterior, TaskNotFound
+from abmll.errors import AbmllError, InvalidPosterior, TaskNotFound
 from abmll.examples import Example
 from abmll.layers import Attached, attach
 from abmll.posterior import Posterior
@@ -25,6 +25,12 @@ NICENESS = 10
 POLL_SECONDS = 1.0
 # A disk that is full or failing is tried again after so long.
 STORE_SECONDS = 2.0
+
+
+def reason(error: BaseException) -> str:
+    """What a job that ended by an error is said to have failed by."""
+    told = isinstance(error, AbmllError)
+    return error.message if told else f"adaptation failed: {type(error).__name__}; see the server's log"
 
 
 class Adapting:

@@ -63,7 +63,7 @@ def create_app(settings: Settings, on_failure: Callable[[Exception], None] = lam
         AbmllError: The global posterior or the store cannot be used, or OpenTelemetry is not there for traces.
     """
     tracing = Tracing.of(settings)
-    service, metrics = Service(settings, on_failure), Metrics()
+    service, metrics = Service(settings, on_failure, tracing), Metrics()
     access = Access(None if settings.keys is None else Keys(settings.keys))
 
     @asynccontextmanager

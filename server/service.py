@@ -32,6 +32,7 @@ from server.settings import Settings
 from server.store import TaskStore
 from server.supervisor import Supervisor
 from server.task_schemas import RecalibrationReply, ReliabilityReply
+from server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -75,15 +76,21 @@ class Service:
     Args:
         settings: The settings.
         on_failure: Called with the error if the start fails.
+        tracing: Makes spans of adaptation jobs that this process has done by others.
 
     Raises:
         AbmllError: Global posterior or store cannot be used, or another server uses the store.
     """
 
-    def __init__(self, settings: Settings, on_failure: Callable[[Exception], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        on_failure: Callable[[Exception], None] = lambda _: None,
+        tracing: Tracing | None = None,
+    ) -> None:
         self.prior = load_global(settings)
         settings = with_revision(settings, self.prior.posterior.config)
-        self.settings, self.on_failure = settings, on_failure
+        self.settings, self.on_failure, self.tracing = settings, on_failure, tracing
         self.store = TaskStore(
             settings.store,
             self.prior,
@@ -201,7 +208,7 @@ class Service:
     def _make_supervisor(self) -> Supervisor | ClusterAdaptation:
         if self.settings.replicas is None:
             return Supervisor(self.settings, self.registry)
-        return ClusterAdaptation(self.settings, self.prior, self.store, self.registry)
+        return ClusterAdaptation(self.settings, self.prior, self.store, self.registry, self.tracing)
 
     async def _start_engine(self) -> Engine:
         engine = self._make_engine()

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from abmll.errors import AbmllError, StoreFailure
 from abmll.store import StoredPosterior, load_posterior
-from server.adapting import NICENESS, POLL_SECONDS, STORE_SECONDS, Adapting, finish
+from server.adapting import NICENESS, POLL_SECONDS, STORE_SECONDS, Adapting, finish, reason
 from server.jobs import Job, JobCancelled, JobRegistry
 from server.logs import configure
 from server.objects import Objects
@@ -54,16 +54,16 @@ class Worker:
             tell(status="cancelled")
         except AbmllError as error:
             logger.warning("job %s failed: %s", job.id, error.message)
-            self._fail(job, error.message)
+            self._fail(job, error)
         except Exception as error:
             logger.exception("job %s failed", job.id)
-            self._fail(job, f"adaptation failed: {type(error).__name__}; see the server's log")
+            self._fail(job, error)
         else:
             logger.info("job %s is done", job.id)
             tell(status="done")
 
-    def _fail(self, job: Job, reason: str) -> None:
-        persist(lambda: self.registry.fail(job.id, reason))
+    def _fail(self, job: Job, error: Exception) -> None:
+        persist(lambda: self.registry.fail(job.id, reason(error)))
         tell(status="failed")
 
     def _report(self, job: Job, progress: float) -> None:

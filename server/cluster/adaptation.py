@@ -9,6 +9,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Generator, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 from abmll.calibration import Calibration
@@ -16,12 +17,13 @@ from abmll.errors import AbmllError, StoreFailure
 from abmll.examples import Example
 from abmll.posterior import Posterior
 from abmll.store import StoredPosterior
-from server.adapting import NICENESS, POLL_SECONDS, STORE_SECONDS, Adapting, finish
+from server.adapting import NICENESS, POLL_SECONDS, STORE_SECONDS, Adapting, finish, reason
 from server.background import in_background
 from server.cluster.ray_process import adaptation_resources
 from server.jobs import Job, JobCancelled, JobRegistry
 from server.settings import Settings
 from server.store import TaskStore
+from server.tracing import Tracing, tell
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +41,19 @@ class ClusterAdaptation:
         prior: The global posterior.
         store: Where versions go.
         registry: Where jobs come from.
+        tracing: Makes each job a span.
     """
 
-    def __init__(self, settings: Settings, prior: StoredPosterior, store: TaskStore, registry: JobRegistry) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        prior: StoredPosterior,
+        store: TaskStore,
+        registry: JobRegistry,
+        tracing: Tracing | None,
+    ) -> None:
         self.settings, self.prior, self.store, self.registry = settings, prior, store, registry
+        self.tracing = tracing
         self.restarts = 0
         self._woken = asyncio.Event()
         self._running: set[asyncio.Task[None]] = set()
@@ -87,6 +98,11 @@ class ClusterAdaptation:
             task.add_done_callback(lambda done: (self._running.discard(done), free.release()))
 
     async def _run(self, job: Job) -> None:
+        with nullcontext() if self.tracing is None else self.tracing.job(job.id, job.task, job.attempts):
+            await self._end(job)
+
+    async def _end(self, job: Job) -> None:
+        """Takes a job to its end, whatever that is."""
         from ray.exceptions import RayTaskError
 
         logger.info("job %s for task %s begins", job.id, job.task)
@@ -94,12 +110,12 @@ class ClusterAdaptation:
             await self._adapt(job)
         except JobCancelled:
             logger.info("job %s was cancelled", job.id)
+            tell(status="cancelled")
         except (AbmllError, RayTaskError) as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
-            told = isinstance(cause, AbmllError)
-            reason = cause.message if told else f"adaptation failed: {type(cause).__name__}; see the server's log"
-            logger.warning("job %s failed: %s", job.id, reason if told else error)
-            await _persist(lambda: self.registry.fail(job.id, reason))
+            logger.warning("job %s failed: %s", job.id, cause.message if isinstance(cause, AbmllError) else error)
+            await _persist(lambda: self.registry.fail(job.id, reason(cause)))
+            tell(status="failed")
         except Exception as error:  # what Ray raises when the process, or its machine, is gone
             logger.error("the process of job %s died: %s", job.id, type(error).__name__)
             self.restarts += 1
@@ -107,6 +123,7 @@ class ClusterAdaptation:
             self.wake()
         else:
             logger.info("job %s is done", job.id)
+            tell(status="done")
 
     async def _adapt(self, job: Job) -> None:
         import ray

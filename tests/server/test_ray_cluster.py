@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from abmll.store import StoredPosterior
 from server import service_checks
 from server.findings import Finding
 from server.settings import Settings
+from tests.server.collector import Collector, told
 from tests.server.conftest import free_port, servers, wait_for
 from tests.server.test_cluster import READY, ask
 from tests.server.test_http import QUESTION, adapt
@@ -104,8 +106,11 @@ def test_a_cluster_that_loses_a_machine_answers_on_and_teaches_once_there_is_roo
     both = looked_at(**wanted)
     assert (both.status, both.detail.startswith("2 machines")) == ("ok", True)
 
-    with servers(tiny_model_folder, global_posterior, tmp_path_factory) as start:
-        server = start(wait=False, threads=1, **wanted)
+    with (
+        servers(tiny_model_folder, global_posterior, tmp_path_factory) as start,
+        closing(Collector()) as collector,
+    ):
+        server = start(wait=False, threads=1, otlp_endpoint=collector.endpoint, **wanted)
         server.wait_ready(READY)
         questions = [QUESTION | {"prompt": f"film {number}", "draws": 4, "seed": number} for number in range(150)]
         expected = [ask(server, question) for question in questions[:10]]
@@ -122,3 +127,4 @@ def test_a_cluster_that_loses_a_machine_answers_on_and_teaches_once_there_is_roo
         wait_for(lambda: f"job {job} waits in Ray for" in server.log.read_text(), READY)
         begin()
         assert server.wait_job(job, READY)["status"] == "done"
+        assert told(collector.wait("adaptation job", **{"abmll.job": job}))["abmll.status"] == "done"

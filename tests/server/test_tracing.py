@@ -8,9 +8,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import closing
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import grpc
@@ -25,6 +24,7 @@ from pydantic import ValidationError
 from abmll.errors import AbmllError
 from server.settings import Settings
 from server.tracing import Tracing, vllm_arguments
+from tests.server.collector import Collector, told
 from tests.server.conftest import Server, free_port, wait_for
 from tests.server.test_http import EXAMPLES, QUESTION
 
@@ -33,51 +33,10 @@ PROTOCOL, GENERAL = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PR
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 
-class Collector:
-    """Takes spans by OTLP over HTTP."""
-
-    def __init__(self) -> None:
-        self.bodies: list[bytes] = []
-        collector = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                collector.bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
-                self.send_response(200)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.endpoint = f"http://127.0.0.1:{self.http.server_port}/v1/traces"
-        Thread(target=self.http.serve_forever, daemon=True).start()
-
-    def spans(self) -> list[Any]:
-        sent = [ExportTraceServiceRequest.FromString(body) for body in self.bodies]
-        return [span for one in sent for part in one.resource_spans for s in part.scope_spans for span in s.spans]
-
-    def wait(self, name: str, **wanted: str) -> Any:
-        """The span of this name that has these attributes, once it has come."""
-
-        def found() -> list[Any]:
-            return [span for span in self.spans() if span.name == name and wanted.items() <= told(span).items()]
-
-        wait_for(lambda: bool(found()))
-        return found()[0]
-
-
-def told(span: Any) -> dict[str, Any]:
-    return {each.key: getattr(each.value, each.value.WhichOneof("value")) for each in span.attributes}
-
-
 @pytest.fixture(scope="module")
 def collector() -> Iterator[Collector]:
-    made = Collector()
-    yield made
-    made.http.shutdown()
-    made.http.server_close()
+    with closing(Collector()) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
