@@ -8,7 +8,7 @@ import shutil
 import socket
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from server.findings import Finding
@@ -86,17 +86,13 @@ def cluster(settings: Settings, probe: Child | None) -> Iterator[Finding]:
         detail, _, mend = found[0]["error"].partition("; ")
         yield Finding("cluster", "fail", detail, mend)
     else:
-        told, lacks = found[0], _amounts(found[0]["lacks"])
-        detail = f"{told['nodes']} machines at {settings.ray_address} with Ray {told['version']}"
-        if lacks:
+        told = found[0]
+        detail = f"{told['nodes']} machines at {settings.ray_address} with Ray {told['version']}: {told['has']}"
+        if told["lacks"]:
             mend = "add machines, or ask for fewer --replicas, --threads, --adapt-threads, --adapt-resource"
-            yield Finding("cluster", "warn", f"{detail}, together below what is wanted: {lacks}", mend)
+            yield Finding("cluster", "warn", f"{detail}; wanted: {told['lacks']}", mend)
         else:
-            yield Finding("cluster", "ok", f"{detail}: {_amounts(told['has'])}")
-
-
-def _amounts(resources: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {amount:g}" for name, amount in sorted(resources.items()))
+            yield Finding("cluster", "ok", detail)
 
 
 def posterior(settings: Settings, probe: Child) -> Iterator[Finding]:

@@ -19,7 +19,7 @@ from abmll.posterior import Posterior
 from abmll.store import StoredPosterior
 from server.adapting import NICENESS, POLL_SECONDS, STORE_SECONDS, Adapting, finish, reason
 from server.background import in_background
-from server.cluster.ray_process import adaptation_resources
+from server.cluster.ray_process import adaptation_resources, by_name, told
 from server.jobs import Job, JobCancelled, JobRegistry
 from server.settings import Settings
 from server.store import TaskStore
@@ -135,12 +135,12 @@ class ClusterAdaptation:
         waiting = in_background(self._tell_of_waiting(job), f"the watch over job {job.id}")
         try:
             async for reference in results:
-                told: float | _Made = await reference
+                item: float | _Made = await reference
                 waiting.cancel()
-                if isinstance(told, tuple):
-                    made = told
+                if isinstance(item, tuple):
+                    made = item
                 else:
-                    await self._report(job, told)
+                    await self._report(job, item)
         except BaseException:
             ray.cancel(results)
             raise
@@ -152,11 +152,10 @@ class ClusterAdaptation:
 
     async def _tell_of_waiting(self, job: Job) -> None:
         await asyncio.sleep(_WAIT_SECONDS)
-        wanted = adaptation_resources(self.settings)
         logger.warning(
             "job %s waits in Ray for %s; `ray status` tells what is taken, `abmll doctor` what the cluster has",
             job.id,
-            ", ".join(f"{name} {amount:g}" for name, amount in (wanted | wanted.pop("resources")).items()),
+            told(by_name(adaptation_resources(self.settings))),
         )
 
     async def _report(self, job: Job, progress: float) -> None:
@@ -198,25 +197,25 @@ def _adapt(settings: str, prior: StoredPosterior, job: Job, examples: Sequence[E
     """The task of Ray: gives progress, 0 to 1, and at last what the job has made."""
     yield 0.0  # it has begun, though the base model may have to be loaded
     adapting = _adapting(settings, prior)
-    told: queue.Queue[float | _Made | BaseException] = queue.Queue()
+    made: queue.Queue[float | _Made | BaseException] = queue.Queue()
     cancelled = threading.Event()
 
     def report(progress: float) -> None:
         if cancelled.is_set():
             raise JobCancelled(job.id)
-        told.put(progress)
+        made.put(progress)
 
     def work() -> None:
         try:
-            told.put(adapting.run(job, examples, report))
+            made.put(adapting.run(job, examples, report))
         except BaseException as error:
-            told.put(error)
+            made.put(error)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
         while True:
-            item = told.get()
+            item = made.get()
             if isinstance(item, BaseException):
                 raise item
             yield item

@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 from abmll.errors import AbmllError
-from server.cluster.ray_process import adaptation_resources, join, leave, replica_resources
+from server.cluster.ray_process import adaptation_resources, by_name, join, leave, replica_resources, told
 from server.settings import Settings
 
 
@@ -24,13 +24,11 @@ def cluster(settings: Settings) -> dict[str, Any]:
     has = {name: amount for name, amount in ray.cluster_resources().items() if ":" not in name and "memory" not in name}
     nodes = sum(node["Alive"] for node in ray.nodes())
     leave(settings)
-    engine, adaptation = replica_resources(settings, has.get("GPU", 0.0)), adaptation_resources(settings)
-    wanted = Counter({name.removeprefix("num_").rstrip("s").upper(): amount for name, amount in engine.items()})
-    for name in wanted:
-        wanted[name] *= settings.replicas or 1
-    wanted.update({"CPU": adaptation["num_cpus"], "GPU": adaptation["num_gpus"], **adaptation["resources"]})
+    engine = by_name(replica_resources(settings, has.get("GPU", 0.0)))
+    wanted = Counter({name: amount * (settings.replicas or 1) for name, amount in engine.items()})
+    wanted.update(by_name(adaptation_resources(settings)))
     lacks = {name: amount for name, amount in wanted.items() if amount > has.get(name, 0.0)}
-    return {"version": ray.__version__, "nodes": nodes, "has": has, "lacks": lacks}
+    return {"version": ray.__version__, "nodes": nodes, "has": told(has), "lacks": told(lacks)}
 
 
 if __name__ == "__main__":

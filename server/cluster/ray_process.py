@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,11 @@ def join(settings: Settings) -> None:
 
 
 def _authenticate(settings: Settings) -> None:
-    """Decides for Ray, which would read it at its import, what the operator has not decided.
+    """Says whether Ray uses a token, where the operator has not; before Ray is imported, which reads it then.
 
-    A cluster that is there wants a token where ``ray start --head`` found one; Ray's clients, otherwise than that, use
-    none unless told. One of this server's own gets a token that nobody else knows: Ray would write one into the
-    operator's home, where every later ``ray start --head`` would find it.
+    A cluster wants a token where ``ray start --head`` found one, but who joins it has to say so. A cluster of this
+    server's own has a token that nobody else knows: Ray would write one into the operator's home, where each later
+    ``ray start --head`` would find it.
     """
     if "RAY_AUTH_MODE" in os.environ:
         return
@@ -118,3 +119,14 @@ def adaptation_resources(settings: Settings) -> dict[str, Any]:
     gpus = wanted.pop("GPU", 1.0 if settings.adapt_device.startswith("cuda") else 0.0)
     memory = {"memory": wanted.pop("memory")} if "memory" in wanted else {}
     return {"num_cpus": cpus, "num_gpus": gpus, "resources": wanted, **memory}
+
+
+def by_name(aside: Mapping[str, Any]) -> dict[str, float]:
+    """What Ray sets aside, as a cluster names what it has; without memory."""
+    named = {"CPU": aside["num_cpus"], "GPU": aside["num_gpus"], **aside.get("resources", {})}
+    return {name: amount for name, amount in named.items() if amount}
+
+
+def told(resources: Mapping[str, float]) -> str:
+    """Resources as an operator reads them."""
+    return ", ".join(f"{name} {amount:g}" for name, amount in sorted(resources.items()))
