@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,6 +134,30 @@ def test_a_build_for_cuda_beside_torch_for_the_cpu_is_found_without_importing_it
     (found,) = [found for found in machine_checks.packages(Settings()) if found.name == "builds"]
     assert (found.status, found.mend) == ("fail", "`uv pip uninstall torchvision`")
     assert "torchaudio" not in found.detail
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing", "mend"),
+    [
+        ({"dtype": "nf4"}, {"bitsandbytes"}, "abmll[nf4]"),
+        ({"replicas": 2}, {"ray"}, "abmll[cluster]"),
+        ({"replicas": 2, "dtype": "nf4"}, {"ray", "bitsandbytes"}, "abmll[nf4,cluster]"),
+        ({"replicas": 2}, {"ray", "peft"}, "make install"),
+        ({}, set[str](), ""),
+    ],
+)
+def test_a_missing_package_is_told_with_the_extra_that_brings_it(
+    settings: dict[str, Any], missing: set[str], mend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if name in missing:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = {each.name: each for each in machine_checks.packages(Settings.model_validate(settings))}["packages"]
+    assert (found.status == "fail", mend in found.mend) == (bool(missing), True)
+    assert all(name in found.detail.partition(" missing")[0] for name in missing)
 
 
 def test_a_process_that_dies_or_hangs_is_told_of() -> None:
