@@ -70,7 +70,7 @@ def start_probe(settings: Settings) -> Child:
 
 def start_cluster(settings: Settings) -> Child | None:
     """Begins to join the Ray cluster, where the settings name one."""
-    if settings.replicas is None or settings.ray_address is None:
+    if settings.ray_address is None:
         return None
     return Child(["-m", "server.cluster.probe", settings.model_dump_json()])
 

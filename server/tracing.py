@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from abmll.errors import AbmllError
+from server.jobs import Job
 from server.logs import QUIET, current_request
 from server.schemas import GenerateReply
 from server.settings import Settings
@@ -177,17 +178,22 @@ class Tracing:
             yield span
 
     @contextmanager
-    def job(self, job: str, task: str, attempt: int) -> Generator[None]:
+    def job(self, job: Job) -> Generator[None]:
         """An adaptation job's span, a trace of its own; ``abmll.job`` is on the request's that asked for it too."""
         span = self._tracer.start_span("adaptation job")
         with _within(_Here(self._tracer, span, span)):
-            tell(job=job, task=task, attempt=attempt)
+            tell(job=job.id, task=job.task, attempt=job.attempts)
             yield
 
     def close(self) -> None:
         """Sends what is left; waits a few seconds for it at most."""
         self._exporter.closing = True
         self._provider.shutdown()
+
+
+def of_job(tracing: Tracing | None, job: Job) -> AbstractContextManager[None]:
+    """The span of a job while it is done; nothing without traces."""
+    return nullcontext() if tracing is None else tracing.job(job)
 
 
 class Traced:

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import TypeVar
 
 from abmll.errors import AbmllError, StoreFailure
@@ -23,7 +22,7 @@ from server.logs import configure
 from server.objects import Objects
 from server.settings import Settings
 from server.store import TaskStore
-from server.tracing import Tracing, tell
+from server.tracing import Tracing, of_job, tell
 
 logger = logging.getLogger("abmll.worker")
 
@@ -122,7 +121,7 @@ def main() -> None:
             wake.wait(POLL_SECONDS)
             wake.clear()
         else:
-            with nullcontext() if tracing is None else tracing.job(job.id, job.task, job.attempts):
+            with of_job(tracing, job):
                 worker.run(job)
 
 

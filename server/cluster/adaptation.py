@@ -9,7 +9,6 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Generator, Sequence
-from contextlib import nullcontext
 from typing import Any, TypeVar
 
 from abmll.calibration import Calibration
@@ -23,7 +22,7 @@ from server.cluster.ray_process import adaptation_resources, by_name, told
 from server.jobs import Job, JobCancelled, JobRegistry
 from server.settings import Settings
 from server.store import TaskStore
-from server.tracing import Tracing, tell
+from server.tracing import Tracing, of_job, tell
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +97,7 @@ class ClusterAdaptation:
             task.add_done_callback(lambda done: (self._running.discard(done), free.release()))
 
     async def _run(self, job: Job) -> None:
-        with nullcontext() if self.tracing is None else self.tracing.job(job.id, job.task, job.attempts):
+        with of_job(self.tracing, job):
             await self._end(job)
 
     async def _end(self, job: Job) -> None:

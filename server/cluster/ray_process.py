@@ -15,9 +15,10 @@ from abmll.errors import AbmllError
 from server.settings import Settings
 
 _CONNECT_SECONDS = 5.0
+# Where Ray looks for a token that the environment does not name.
+_TOKEN = "~/.ray/auth_token"
 # Names of ours in a cluster that others use, too.
 NAMESPACE = "abmll"
-_TOKEN = "~/.ray/auth_token"
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nobody outside is told
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
