@@ -61,6 +61,10 @@ class StoreFailure(AbmllError):
     """The store cannot be read or written at present: the disk is full, read-only or failing."""
 
 
+class HubFailure(AbmllError):
+    """The Hugging Face hub is out of reach or gives no access, or its cache cannot be written."""
+
+
 class Overloaded(AbmllError):
     """Too much waits already.
 

@@ -18,7 +18,7 @@ import server.doctor
 import server.draws_command
 import server.key_commands
 import training.cli
-from abmll.errors import AbmllError, DeadlineExceeded, EngineFailure, StoreFailure
+from abmll.errors import AbmllError, DeadlineExceeded, EngineFailure, HubFailure, StoreFailure
 from clients.errors import ClientError
 from server.options import ConfigFile, load_settings, with_settings
 from server.plan_command import plan_command
@@ -29,7 +29,7 @@ _SETTINGS = (
     r"or as max_draws in the table \[serve] of a TOML file; `abmll config show` tells what counts."
 )
 # Ours, but not the input's fault.
-_FAILURES = (EngineFailure, StoreFailure, DeadlineExceeded)
+_FAILURES = (EngineFailure, HubFailure, StoreFailure, DeadlineExceeded)
 
 
 def serve_command(options: dict[str, Any], *, config: ConfigFile = None) -> None:

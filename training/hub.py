@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from abmll.errors import AbmllError
+from abmll.errors import AbmllError, HubFailure
 
 # Of a repository's top folder, what transformers reads of a text model; no pickle, no code.
 _CONFIG = ("config.json",)
@@ -44,7 +44,8 @@ def fetch(model: str, revision: str | None = None, *, weights: bool = True) -> C
         weights: Whether weights and tokenizer are wanted, too; else the configuration alone.
 
     Raises:
-        AbmllError: They cannot be had, or the weights are no whole safetensors files.
+        HubFailure: The hub is out of reach or gives no access, or its cache cannot be written.
+        AbmllError: There is no such model, or its weights are no whole safetensors files.
     """
     if Path(model).is_dir():
         found = Checkpoint(Path(model), None)
@@ -82,7 +83,8 @@ def _snapshot(model: str, revision: str | None, files: Sequence[str]) -> Path:
         # Where the hub is out of reach, the client wants all that it knows of: other programs fetch less.
         if isinstance(error, FileNotFoundError) and (folder := _cached(model, revision, files)) is not None:
             return folder
-        raise AbmllError("; ".join(reason(error, model, revision)), field="model") from error
+        kind = AbmllError if _is_wrong_name(error) else HubFailure
+        raise kind("; ".join(reason(error, model, revision)), field="model") from error
 
 
 def _cached(model: str, revision: str | None, files: Sequence[str]) -> Path | None:
@@ -180,6 +182,20 @@ def reason(error: Exception, model: str, revision: str | None) -> tuple[str, str
         return f"{model} cannot be written to the hub's cache ({brief(error)})", "free space, or set HF_HOME"
     what = brief(refused or error.__cause__ or error)
     return f"the hub at {constants.ENDPOINT} cannot be reached ({what})", f"get online and {once}"
+
+
+def _is_wrong_name(error: Exception) -> bool:
+    """Whether the model's or revision's name is at fault, and not the hub, the token or the disk."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    kinds = (RepositoryNotFoundError, RevisionNotFoundError)
+    unknown = any(_cause(error, kind) is not None for kind in kinds) and _cause(error, GatedRepoError) is None
+    return unknown or isinstance(error, HFValidationError)
 
 
 def _cause(error: BaseException | None, kind: type[E]) -> E | None:
