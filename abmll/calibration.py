@@ -196,11 +196,12 @@ class ShotCalibration(BaseModel, frozen=True):
         support: Held-out answers of its support set that a task's own temperature was fitted on; else 0.
         conformal: Coverage (as text, "0.9") to threshold on nonconformity after tempering.
         risk: Risk (as text, "0.10") to the confidence that answers must pass, see ``risk_thresholds``.
-        ece_before: Expected calibration error on the validation tasks before tempering.
-        ece_after: After it, on held-out folds of validation tasks.
-        questions: Validation answers that it was fitted on.
+        ece_before: Expected calibration error before tempering, on the answers that it was fitted on: those of the
+            validation tasks, or a version's own that were judged.
+        ece_after: After it, on held-out folds of them.
+        questions: Answers that it was fitted on.
         scatter: Of the answer's probability between draws; None where it is not known.
-        confidence: Mean confidence on the validation answers, after tempering; None where it is not known.
+        confidence: Mean confidence on them, after tempering; None where it is not known.
         epistemic: Mean epistemic uncertainty on them, in nats, after tempering; None where it is not known.
         curves: Of the answers that ``ece_after`` is of; None where they are not known.
     """

@@ -66,6 +66,8 @@ class Job(BaseModel, frozen=True):
 
 
 _COLUMNS = ", ".join(Job.model_fields)
+# What people taught is kept for as long as the job may need it.
+_ENDS = "status = '{}', finished = ?, examples = '[]'"
 
 
 class JobCancelled(Exception):
@@ -79,8 +81,8 @@ def _now() -> str:
 class JobRegistry:
     """Jobs in ``path``; every method is one transaction, callable from any thread and process.
 
-    A method that has returned has reached the disk (write-ahead log, synced at each commit). Every method
-    raises ``StoreFailure`` where the disk is full, read-only or failing.
+    A method that has returned has reached the disk (write-ahead log, synced at each commit). A job's labelled
+    examples are kept until it ends. Every method raises ``StoreFailure`` where the disk is full, read-only or failing.
 
     Raises:
         AbmllError: The file is damaged, or cannot be made.
@@ -162,9 +164,16 @@ class JobRegistry:
         return count, 86400 * (total or 0.0)
 
     def examples(self, job: str) -> Sequence[Example]:
-        """Returns a job's labelled examples."""
+        """Returns a running job's labelled examples.
+
+        Raises:
+            JobCancelled: It is not running any more, so they are not kept.
+        """
         with self._database.open() as db:
-            return _EXAMPLES.validate_json(db.execute("SELECT examples FROM jobs WHERE id = ?", (job,)).fetchone()[0])
+            row = db.execute("SELECT examples FROM jobs WHERE id = ? AND status = 'running'", (job,)).fetchone()
+        if row is None:
+            raise JobCancelled(job)
+        return _EXAMPLES.validate_json(row[0])
 
     def claim(self) -> Job | None:
         """Takes the oldest queued job up; None if there is none."""
@@ -202,16 +211,16 @@ class JobRegistry:
                 raise JobCancelled(job)
             digest, version = save()
             db.execute(
-                "UPDATE jobs SET status = 'done', progress = 1, digest = ?, version = ?, finished = ? WHERE id = ?",
-                (digest, version, _now(), job),
+                f"UPDATE jobs SET {_ENDS.format('done')}, progress = 1, digest = ?, version = ? WHERE id = ?",
+                (_now(), digest, version, job),
             )
 
     def fail(self, job: str, error: str) -> None:
         """Marks a running job as failed."""
         with self._database.open() as db:
             db.execute(
-                "UPDATE jobs SET status = 'failed', error = ?, finished = ? WHERE id = ? AND status = 'running'",
-                (error, _now(), job),
+                f"UPDATE jobs SET {_ENDS.format('failed')}, error = ? WHERE id = ? AND status = 'running'",
+                (_now(), error, job),
             )
 
     def cancel(self, job: str) -> Job:
@@ -222,17 +231,20 @@ class JobRegistry:
         """
         with self._database.open() as db:
             db.execute(
-                "UPDATE jobs SET status = 'cancelled', finished = ? WHERE id = ? AND status IN ('queued', 'running')",
+                f"UPDATE jobs SET {_ENDS.format('cancelled')} WHERE id = ? AND status IN ('queued', 'running')",
                 (_now(), job),
             )
         return self.get(job)
 
     def recover(self, job: str | None = None) -> None:
-        """Queues running jobs of a worker that died again, or one job; those that saw ``ATTEMPTS`` workers die fail."""
+        """Queues running jobs of a worker that died again, or one job; those that saw ``ATTEMPTS`` workers die fail.
+
+        Without ``job``, examples that an earlier version of abmll left with jobs that have ended are removed.
+        """
         which, value = ("", ()) if job is None else (" AND id = ?", (job,))
         with self._database.transaction() as db:
             db.execute(
-                "UPDATE jobs SET status = 'failed', finished = ?, error = ? "
+                f"UPDATE jobs SET {_ENDS.format('failed')}, error = ? "
                 f"WHERE status = 'running' AND attempts >= ?{which}",
                 (
                     _now(),
@@ -242,3 +254,5 @@ class JobRegistry:
                 ),
             )
             db.execute(f"UPDATE jobs SET status = 'queued', progress = 0 WHERE status = 'running'{which}", value)
+            if job is None:
+                db.execute("UPDATE jobs SET examples = '[]' WHERE finished IS NOT NULL AND examples != '[]'")

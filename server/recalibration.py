@@ -52,6 +52,12 @@ def _probabilities(labelled: Labelled, temperature: float) -> tuple[Tensor, Tens
     return _stacked(parts), torch.cat([answers for _, answers in groups])
 
 
+def _epistemic(labelled: Labelled, temperature: float) -> float:
+    """Mean epistemic uncertainty in nats."""
+    parts = [predictive(scores, temperature).epistemic for scores, _ in _groups(labelled)]
+    return torch.cat(parts).mean().item()
+
+
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
     """Probabilities, shape (n, options) each, as one tensor, padded with zeros."""
     width = max(part.shape[1] for part in parts)
@@ -126,6 +132,8 @@ def refit(
         ece_after=measured_after.ece,
         questions=len(labelled),
         scatter=None if entry is None else entry.scatter,
+        confidence=confidence.mean().item(),
+        epistemic=_epistemic(labelled, after),
     )
     draws = max(len(scores) for scores, _ in labelled)
     texts = [] if stored.calibration is None else stored.calibration.texts

@@ -222,13 +222,19 @@ class Service:
 
     async def _keep_engine(self, answerer: Answerer) -> None:
         """Starts the engine anew whenever it has died; questions are refused with 503 meanwhile."""
+        mending = False
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
             state = None if self.engine is None else self.engine.state()
             if state is not None and (state.healthy or state.mending):
+                if not state.healthy and not mending:
+                    logger.error("no replica answers; Ray starts them again")
+                    self.engine_restarts += 1
+                mending = not state.healthy
                 continue
             logger.error("the engine has died; it is started again")
-            self.engine_restarts += 1
+            self.engine_restarts += not mending
+            mending = False
             dead, self.engine = self.engine, None
             if dead is not None:
                 await self._bury(dead)

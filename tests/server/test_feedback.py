@@ -142,6 +142,14 @@ def test_feedback_is_measured_survives_kill_and_refits_the_temperature(
     assert after["posterior"]["id"] == replies[0]["posterior"]["id"]
     assert after["raw_confidence"] == pytest.approx(replies[0]["raw_confidence"], abs=1e-6)
     assert after["confidence"] != pytest.approx(replies[0]["confidence"], abs=1e-4)
+    # The new version is held to what its own judged answers promise.
+    kept = task["calibration"]["by_shots"][0]
+    found = measures(server, "judged", 2)
+    assert found["promised_ece"] == pytest.approx(shown["after"]["ece"])
+    assert found["confidence_drift"] == pytest.approx(after["confidence"] - kept["confidence"])
+    assert found["epistemic_drift_nats"] == pytest.approx(after["uncertainty"]["epistemic"] - kept["epistemic"])
+    again = [ask(server, "judged", number)["confidence"] for number in range(60)]
+    assert sum(again) / 60 == pytest.approx(kept["confidence"], abs=1e-6)
 
     rolled = server.http.put("/tasks/judged/serving", json={"versions": {"1": 1}})
     assert rolled.status_code == 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from abmll.errors import InvalidPosterior, InvalidRequest, TaskConflict, TaskNot
 from abmll.examples import Example
 from abmll.posterior import Posterior
 from abmll.store import Record, StoredPosterior
-from server.jobs import JobCancelled, JobRegistry
+from server.jobs import ATTEMPTS, JobCancelled, JobRegistry
 from server.names import check_name
 from server.store import TaskStore
 from tests.server.conftest import random_posterior
@@ -128,6 +129,42 @@ def test_a_cancelled_job_saves_nothing(registry: JobRegistry) -> None:
     assert not saved
     registry.fail(job.id, "late")
     assert registry.get(job.id).status == "cancelled"
+
+
+def test_what_was_taught_is_kept_no_longer_than_the_job(registry: JobRegistry) -> None:
+    secret = "what only we know"
+    examples = [Example(secret, ("a", "b"), 0)]
+
+    def kept() -> str:
+        with registry._database.open() as db:
+            return str([tuple(row) for row in db.execute("SELECT status, examples FROM jobs")])
+
+    endings: list[Callable[[str], object]] = [
+        lambda job: registry.complete(job, lambda: ("digest", 1)),
+        lambda job: registry.fail(job, "it would not learn"),
+        registry.cancel,
+    ]
+    for end in endings:
+        job = registry.submit("a", examples, None, 0)
+        assert registry.claim() is not None
+        assert secret in kept()
+        end(job.id)
+        assert secret not in kept()
+        with pytest.raises(JobCancelled):
+            registry.examples(job.id)
+    registry.submit("a", examples, None, 0)
+    for _ in range(ATTEMPTS):
+        assert registry.claim() is not None
+        registry.recover()
+    assert secret not in kept()
+
+    with registry._database.open() as db:  # as earlier versions left it
+        db.execute("UPDATE jobs SET examples = 'an old secret'")
+    waiting = registry.submit("b", examples, None, 0)
+    registry.recover()
+    assert "an old secret" not in kept()
+    assert registry.claim() is not None
+    assert registry.examples(waiting.id) == examples
 
 
 def test_a_save_that_fails_leaves_the_job_running(registry: JobRegistry) -> None:
