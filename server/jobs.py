@@ -18,6 +18,8 @@ from server.database import Database
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
 
 ATTEMPTS = 2
+# Progress of a job whose result is not being saved yet.
+_NEARLY = 0.999
 # Seconds after which to ask again where too many jobs wait: about as long as one takes.
 _RETRY_AFTER = 30
 _EXAMPLES = TypeAdapter(list[Example])
@@ -42,7 +44,7 @@ class Job(BaseModel, frozen=True):
         error: Why it failed.
         steps: Gradient steps asked for; None for those of meta-training.
         seed: Seed of the adaptation.
-        attempts: Times that a worker took it up.
+        attempts: Times that a worker began with it and did not give it back.
         digest: Id of the posterior that it made.
         version: Version of the task that it made.
         created: UTC time, ISO 8601.
@@ -176,28 +178,50 @@ class JobRegistry:
         return _EXAMPLES.validate_json(row[0])
 
     def claim(self) -> Job | None:
-        """Takes the oldest queued job up; None if there is none."""
+        """Takes the oldest queued job up; None if there is none. Whoever begins with it says so: ``begin``."""
         with self._database.transaction() as db:
             row = db.execute(
-                "UPDATE jobs SET status = 'running', progress = 0, attempts = attempts + 1, started = ? WHERE number = "
+                "UPDATE jobs SET status = 'running', progress = 0, started = ? WHERE number = "
                 f"(SELECT number FROM jobs WHERE status = 'queued' ORDER BY number LIMIT 1) RETURNING {_COLUMNS}",
                 (_now(),),
             ).fetchone()
         return None if row is None else Job.model_validate(dict(row))
 
+    def begin(self, job: Job) -> None:
+        """Counts an attempt at a job, as it was claimed; saying it again changes nothing.
+
+        Raises:
+            JobCancelled: It is not running any more.
+        """
+        with self._database.open() as db:
+            query = "UPDATE jobs SET attempts = ? WHERE id = ? AND status = 'running'"
+            if db.execute(query, (job.attempts + 1, job.id)).rowcount == 0:
+                raise JobCancelled(job.id)
+
+    def give_back(self, job: Job) -> None:
+        """Queues a job again, as it was claimed: the attempt does not count, for it was ended from outside."""
+        with self._database.open() as db:
+            db.execute(
+                "UPDATE jobs SET status = 'queued', progress = 0, attempts = ? "
+                "WHERE id = ? AND status = 'running' AND started = ?",
+                (job.attempts, job.id, job.started),
+            )
+
     def report(self, job: str, progress: float) -> None:
-        """Writes a running job's progress.
+        """Writes a running job's progress, 0 to 1.
 
         Raises:
             JobCancelled: It is not running any more.
         """
         with self._database.open() as db:
             query = "UPDATE jobs SET progress = ? WHERE id = ? AND status = 'running'"
-            if db.execute(query, (progress, job)).rowcount == 0:
+            if db.execute(query, (min(progress, _NEARLY), job)).rowcount == 0:
                 raise JobCancelled(job)
 
     def complete(self, job: str, save: Callable[[], tuple[str, int]]) -> None:
-        """Saves a job's result and marks it done, in one transaction: a cancelled job leaves no version.
+        """Saves a job's result and marks it done; while it saves, the job cannot be cancelled.
+
+        Saving may take as long as object storage does; the registry is not locked meanwhile.
 
         Args:
             job: The job.
@@ -206,10 +230,17 @@ class JobRegistry:
         Raises:
             JobCancelled: The job is not running any more; nothing was saved.
         """
-        with self._database.transaction() as db:
-            if db.execute("SELECT status FROM jobs WHERE id = ?", (job,)).fetchone()[0] != "running":
+        saving = "UPDATE jobs SET progress = ? WHERE id = ? AND status = 'running'"
+        with self._database.open() as db:
+            if db.execute(saving, (1.0, job)).rowcount == 0:
                 raise JobCancelled(job)
+        try:
             digest, version = save()
+        except BaseException:
+            with self._database.open() as db:
+                db.execute(saving, (_NEARLY, job))
+            raise
+        with self._database.open() as db:
             db.execute(
                 f"UPDATE jobs SET {_ENDS.format('done')}, progress = 1, digest = ?, version = ? WHERE id = ?",
                 (_now(), digest, version, job),
@@ -224,14 +255,15 @@ class JobRegistry:
             )
 
     def cancel(self, job: str) -> Job:
-        """Cancels a job that is queued or running; one that has ended stays as it is.
+        """Cancels a job that is queued or running; one that is being saved, or has ended, stays as it is.
 
         Raises:
             JobNotFound: There is none with that id.
         """
         with self._database.open() as db:
             db.execute(
-                f"UPDATE jobs SET {_ENDS.format('cancelled')} WHERE id = ? AND status IN ('queued', 'running')",
+                f"UPDATE jobs SET {_ENDS.format('cancelled')} "
+                "WHERE id = ? AND status IN ('queued', 'running') AND progress < 1",
                 (_now(), job),
             )
         return self.get(job)

@@ -9,17 +9,36 @@ import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from abmll.errors import InvalidPosterior, StoreFailure
 from abmll.store import load_posterior, replace_file, replaced
 from server.names import SERVING, is_name, version_name, version_number
-from server.objects import Objects, Pointer
+from server.objects import Listing, Objects, Pointer
 
 logger = logging.getLogger(__name__)
 
-# In a version's folder: its blob. A version without it has not been in object storage.
+# In a version's folder: its mark. A version without it has not been in object storage.
 _BLOB = "BLOB"
 _CONTENT = ("posterior.json", "posterior.safetensors", "calibration.json")
+
+
+class _Mark(NamedTuple):
+    """Where a version has been: its blob, and in which place; an earlier version of abmll did not write the place."""
+
+    blob: str
+    place: str | None
+
+    @classmethod
+    def read(cls, path: Path) -> _Mark | None:
+        """A version's; None where it has none."""
+        if not path.exists():
+            return None
+        blob, _, place = path.read_text().partition("\n")
+        return cls(blob, place or None)
+
+    def text(self) -> str:
+        return f"{self.blob}\n{self.place or ''}"
 
 
 class Mirror:
@@ -34,7 +53,7 @@ class Mirror:
         self.tasks, self.objects = tasks, objects
 
     @contextmanager
-    def publishing(self, name: str, number: int) -> Generator[Callable[[Path], None]]:
+    def publishing(self, name: str, number: int, place: str) -> Generator[Callable[[Path], None]]:
         """Gives what makes a new version visible there, from its files here; where the block fails, it is taken back.
 
         Raises:
@@ -44,7 +63,7 @@ class Mirror:
 
         def publish(partial: Path) -> None:
             made.append(self.objects.publish(name, number, partial, _content(partial)))
-            (partial / _BLOB).write_text(made[0].blob)
+            (partial / _BLOB).write_text(_Mark(made[0].blob, place).text())
 
         try:
             yield publish
@@ -54,8 +73,11 @@ class Mirror:
                     self.objects.remove(name, number, pointer)
             raise
 
-    def refresh(self) -> None:
-        """Uploads what has never been there, fetches what others have made, drops what they have deleted.
+    def refresh(self) -> Listing:
+        """Uploads what has never been in this place, fetches what others have made, drops what they have deleted.
+
+        Returns:
+            What is there.
 
         Raises:
             StoreFailure: The place, or this folder, cannot be read or written; or both have a task of the same name
@@ -64,33 +86,38 @@ class Mirror:
         there = self.objects.listing()
         try:
             for name in sorted({*there.versions, *filter(is_name, (entry.name for entry in self.tasks.iterdir()))}):
-                pointers, here = there.versions.get(name, {}), self._blobs(name)
+                pointers, here = there.versions[name], self._marks(name, there.place)
                 if here and not any(here.values()) and not pointers and (self.tasks / name / SERVING).exists():
                     there.serving[name] = (self.tasks / name / SERVING).read_bytes()
                     self.objects.serve(name, there.serving[name])
                 for number in sorted({*pointers, *here}):
-                    self._bring(name, number, here, pointers)
+                    self._bring(name, number, here, pointers, there.place)
                 if pointers:
                     self._bring_serving(name, there.serving.get(name))
         except OSError as error:
             raise StoreFailure(f"{self.tasks} cannot be brought up to date: {error}; mend its disk") from error
+        return there
 
-    def remove(self, name: str) -> None:
-        """Deletes a task there, its oldest version first.
+    def remove(self, name: str) -> bool:
+        """Deletes a task there, its oldest version first; says whether there was one.
 
         Raises:
             StoreFailure: It cannot be; the task is still there, perhaps without its oldest versions.
         """
-        there = self.objects.listing()
+        versions = self.objects.listing().versions[name]
         self.objects.serve(name, None)
-        for number, pointer in sorted(there.versions.get(name, {}).items()):
+        for number, pointer in sorted(versions.items()):
             self.objects.remove(name, number, pointer)
+        return bool(versions)
 
-    def _bring(self, name: str, number: int, here: dict[int, str | None], pointers: dict[int, Pointer]) -> None:
+    def _bring(
+        self, name: str, number: int, here: dict[int, _Mark | None], pointers: dict[int, Pointer], place: str
+    ) -> None:
         folder, pointer = self._folder(name, number), pointers.get(number)
+        mark = here.get(number)
         if number not in here:
-            self._fetch(name, number, pointers[number])
-        elif here[number] is None:
+            self._fetch(name, number, pointers[number], place)
+        elif mark is None:
             if pointer is None:
                 logger.info("version %d of task %s goes to %s", number, name, self.objects.url)
                 pointer = pointers[number] = self.objects.publish(name, number, folder, _content(folder))
@@ -98,33 +125,33 @@ class Mirror:
                 raise StoreFailure(
                     f"task {name!r} is in {self.tasks} and, another one, in {self.objects.url}; delete one of the two"
                 )
-            replace_file(folder / _BLOB, pointer.blob.encode())
+            replace_file(folder / _BLOB, _Mark(pointer.blob, place).text().encode())
         elif pointer is None:
             logger.info("version %d of task %s was deleted elsewhere", number, name)
             self._remove(name, number)
-        elif pointer.blob != here[number]:
-            self._fetch(name, number, pointer)
+        elif pointer.blob != mark.blob:
+            self._fetch(name, number, pointer, place)
 
-    def _blobs(self, name: str) -> dict[int, str | None]:
-        """Versions of a task that are here, each with its blob."""
-        found: dict[int, str | None] = {}
+    def _marks(self, name: str, place: str) -> dict[int, _Mark | None]:
+        """Versions of a task that are here, each with its mark; None for one that has not been in this place."""
+        found: dict[int, _Mark | None] = {}
         with suppress(FileNotFoundError):
             for folder in (self.tasks / name).iterdir():
                 number = version_number(folder.name)
                 if number is not None:
-                    mark = folder / _BLOB
-                    found[number] = mark.read_text() if mark.exists() else None
+                    mark = _Mark.read(folder / _BLOB)
+                    found[number] = None if mark is None or mark.place not in (None, place) else mark
         return found
 
     def _folder(self, name: str, number: int) -> Path:
         return self.tasks / name / version_name(number)
 
-    def _fetch(self, name: str, number: int, pointer: Pointer) -> None:
+    def _fetch(self, name: str, number: int, pointer: Pointer, place: str) -> None:
         try:
             with replaced(self._folder(name, number)) as partial:
                 self.objects.fetch(pointer, partial)
                 load_posterior(partial)  # cut short on the way, it would stay damaged here
-                (partial / _BLOB).write_text(pointer.blob)
+                (partial / _BLOB).write_text(_Mark(pointer.blob, place).text())
         except InvalidPosterior as error:  # deleted meanwhile, or damaged there
             logger.warning("version %d of task %s cannot be fetched: %s", number, name, error.message)
         else:
@@ -134,7 +161,7 @@ class Mirror:
         grave = Path(tempfile.mkdtemp(prefix=".deleted.", dir=self.tasks))
         self._folder(name, number).rename(grave / "was")
         shutil.rmtree(grave, ignore_errors=True)
-        if not self._blobs(name):
+        if not any(version_number(entry.name) is not None for entry in (self.tasks / name).iterdir()):
             shutil.rmtree(self.tasks / name, ignore_errors=True)
 
     def _bring_serving(self, name: str, data: bytes | None) -> None:

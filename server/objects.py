@@ -2,6 +2,7 @@
 
 Below the place's address::
 
+    PLACE                      which place it is: a random name, given once
     blobs/ID/FILE              a version's files; nobody looks there before a pointer says so
     tasks/NAME/v0001.json      that pointer, made in one piece, and only where there is none: the version is there
     tasks/NAME/serving.json    which versions answer, where somebody has said so
@@ -27,6 +28,7 @@ from server.names import SERVING, version_name
 
 logger = logging.getLogger(__name__)
 
+_PLACE = "PLACE"
 # Names as in names.py: what is there may have been put there by anybody.
 _POINTER = re.compile(r"/tasks/([a-z0-9][a-z0-9._-]{0,63})/v(\d{4,})\.json$")
 _SERVING = re.compile(r"/tasks/([a-z0-9][a-z0-9._-]{0,63})/serving\.json$")
@@ -50,10 +52,12 @@ class Listing:
     """What is there.
 
     Attributes:
+        place: Which place it is.
         versions: Of each task, by number.
         serving: Contents of ``serving.json`` by task.
     """
 
+    place: str
     versions: defaultdict[str, dict[int, Pointer]] = field(default_factory=lambda: defaultdict(dict))
     serving: dict[str, bytes] = field(default_factory=dict)
 
@@ -87,14 +91,14 @@ class Objects:
         self._root = root.rstrip("/")
         self._has_folders = isinstance(self._fs, LocalFileSystem)
         self._read: dict[str, tuple[Any, bytes]] = {}
+        self._place: str | None = None
 
     def listing(self) -> Listing:
         """Looks up what is there; reads only what has changed since the last look."""
-        found, read = Listing(), dict[str, tuple[Any, bytes]]()
+        read = dict[str, tuple[Any, bytes]]()
         with self._asking("read"):
             self._fs.invalidate_cache()
-            if self._has_folders and not self._fs.exists(self._root):
-                return found
+            found = Listing(self._which())
             files: dict[str, dict[str, Any]] = self._fs.find(f"{self._root}/tasks", detail=True)
             for path, about in files.items():
                 mark = about.get("ETag") or (about.get("mtime") or about.get("updated"), about.get("size"))
@@ -117,6 +121,23 @@ class Objects:
         self._read = read
         return found
 
+    def _which(self) -> str:
+        """Names the place, the first time for good: an empty one is not taken for one where all was deleted."""
+        with contextlib.suppress(FileNotFoundError):
+            found = self._fs.cat_file(f"{self._root}/{_PLACE}").decode()
+            if self._place is None or self._place == found:
+                self._place = found
+                return found
+        if self._place is not None:
+            raise StoreFailure(
+                f"{self.url} is not the place that it was a moment ago: its {_PLACE} is gone, or another; mount or "
+                "mend it, or start the server anew to upload every version"
+            )
+        with contextlib.suppress(FileExistsError):  # another server was faster
+            self._put(_PLACE, uuid.uuid4().hex.encode(), "create")
+        self._place = self._fs.cat_file(f"{self._root}/{_PLACE}").decode()
+        return self._place
+
     def publish(self, name: str, number: int, folder: Path, content: str) -> Pointer:
         """Uploads a version's files, then makes it visible; a crash leaves it whole or not there."""
         pointer = Pointer(blob=uuid.uuid4().hex, content=content)
@@ -124,20 +145,38 @@ class Objects:
             try:
                 for path in sorted(folder.iterdir()):
                     self._put(f"blobs/{pointer.blob}/{path.name}", path.read_bytes())
-                self._put(_path(name, number), pointer.model_dump_json().encode(), "create")
-            except FileExistsError as error:
+            except Exception:
                 self._forget(pointer)
-                raise StoreFailure(f"another server makes version {number} of task {name!r}; try again") from error
+                raise
+            try:
+                self._put(_path(name, number), pointer.model_dump_json().encode(), "create")
+            except Exception as error:
+                # A client that had no reply sends it again, and is then told that it is there already.
+                there = self._pointer(name, number)
+                if there != pointer:
+                    self._forget(pointer)
+                    if not isinstance(error, FileExistsError):
+                        raise
+                    told = f"another server makes version {number} of task {name!r}; try again"
+                    raise StoreFailure(told) from error
         return pointer
+
+    def _pointer(self, name: str, number: int) -> Pointer | None:
+        try:
+            return Pointer.model_validate_json(self._fs.cat_file(f"{self._root}/{_path(name, number)}"))
+        except (FileNotFoundError, ValidationError):
+            return None
 
     def fetch(self, pointer: Pointer, folder: Path) -> None:
         """Downloads a version's files into an empty folder."""
         with self._asking("read"):
             paths: list[str] = self._fs.find(f"{self._root}/blobs/{pointer.blob}")
-            for path in paths:
-                file = _FILE.search(path)
-                if file is not None:
-                    (folder / file[1]).write_bytes(self._fs.cat_file(path))
+        for path in paths:
+            file = _FILE.search(path)
+            if file is not None:
+                with self._asking("read"):
+                    data = self._fs.cat_file(path)
+                (folder / file[1]).write_bytes(data)
 
     def remove(self, name: str, number: int, pointer: Pointer) -> None:
         """Removes a version: out of sight first, then from the place."""

@@ -266,18 +266,19 @@ class TaskStore:
         """
         check_name(name)
         with self._changing():
-            if self._mirror is not None:
-                self._mirror.refresh()
+            there = None if self._mirror is None else self._mirror.refresh()
             numbers = self._numbers(name)
             if source is not None and not self._holds(name, numbers, source):
                 raise TaskNotFound(
                     f"version {source.record.version} of task {name!r} was deleted meanwhile", field="name"
                 )
-            number = max(numbers, default=0) + 1
+            # Also past those that are there, but could not be fetched.
+            taken = [] if there is None else there.versions[name]
+            number = max([*numbers, *taken], default=0) + 1
             folder, record = self._folder(name, number), make_record(number)
-            if self._mirror is None:
+            if self._mirror is None or there is None:
                 return save_posterior(folder, posterior, record, calibration)
-            with self._mirror.publishing(name, number) as publish:
+            with self._mirror.publishing(name, number, there.place) as publish:
                 return save_posterior(folder, posterior, record, calibration, publish)
 
     def _holds(self, name: str, numbers: Sequence[int], wanted: StoredPosterior) -> bool:
@@ -297,12 +298,14 @@ class TaskStore:
             StoreFailure: The disk is full or not writable; the task is still there.
         """
         check_name(name)
-        self._known(name)
+        if self._mirror is None:
+            self._known(name)
         folder = self.tasks / name
         with self._changing():
+            elsewhere = self._mirror is not None and self._mirror.remove(name)
+            if elsewhere and not self._numbers(name):
+                return []  # it could not be fetched
             self._known(name)  # another may have deleted it while this one waited
-            if self._mirror is not None:
-                self._mirror.remove(name)
             grave: Path | None = None
             try:
                 grave = Path(tempfile.mkdtemp(prefix=".deleted.", dir=self.tasks))

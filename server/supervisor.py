@@ -15,6 +15,9 @@ from server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+# That a worker has for giving its job back.
+_CLOSE_SECONDS = 5.0
+
 
 class Supervisor:
     """Starts ``server.worker``, and starts it again when it dies.
@@ -39,7 +42,13 @@ class Supervisor:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        if self.process is not None and self.process.returncode is None:
+        if self.process is None or self.process.returncode is not None:
+            return
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            await asyncio.wait_for(self.process.wait(), _CLOSE_SECONDS)
+        except TimeoutError:
             with contextlib.suppress(ProcessLookupError):
                 self.process.kill()
             await self.process.wait()

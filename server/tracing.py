@@ -182,7 +182,7 @@ class Tracing:
         """An adaptation job's span, a trace of its own; ``abmll.job`` is on the request's that asked for it too."""
         span = self._tracer.start_span("adaptation job")
         with _within(_Here(self._tracer, span, span)):
-            tell(job=job.id, task=job.task, attempt=job.attempts)
+            tell(job=job.id, task=job.task, attempt=job.attempts + 1)
             yield
 
     def close(self) -> None:

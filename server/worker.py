@@ -1,7 +1,7 @@
 """The adaptation process: takes queued jobs one after another, at low priority, beside the server.
 
 Run by the server as ``python -m server.worker``; its settings come as JSON in the first line of stdin. A
-further line means that a job may wait; the end of stdin means that the server is gone.
+further line means that a job may wait; the end of stdin means that the server ends, or is gone.
 """
 
 from __future__ import annotations
@@ -42,9 +42,16 @@ class Worker:
     def __init__(self, settings: Settings, prior: StoredPosterior, store: TaskStore, registry: JobRegistry) -> None:
         self.prior, self.store, self.registry = prior, store, registry
         self.adapting = Adapting(settings, prior)
+        self._job: Job | None = None
+
+    def give_back(self) -> None:
+        """Queues the job under way again, for the next server: it has done nothing wrong."""
+        if self._job is not None:
+            self.registry.give_back(self._job)
 
     def run(self, job: Job) -> None:
         """Runs a claimed job to its end, whatever that is."""
+        self._job = job
         logger.info("job %s for task %s begins", job.id, job.task)
         try:
             self._adapt(job)
@@ -72,7 +79,8 @@ class Worker:
             logger.warning("progress of job %s is not written: %s", job.id, error.message)
 
     def _adapt(self, job: Job) -> None:
-        examples = self.registry.examples(job.id)
+        persist(lambda: self.registry.begin(job))
+        examples = persist(lambda: self.registry.examples(job.id))
         made = self.adapting.run(job, examples, lambda progress: self._report(job, progress))
         persist(lambda: finish(job, made, len(examples), self.prior, self.store, self.registry))
 
@@ -87,10 +95,13 @@ def persist(write: Callable[[], _T]) -> _T:
             time.sleep(STORE_SECONDS)
 
 
-def _watch_server(wake: threading.Event) -> None:
+def _watch_server(wake: threading.Event, worker: Worker) -> None:
     for _ in sys.stdin:
         wake.set()
-    os._exit(0)  # the server is gone; what was under way is taken up again when it comes back
+    try:
+        worker.give_back()
+    finally:
+        os._exit(0)
 
 
 def main() -> None:
@@ -98,9 +109,6 @@ def main() -> None:
     settings = Settings.model_validate_json(sys.stdin.readline())
     configure(settings)
     tracing = Tracing.of(settings)
-    wake = threading.Event()
-    threading.Thread(target=_watch_server, args=(wake,), daemon=True).start()
-
     import torch
 
     import training.task_calibration  # noqa: F401 # pyright: ignore[reportUnusedImport] -- spends its seconds before a job comes
@@ -115,6 +123,8 @@ def main() -> None:
     registry = JobRegistry(settings.store / "jobs.sqlite3")
     objects = None if settings.objects is None else Objects(settings.objects)
     worker = Worker(settings, prior, TaskStore(settings.store, prior, objects=objects), registry)
+    wake = threading.Event()
+    threading.Thread(target=_watch_server, args=(wake, worker), daemon=True).start()
     while True:
         job = persist(registry.claim)
         if job is None:

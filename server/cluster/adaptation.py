@@ -56,6 +56,7 @@ class ClusterAdaptation:
         self.restarts = 0
         self._woken = asyncio.Event()
         self._running: set[asyncio.Task[None]] = set()
+        self._claimed: dict[str, Job] = {}
         self._taking: asyncio.Task[None] | None = None
         self._task: Any = None
 
@@ -73,6 +74,9 @@ class ClusterAdaptation:
             if task is not None:
                 task.cancel()
         await asyncio.gather(*filter(None, (self._taking, *self._running)), return_exceptions=True)
+        for job in self._claimed.values():
+            with contextlib.suppress(StoreFailure):
+                await asyncio.to_thread(self.registry.give_back, job)
 
     async def _take(self) -> None:
         import ray
@@ -97,8 +101,10 @@ class ClusterAdaptation:
             task.add_done_callback(lambda done: (self._running.discard(done), free.release()))
 
     async def _run(self, job: Job) -> None:
+        self._claimed[job.id] = job
         with of_job(self.tracing, job):
             await self._end(job)
+        del self._claimed[job.id]
 
     async def _end(self, job: Job) -> None:
         """Takes a job to its end, whatever that is."""
@@ -118,6 +124,8 @@ class ClusterAdaptation:
         except Exception as error:  # what Ray raises when the process, or its machine, is gone
             logger.error("the process of job %s died: %s", job.id, type(error).__name__)
             self.restarts += 1
+            with contextlib.suppress(JobCancelled):
+                await _persist(lambda: self.registry.begin(job))
             await _persist(lambda: self.registry.recover(job.id))
             self.wake()
         else:
@@ -135,7 +143,8 @@ class ClusterAdaptation:
         try:
             async for reference in results:
                 item: float | _Made = await reference
-                waiting.cancel()
+                if waiting.cancel():
+                    await _persist(lambda: self.registry.begin(job))
                 if isinstance(item, tuple):
                     made = item
                 else:

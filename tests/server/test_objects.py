@@ -122,6 +122,99 @@ def test_a_store_that_was_there_before_goes_to_object_storage_once(
     assert one.names() == ["global"], "a deleted task must not come back from a folder that still had it"
 
 
+def test_an_empty_place_is_filled_and_takes_nothing_from_the_disk(
+    open_store: Callable[..., TaskStore],
+    tiny_model_folder: Path,
+    global_posterior: tuple[Path, StoredPosterior],
+    tmp_path: Path,
+    place: str,
+) -> None:
+    one = open_store("one")
+    made = one.add("t", random_posterior(tiny_model_folder, 1), None, record("t"))
+    one.serve("t", {1: 1.0})
+    empty = TaskStore(tmp_path / "one", global_posterior[1], objects=Objects(f"{place}-of-another-name"))
+    empty.refresh()
+    fetched = TaskStore(tmp_path / "two", global_posterior[1], objects=Objects(f"{place}-of-another-name"))
+    fetched.refresh()
+    for store in (empty, fetched):
+        assert store.current("t").digest == made.digest
+        assert store.serving("t") == {1: 1.0}
+    back = open_store("one")
+    back.refresh()
+    assert back.current("t").digest == made.digest
+    open_store("other").delete("t")
+    back.refresh()
+    assert back.names() == ["global"]
+
+
+def test_a_place_that_is_gone_while_the_server_runs_takes_nothing_from_the_disk(
+    open_store: Callable[..., TaskStore], tiny_model_folder: Path, place: str
+) -> None:
+    store = open_store("one")
+    made = store.add("t", random_posterior(tiny_model_folder, 1), None, record("t"))
+    files, root = url_to_fs(place)
+    files.rm(root, recursive=True)  # as where a share is not mounted any more
+    with pytest.raises(StoreFailure, match="is not the place that it was"):
+        store.refresh()
+    assert store.current("t").digest == made.digest
+    anew = open_store("one")
+    anew.refresh()
+    assert Objects(place).listing().versions["t"].keys() == {1}
+
+
+def test_a_version_that_cannot_be_fetched_is_passed_over_and_can_be_deleted(
+    open_store: Callable[..., TaskStore], tiny_model_folder: Path, place: str
+) -> None:
+    open_store("one").add("t", random_posterior(tiny_model_folder, 1), None, record("t"))
+    files, root = url_to_fs(place)
+    files.rm(f"{root}/blobs", recursive=True)
+    other = open_store("other")
+    other.refresh()
+    assert other.add("t", random_posterior(tiny_model_folder, 2), None, record("t")).record.version == 2
+    third = open_store("third")
+    third.delete("t")
+    other.refresh()
+    assert other.names() == ["global"]
+
+
+def test_a_pointer_whose_reply_was_lost_is_ours(
+    open_store: Callable[..., TaskStore], tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store("one")
+    objects = store._mirror.objects
+    put = objects._put
+
+    def lose_the_reply(path: str, data: bytes, mode: str = "overwrite") -> None:
+        put(path, data, mode)
+        if path.startswith("tasks/"):
+            raise FileExistsError(path)
+
+    monkeypatch.setattr(objects, "_put", lose_the_reply)
+    made = store.add("t", random_posterior(tiny_model_folder, 1), None, record("t"))
+    other = open_store("other")
+    other.refresh()
+    assert other.current("t").digest == made.digest
+
+
+def test_an_upload_that_fails_leaves_nothing(
+    open_store: Callable[..., TaskStore], tiny_model_folder: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store("one")
+    objects = store._mirror.objects
+    put = objects._put
+
+    def fail_on_tensors(path: str, data: bytes, mode: str = "overwrite") -> None:
+        if path.endswith(".safetensors"):
+            raise OSError("quota exceeded")
+        put(path, data, mode)
+
+    monkeypatch.setattr(objects, "_put", fail_on_tensors)
+    with pytest.raises(StoreFailure, match="quota exceeded"):
+        store.add("t", random_posterior(tiny_model_folder, 1), None, record("t"))
+    files, root = url_to_fs(place)
+    assert [path.removeprefix(f"{root}/") for path in files.find(root)] == ["PLACE"]
+
+
 def test_two_tasks_of_one_name_are_told_and_neither_is_lost(
     open_store: Callable[..., TaskStore], tiny_model_folder: Path
 ) -> None:

@@ -154,7 +154,9 @@ def test_what_was_taught_is_kept_no_longer_than_the_job(registry: JobRegistry) -
             registry.examples(job.id)
     registry.submit("a", examples, None, 0)
     for _ in range(ATTEMPTS):
-        assert registry.claim() is not None
+        claimed = registry.claim()
+        assert claimed is not None
+        registry.begin(claimed)
         registry.recover()
     assert secret not in kept()
 
@@ -177,12 +179,44 @@ def test_a_save_that_fails_leaves_the_job_running(registry: JobRegistry) -> None
     with pytest.raises(OSError, match="no space"):
         registry.complete(job.id, full_disk)
     assert registry.get(job.id).status == "running"
+    assert registry.cancel(job.id).status == "cancelled"
 
 
 def test_a_job_is_taken_up_again_once(registry: JobRegistry) -> None:
     job = registry.submit("a", EXAMPLES, None, 0)
     for status in ("queued", "failed"):
-        assert registry.claim() is not None
+        claimed = registry.claim()
+        assert claimed is not None
+        registry.begin(claimed)
+        registry.begin(claimed)
         registry.recover()
         assert registry.get(job.id).status == status
     assert registry.claim() is None
+
+
+def test_a_job_that_was_given_back_or_only_waited_has_not_been_tried(registry: JobRegistry) -> None:
+    job = registry.submit("a", EXAMPLES, None, 0)
+    for _ in range(3):
+        claimed = registry.claim()
+        assert claimed is not None
+        registry.begin(claimed)
+        registry.give_back(claimed)
+        assert registry.claim() is not None
+        registry.recover()
+    last = registry.claim()
+    assert last is not None
+    registry.give_back(claimed)  # by a worker that was slow to end: another has the job by now
+    assert (registry.get(job.id).status, registry.get(job.id).attempts) == ("running", 0)
+
+
+def test_a_job_that_is_being_saved_locks_nothing_and_cannot_be_cancelled(registry: JobRegistry) -> None:
+    job = registry.submit("a", EXAMPLES, None, 0)
+    registry.claim()
+
+    def save() -> tuple[str, int]:
+        registry.submit("b", EXAMPLES, None, 0)
+        assert registry.cancel(job.id).status == "running"
+        return "digest", 1
+
+    registry.complete(job.id, save)
+    assert registry.get(job.id).status == "done"
