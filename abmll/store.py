@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,14 @@ class StoredPosterior:
     record: Record
     calibration: Calibration | None
     digest: str
+
+    @cached_property
+    def answering(self) -> str:
+        """Hash of all that makes its answers: posterior and calibration. A version's number says less: a task that
+        was deleted and taught again begins with 1 once more.
+        """
+        calibration = "" if self.calibration is None else self.calibration.model_dump_json()
+        return hashlib.sha256(f"{self.digest}{calibration}".encode()).hexdigest()[:32]
 
 
 class _File(BaseModel):

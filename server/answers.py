@@ -159,6 +159,7 @@ class Answerer:
                 request_id=request_id,
                 task=request.task,
                 version=stored.record.version,
+                posterior=stored.answering,
                 options=options,
                 scores=scores,
                 standard=standard,

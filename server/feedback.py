@@ -36,14 +36,16 @@ CREATE TABLE IF NOT EXISTS answers (
   number INTEGER PRIMARY KEY AUTOINCREMENT, request_id TEXT UNIQUE NOT NULL, task TEXT NOT NULL,
   version INTEGER NOT NULL, options TEXT, draws INTEGER NOT NULL, scores BLOB, standard INTEGER NOT NULL,
   answer INTEGER, probabilities TEXT, confidence REAL NOT NULL, epistemic REAL NOT NULL, created TEXT NOT NULL,
-  correct INTEGER, label INTEGER, judged TEXT
+  correct INTEGER, label INTEGER, judged TEXT, posterior TEXT
 );
 CREATE INDEX IF NOT EXISTS by_version ON answers(task, version, number);
 """
 _INSERT = """
 INSERT OR IGNORE INTO answers (request_id, task, version, options, draws, scores, standard, answer, probabilities,
-confidence, epistemic, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+confidence, epistemic, created, posterior) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
+# Earlier versions of abmll did not write which posterior answered: that is taken for the present one.
+_BY = "(posterior IS NULL OR posterior IS ?)"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Answered:
         request_id: The request's id.
         task: The task that was asked.
         version: Its version that answered.
+        posterior: ``StoredPosterior.answering`` of it.
         options: The options; None for free text.
         scores: Log-probabilities of the options in nats, shape (draws, options); None for free text.
         standard: Whether options were scored as the posterior was trained; of free text, whether it was calibrated.
@@ -68,6 +71,7 @@ class Answered:
     request_id: str
     task: str
     version: int
+    posterior: str
     options: Sequence[str] | None
     scores: Tensor | None
     standard: bool
@@ -85,7 +89,7 @@ class Answered:
         probabilities = None if self.probabilities is None else json.dumps(self.probabilities)
         created = datetime.now(UTC).isoformat(timespec="milliseconds")
         return (self.request_id, self.task, self.version, options, self.draws, scores, self.standard, self.answer,
-                probabilities, self.confidence, self.epistemic, created)  # fmt: skip
+                probabilities, self.confidence, self.epistemic, created, self.posterior)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ class Judged:
     Attributes:
         task: The task that was asked.
         version: Its version that answered.
+        posterior: ``StoredPosterior.answering`` of it; None where it is not known.
         confidence: As it was told.
         correct: Whether the answer was right.
         label: The right option, where it is known.
@@ -104,6 +109,7 @@ class Judged:
 
     task: str
     version: int
+    posterior: str | None
     confidence: float
     correct: bool
     label: int | None
@@ -113,11 +119,19 @@ class Judged:
 
 @dataclass
 class Window:
-    """The newest answers with options of one version of a task; and judgements, of calibrated free texts too."""
+    """The newest answers with options of one version of a task; and judgements, of calibrated free texts too.
 
+    ``posterior`` is what answered; None where it is not known.
+    """
+
+    posterior: str | None = None
     confidence: deque[float] = field(default_factory=lambda: deque[float](maxlen=WINDOW))
     epistemic: deque[float] = field(default_factory=lambda: deque[float](maxlen=WINDOW))
     judged: OrderedDict[str, Judged] = field(default_factory=OrderedDict[str, Judged])
+
+    def is_of(self, posterior: str | None) -> bool:
+        """Whether that posterior may have given these answers."""
+        return None in (self.posterior, posterior) or self.posterior == posterior
 
     def judge(self, request_id: str, judged: Judged) -> None:
         """Adds a judgement, or replaces it."""
@@ -168,6 +182,7 @@ class Feedback:
     def __init__(self, path: Path, kept: int) -> None:
         self.kept = kept
         self._database = Database(path, _SCHEMA, "answers and feedback")
+        self._add_posterior()
         self._lock = threading.Lock()
         # Held while the file is written: what is forgotten must not be written by a thread that began before.
         self._writing = threading.Lock()
@@ -175,6 +190,15 @@ class Feedback:
         self._windows: dict[tuple[str, int], Window] = {}
         self._forgotten: dict[str, float] = {}
         self._to_delete: set[str] = set()
+
+    def _add_posterior(self) -> None:
+        """Adds the column to a file of an earlier version."""
+        try:
+            with self._database.transaction() as db:
+                if "posterior" not in {column["name"] for column in db.execute("PRAGMA table_info(answers)")}:
+                    db.execute("ALTER TABLE answers ADD COLUMN posterior TEXT")
+        except StoreFailure as error:
+            logger.warning("answers cannot be written until this is mended: %s", error.message)
 
     def load(self, tasks: Collection[str]) -> None:
         """Reads the rolling measures' windows, as they were when the server stopped.
@@ -192,18 +216,24 @@ class Feedback:
                 if task not in tasks:
                     db.execute("DELETE FROM answers WHERE task = ?", (task,))
                     continue
-                window = windows[task, version] = Window()
-                newest = "SELECT * FROM answers WHERE task = ? AND version = ? AND {} ORDER BY number DESC"
-                newest += f" LIMIT {WINDOW}"
-                for row in reversed(db.execute(newest.format("options IS NOT NULL"), (task, version)).fetchall()):
+                newest = "SELECT * FROM answers WHERE task = ? AND version = ? AND {} ORDER BY number DESC LIMIT {}"
+                last = db.execute(newest.format("1", 1), (task, version)).fetchone()["posterior"]
+                window = windows[task, version] = Window(last)
+                of_it = task, version, last
+                answered = f"{_BY} AND options IS NOT NULL"
+                for row in reversed(db.execute(newest.format(answered, WINDOW), of_it).fetchall()):
                     window.confidence.append(row["confidence"])
                     window.epistemic.append(row["epistemic"])
-                counted = "judged IS NOT NULL AND (options IS NOT NULL OR standard)"
-                for row in reversed(db.execute(newest.format(counted), (task, version)).fetchall()):
+                counted = f"{_BY} AND judged IS NOT NULL AND (options IS NOT NULL OR standard)"
+                for row in reversed(db.execute(newest.format(counted, WINDOW), of_it).fetchall()):
                     window.judge(row["request_id"], _judged(row, bool(row["correct"]), row["label"]))
         with self._lock:
             for key, newer in self._windows.items():  # answers that came meanwhile
-                window = windows.setdefault(key, Window())
+                window = windows.get(key)
+                if window is None or not window.is_of(newer.posterior):
+                    windows[key] = newer
+                    continue
+                window.posterior = newer.posterior
                 window.confidence.extend(newer.confidence)
                 window.epistemic.extend(newer.epistemic)
                 for request_id, judged in newer.judged.items():
@@ -218,6 +248,9 @@ class Feedback:
             self._waiting.append(answered)
             if answered.options is not None:
                 window = self._window(answered.task, answered.version)
+                if not window.is_of(answered.posterior):  # another task had the name, or another global posterior
+                    window = self._windows[answered.task, answered.version] = Window()
+                window.posterior = answered.posterior
                 window.confidence.append(answered.confidence)
                 window.epistemic.append(answered.epistemic)
 
@@ -276,22 +309,24 @@ class Feedback:
         # A text's confidence is a probability where it is calibrated alone.
         if row["options"] is not None or row["standard"]:
             with self._lock:
-                if begun >= self._forgotten.get(judged.task, -math.inf):
-                    self._window(judged.task, judged.version).judge(request_id, judged)
+                window = self._window(judged.task, judged.version)
+                if begun >= self._forgotten.get(judged.task, -math.inf) and window.is_of(judged.posterior):
+                    window.judge(request_id, judged)
         return judged
 
-    def labelled(self, task: str, version: int) -> list[tuple[Tensor, int]]:
+    def labelled(self, task: str, version: int, posterior: str) -> list[tuple[Tensor, int]]:
         """Scores, shape (draws, options), and the right option of a version's newest judged answers.
 
+        ``posterior`` is ``StoredPosterior.answering`` of the version.
         Only of those whose options were scored as the posterior was trained.
         """
         self.flush()
         query = (
-            "SELECT draws, scores, label FROM answers WHERE task = ? AND version = ? AND label IS NOT NULL "
+            f"SELECT draws, scores, label FROM answers WHERE task = ? AND version = ? AND {_BY} AND label IS NOT NULL "
             f"AND standard AND scores IS NOT NULL ORDER BY number DESC LIMIT {2 * WINDOW}"
         )
         with self._database.open() as db:
-            rows = db.execute(query, (task, version)).fetchall()
+            rows = db.execute(query, (task, version, posterior)).fetchall()
         return [
             (torch.from_numpy(np.frombuffer(scores, dtype=np.float32).copy().reshape(draws, -1)), label)
             for draws, scores, label in rows
@@ -322,16 +357,24 @@ class Feedback:
         """Task, version and rolling measures of each version that has answered."""
         with self._lock:  # copied, so that no answer waits for the sums
             windows = {
-                key: Window(window.confidence.copy(), window.epistemic.copy(), window.judged.copy())
+                key: Window(window.posterior, window.confidence.copy(), window.epistemic.copy(), window.judged.copy())
                 for key, window in self._windows.items()
             }
         return [(task, version, window.told()) for (task, version), window in windows.items()]
 
-    def curves(self, task: str, version: int) -> Curves | None:
-        """Reliability and risk-coverage of a version's newest judged answers; None where none was judged."""
+    def answering(self) -> dict[tuple[str, int], str | None]:
+        """``StoredPosterior.answering`` of each version that has answered, as far as it is known."""
+        with self._lock:
+            return {key: window.posterior for key, window in self._windows.items()}
+
+    def curves(self, task: str, version: int, posterior: str) -> Curves | None:
+        """Reliability and risk-coverage of a version's newest judged answers; None where none was judged.
+
+        ``posterior`` is ``StoredPosterior.answering`` of the version.
+        """
         with self._lock:
             window = self._windows.get((task, version))
-            found = [] if window is None else list(window.judged.values())
+            found = [] if window is None or not window.is_of(posterior) else list(window.judged.values())
         if not found:
             return None
         return curves(torch.tensor([item.confidence for item in found]), torch.tensor([item.correct for item in found]))
@@ -374,4 +417,4 @@ def _judged(row: Row, correct: bool, label: int | None) -> Judged:
     if label is not None and row["probabilities"] is not None:
         told, right = torch.tensor([json.loads(row["probabilities"])], dtype=torch.float64), torch.tensor([label])
         squared, nll = brier(told, right), negative_log_likelihood(told, right)
-    return Judged(row["task"], row["version"], row["confidence"], correct, label, squared, nll)
+    return Judged(row["task"], row["version"], row["posterior"], row["confidence"], correct, label, squared, nll)

@@ -135,8 +135,8 @@ class Objects:
             )
         with contextlib.suppress(FileExistsError):  # another server was faster
             self._put(_PLACE, uuid.uuid4().hex.encode(), "create")
-        self._place = self._fs.cat_file(f"{self._root}/{_PLACE}").decode()
-        return self._place
+        found = self._place = self._fs.cat_file(f"{self._root}/{_PLACE}").decode()
+        return found
 
     def publish(self, name: str, number: int, folder: Path, content: str) -> Pointer:
         """Uploads a version's files, then makes it visible; a crash leaves it whole or not there."""

@@ -11,9 +11,8 @@ from server.task_schemas import ReliabilityReply
 def reliability(stored: StoredPosterior, feedback: Feedback) -> ReliabilityReply:
     """Tells the curves of a version."""
     task, version = stored.record.task, stored.record.version
-    return ReliabilityReply(
-        task=task, version=version, validation=_validation(stored), feedback=feedback.curves(task, version)
-    )
+    judged = feedback.curves(task, version, stored.answering)
+    return ReliabilityReply(task=task, version=version, validation=_validation(stored), feedback=judged)
 
 
 def _validation(stored: StoredPosterior) -> Curves | None:

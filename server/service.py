@@ -8,7 +8,7 @@ import fcntl
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -117,7 +117,7 @@ class Service:
         self._writing: asyncio.Task[None] | None = None
         self._refreshing: asyncio.Task[None] | None = None
         self._recalibrating = threading.Lock()
-        self._reference: dict[tuple[str, int], tuple[float, float, float] | None] = {}
+        self._reference: dict[tuple[str, int, str | None], tuple[float, float, float] | None] = {}
 
     @property
     def answerer(self) -> Answerer:
@@ -277,23 +277,30 @@ class Service:
             seconds=seconds,
             questions_again=0 if self._answerer is None else self._answerer.scored.hits,
             windows=windows,
-            references=self._references([(task, version) for task, version, _ in windows]),
+            references=self._references(self.feedback.answering()),
             engine_restarts=self.engine_restarts,
             worker_restarts=0 if self.supervisor is None else self.supervisor.restarts,
         )
 
-    def _references(self, versions: Sequence[tuple[str, int]]) -> dict[tuple[str, int], tuple[float, float, float]]:
-        """Mean confidence, epistemic uncertainty and ECE on the validation set, of each version that has answered."""
-        for task, version in versions:
-            if (task, version) not in self._reference:
+    def _references(
+        self, answering: dict[tuple[str, int], str | None]
+    ) -> dict[tuple[str, int], tuple[float, float, float]]:
+        """Mean confidence, epistemic uncertainty and ECE that calibration promised each version that has answered."""
+        for (task, version), posterior in answering.items():
+            key = task, version, posterior
+            if key not in self._reference:
                 with contextlib.suppress(AbmllError, OSError):
                     stored = self.store.choose(task, version, 0.0)
-                    self._reference[task, version] = None
+                    self._reference[key] = None
+                    if posterior not in (None, stored.answering):
+                        continue  # another task had the name
                     entry = None if stored.calibration is None else stored.calibration.nearest(stored.record.shots)
                     if entry is not None and entry.confidence is not None and entry.epistemic is not None:
-                        self._reference[task, version] = entry.confidence, entry.epistemic, entry.ece_after
+                        self._reference[key] = entry.confidence, entry.epistemic, entry.ece_after
         # Copied: another scrape, or a task's end, may change it meanwhile.
-        return {key: value for key, value in self._reference.copy().items() if value is not None}
+        known = self._reference.copy()
+        found = {(task, version): known.get((task, version, by)) for (task, version), by in answering.items()}
+        return {key: value for key, value in found.items() if value is not None}
 
     def recalibrate(self, task: str, version: int | None, apply: bool) -> RecalibrationReply:
         """Fits the temperature of a task's version to its feedback; with ``apply``, makes a new version with it.
@@ -329,7 +336,7 @@ class Service:
 
     def _recalibrate(self, task: str, version: int | None, apply: bool) -> RecalibrationReply:
         stored = self._version(task, version)
-        labelled = self.feedback.labelled(task, stored.record.version)
+        labelled = self.feedback.labelled(task, stored.record.version, stored.answering)
         calibration, reply = refit(stored, labelled, self.prior.calibration)
         if not apply:
             return reply

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -203,12 +204,14 @@ def test_judging_again_replaces_and_old_answers_go(tmp_path: Path) -> None:
         "recent_confidence": pytest.approx(0.7),
         "recent_epistemic_nats": pytest.approx(0.01),
     }
-    ((scores, label),) = feedback.labelled("t", 1)
+    ((scores, label),) = feedback.labelled("t", 1, "p")
     assert (scores.tolist(), label) == ([[0.0, -1.0], [0.0, -2.0]], 0)
 
 
-def answered(request_id: str, scores: torch.Tensor, begun: float = math.inf) -> Answered:
-    return Answered(request_id, "t", 1, ["a", "b"], scores, True, len(scores), 0, [0.7, 0.3], 0.7, 0.01, begun)
+def answered(request_id: str, scores: torch.Tensor, begun: float = math.inf, posterior: str = "p") -> Answered:
+    return Answered(
+        request_id, "t", 1, posterior, ["a", "b"], scores, True, len(scores), 0, [0.7, 0.3], 0.7, 0.01, begun
+    )
 
 
 def dict_of(feedback: Feedback) -> dict[str, float]:
@@ -240,6 +243,45 @@ def test_answers_in_flight_while_their_task_is_deleted_are_not_its_successors(tm
     assert after_a_crash.windows() == []
     with pytest.raises(AnswerNotFound):
         after_a_crash.judge("new", 0, None)
+
+
+def test_another_posterior_of_the_same_name_and_number_has_its_own_answers(tmp_path: Path) -> None:
+    """Of a task that another server deleted and taught anew, or of a global posterior that was trained again."""
+    path = tmp_path / "f.sqlite3"
+    feedback, scores = Feedback(path, kept=9), torch.zeros(1, 2)
+    feedback.note(answered("old", scores))
+    feedback.judge("old", 1, None)
+    feedback.note(answered("later", scores))
+    assert dict_of(feedback)["feedback_accuracy"] == 0
+    feedback.note(answered("new", scores, posterior="q"))
+    feedback.judge("later", 1, None)  # late, and of the old one
+    again = Feedback(path, kept=9)
+    again.load(["t"])
+    for each in (feedback, again):
+        assert each.answering() == {("t", 1): "q"}
+        assert dict_of(each)["recent_count"] == 1
+        assert dict_of(each)["feedback_count"] == 0
+        assert each.curves("t", 1, "q") is None
+        assert (each.labelled("t", 1, "q"), len(each.labelled("t", 1, "p"))) == ([], 2)
+    feedback.judge("new", 0, None)
+    assert dict_of(feedback)["feedback_accuracy"] == 1
+    assert feedback.curves("t", 1, "p") is None
+    assert len(feedback.labelled("t", 1, "q")) == 1
+
+
+def test_a_file_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "f.sqlite3"
+    feedback = Feedback(path, kept=9)
+    feedback.note(answered("old", torch.zeros(1, 2)))
+    feedback.judge("old", 1, None)
+    with sqlite3.connect(path) as db:
+        db.execute("ALTER TABLE answers DROP COLUMN posterior")
+    again = Feedback(path, kept=9)
+    again.load(["t"])
+    again.note(answered("new", torch.zeros(1, 2)))
+    again.judge("new", 0, None)
+    assert dict_of(again)["feedback_accuracy"] == 0.5
+    assert len(again.labelled("t", 1, "p")) == 2
 
 
 def test_a_damaged_file_is_told_and_what_waits_is_written_once_it_is_restored(tmp_path: Path) -> None:
@@ -279,9 +321,9 @@ def test_a_yes_of_three_options_is_no_label(tmp_path: Path) -> None:
     feedback = Feedback(tmp_path / "f.sqlite3", kept=9)
     wide = torch.tensor([[0.0, -1.0, -2.0]])
     for name in ("yes", "no"):
-        feedback.note(Answered(name, "t", 1, ["a", "b", "c"], wide, True, 1, 0, [0.7, 0.2, 0.1], 0.7, 0.01, 0.0))
+        feedback.note(Answered(name, "t", 1, "p", ["a", "b", "c"], wide, True, 1, 0, [0.7, 0.2, 0.1], 0.7, 0.01, 0.0))
         feedback.judge(name, None, name == "yes")
-    assert feedback.labelled("t", 1) == []
+    assert feedback.labelled("t", 1, "p") == []
     assert dict_of(feedback)["feedback_accuracy"] == 0.5
     assert "feedback_nll" not in dict_of(feedback)
 
@@ -289,13 +331,13 @@ def test_a_yes_of_three_options_is_no_label(tmp_path: Path) -> None:
 def test_judged_texts_count_where_their_confidence_is_a_probability(tmp_path: Path) -> None:
     feedback = Feedback(tmp_path / "f.sqlite3", kept=9)
     for name, calibrated in (("sure", True), ("other", False)):
-        feedback.note(Answered(name, "t", 1, None, None, calibrated, 1, None, None, 0.7, 0.01, 0.0))
+        feedback.note(Answered(name, "t", 1, "p", None, None, calibrated, 1, None, None, 0.7, 0.01, 0.0))
         feedback.judge(name, None, True)
     again = Feedback(tmp_path / "f.sqlite3", kept=9)
     again.load(["t"])
     for judged in (feedback, again):
         assert dict_of(judged)["feedback_count"] == 1
-        found = judged.curves("t", 1)
+        found = judged.curves("t", 1, "p")
         assert found is not None
         assert [part.confidence for part in found.bins] == [pytest.approx(0.7)]
 
