@@ -33,6 +33,12 @@ _SPREAD = 1.0
 Labelled = Sequence[tuple[Tensor, int]]
 
 
+def _questions(labelled: Labelled) -> list[int]:
+    """Numbers the questions, from 0 on: the same draws give the same question the same scores."""
+    numbers: dict[bytes, int] = {}
+    return [numbers.setdefault(scores.numpy().tobytes(), len(numbers)) for scores, _ in labelled]
+
+
 def _groups(labelled: Labelled) -> list[HeldOut]:
     """Answers with as many draws together, options padded: shapes (draws, n, options) and (n,)."""
     groups: list[HeldOut] = []
@@ -95,12 +101,14 @@ def refit(
         prior: The global posterior's calibration: how tasks' temperatures differ.
 
     Raises:
-        InvalidRequest: Too few answers.
+        InvalidRequest: Too few answers to different questions.
     """
-    if len(labelled) < FEWEST:
+    labelled = sorted(labelled, key=lambda item: len(item[0]))  # in the order of the groups
+    questions = _questions(labelled)
+    if len(set(questions)) < FEWEST:
         raise InvalidRequest(
-            f"{len(labelled)} answers of version {stored.record.version} have been judged with the right option known; "
-            f"at least {FEWEST} are needed, to questions with options: POST /feedback",
+            f"answers of version {stored.record.version} to {len(set(questions))} different questions have been judged "
+            f"with the right option known; at least {FEWEST} are needed, to questions with options: POST /feedback",
             field="version",
         )
     shots = stored.record.shots
@@ -109,13 +117,14 @@ def refit(
     usual = None if prior is None else prior.nearest(shots)
     spread = 0.0 if usual is None else usual.spread
     beliefs = TemperaturePrior(median=before, spread=spread or _SPREAD)
-    labelled = sorted(labelled, key=lambda item: len(item[0]))  # in the order of the groups
     evidence = torch.cat([temperature_evidence(group) for group in _groups(labelled)], dim=1)
     after = own_temperature(beliefs, evidence)
     held_out: list[tuple[Tensor, Tensor]] = []
     for fold in range(_FOLDS):
-        rest = [number for number in range(len(labelled)) if number % _FOLDS != fold]
-        held_out.append(_probabilities(labelled[fold::_FOLDS], own_temperature(beliefs, evidence[:, rest])))
+        own = [question % _FOLDS == fold for question in questions]
+        rest = [number for number, held in enumerate(own) if not held]
+        held = [item for item, of_it in zip(labelled, own, strict=True) if of_it]
+        held_out.append(_probabilities(held, own_temperature(beliefs, evidence[:, rest])))
     measured_before = _measured(*_probabilities(labelled, before))
     measured_after = _measured(_stacked([p for p, _ in held_out]), torch.cat([a for _, a in held_out]))
     probabilities, answers = _probabilities(labelled, after)

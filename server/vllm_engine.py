@@ -6,12 +6,8 @@ import asyncio
 import itertools
 import logging
 import multiprocessing
-import os
-import shutil
-import tempfile
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +18,7 @@ from abmll.posterior import LayerPosterior, Normalize, Posterior, PosteriorConfi
 from abmll.sampling import Sampling
 from abmll.scoring import Question
 from abmll.sequences import TokenScores, no_tokens
+from server.adapter_folder import AdapterFolder
 from server.adapters import Adapter, AdapterCache
 from server.clock import current_clock
 from server.engine import EngineState, Served, Tell
@@ -79,9 +76,7 @@ class VllmEngine:
         self.layers = layers
         self.targets, self.rank, self.slots = tuple(targets), adapter_rank(max_rank), slots
         self.dtype, self.options = dtype, options or {}
-        memory = Path("/dev/shm")
-        place = memory if os.access(memory, os.W_OK) else None
-        self._folder = Path(tempfile.mkdtemp(prefix="abmll-adapters-", dir=place))
+        self._folder = AdapterFolder()
         self._cache_bytes = cache_bytes
         self._llm: Any = None
         self._cache: AdapterCache | None = None
@@ -105,7 +100,7 @@ class VllmEngine:
         config = self._llm.model_config
         self.context = int(config.max_model_len)
         dtype = torch.float32 if self._on_cpu else torch.bfloat16
-        self._cache = AdapterCache(self._folder, self.rank, dtype, self._cache_bytes)
+        self._cache = AdapterCache(self._folder.path, self.rank, dtype, self._cache_bytes)
         if self._on_cpu:
             self.slow_lora = (await self._llm.collective_rpc("use_segmented_lora"))[0]
             if self.slow_lora is not None:
@@ -173,7 +168,7 @@ class VllmEngine:
             await asyncio.to_thread(llm.shutdown)
             # Its __del__ would do it again, perhaps when the interpreter has already taken its module apart.
             llm.shutdown = lambda: None
-        await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
+        await asyncio.to_thread(self._folder.remove)
 
     async def _end_building(self) -> None:
         """Cuts a start short that is under way: vLLM gives up once its processes are gone."""

@@ -275,8 +275,14 @@ class _Clock:
 
 
 def _truncate_log(path: Path, step: int) -> None:
-    """Drops lines after ``step``, which a killed run wrote past its last checkpoint."""
+    """Drops lines after ``step``, which a killed run wrote past its last checkpoint, and one that was cut short."""
     if not path.is_file():
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    kept: list[str] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            continue
+    replace_file(path, "".join(line + "\n" for line in kept).encode())

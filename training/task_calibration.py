@@ -10,7 +10,7 @@ import torch
 from abmll.calibration import Calibration, HeldOut
 from abmll.draw_scores import score_draws
 from abmll.errors import InvalidExamples
-from abmll.examples import Example
+from abmll.examples import Example, check_one_kind
 from abmll.layers import Attached
 from abmll.objective import Labelled
 from abmll.posterior import Posterior
@@ -26,6 +26,14 @@ def folds_of(support: int) -> int:
     return 0 if support < 2 else min(FOLDS, support)
 
 
+def _groups(support: Sequence[Labelled]) -> list[list[int]]:
+    """Places of the examples that ask the same: where one is held out, its twins must not be learnt from."""
+    found: dict[object, list[int]] = {}
+    for place, item in enumerate(support):
+        found.setdefault((item.question.prompt, frozenset(item.question.options)), []).append(place)
+    return list(found.values())
+
+
 def held_out_scores(
     attached: Attached,
     theta: Posterior,
@@ -38,6 +46,8 @@ def held_out_scores(
 ) -> HeldOut | None:
     """Scores each support example under a posterior adapted to the other folds (cross-validation).
 
+    Examples that ask the same are in the same fold.
+
     Args:
         attached: The model.
         theta: The global posterior.
@@ -48,21 +58,21 @@ def held_out_scores(
         on_step: Called before each step with (step, steps) of all folds.
 
     Returns:
-        Option scores (draws, n, options) in nats and answers (n,); None for fewer than two examples.
+        Option scores (draws, n, options) in nats and answers (n,); None for fewer than two different questions.
 
     Raises:
         InvalidExamples: Adaptation to a part of the examples diverged.
     """
-    folds = folds_of(len(support))
+    groups = _groups(support)
+    folds = folds_of(len(groups))
     if folds == 0:
         return None
     width = max(len(item.question.options) for item in support)
     scores = torch.full((draws, len(support), width), float("-inf"))
-    order = list(range(len(support)))
-    random.Random(seed).shuffle(order)  # users list labels in turn: unshuffled, a fold could hold all of one label
+    random.Random(seed).shuffle(groups)  # users list labels in turn: unshuffled, a fold could hold all of one label
     for fold in range(folds):
-        left_out = order[fold::folds]
-        rest = [support[i] for i in order if i not in left_out]
+        left_out = [i for group in groups[fold::folds] for i in group]
+        rest = [support[i] for group in groups for i in group if i not in left_out]
 
         def report(step: int, steps: int, fold: int = fold) -> None:
             if on_step is not None:
@@ -108,9 +118,11 @@ def adapt_and_calibrate(
         InvalidExamples: There are no examples, they are of two kinds, or adaptation diverged on them.
         PromptTooLong: An example exceeds the model's context.
     """
+    check_one_kind(examples)
     shots, free_text = len(examples), bool(examples) and examples[0].is_free_text
     usual = None if calibration is None or free_text else calibration.nearest(shots)
-    folds = folds_of(shots) if usual is not None and usual.spread > 0 else 0
+    support = [] if usual is None else label(base, prior.config.template, examples)
+    folds = folds_of(len(_groups(support))) if usual is not None and usual.spread > 0 else 0
 
     def report(step: int, steps: int) -> None:
         if on_step is not None:
@@ -123,7 +135,6 @@ def adapt_and_calibrate(
         return phi, calibration.for_text_task(shots)
     held_out = None
     if folds:
-        support = label(base, prior.config.template, examples)
         done = config.steps_on(support)
 
         def report_fold(step: int, steps: int) -> None:

@@ -15,15 +15,15 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from abmll.calibration import TemperaturePrior, own_temperature, temperature_evidence
-from abmll.errors import AnswerNotFound, StoreFailure
+from abmll.errors import AnswerNotFound, InvalidRequest, StoreFailure
 from abmll.metrics import brier, expected_calibration_error, negative_log_likelihood
 from abmll.predictive import predictive
-from abmll.store import StoredPosterior
+from abmll.store import Record, StoredPosterior
 from clients.errors import NotFound, RequestRejected
 from clients.http import Client
 from server.feedback import Answered, Feedback
-from server.recalibration import refit
-from tests.server.conftest import Server, wait_for
+from server.recalibration import FEWEST, refit
+from tests.server.conftest import Server, random_posterior, wait_for
 from tests.server.test_http import QUESTION, adapt
 
 OPTIONS = ["positive", "negative", "neutral"]
@@ -66,7 +66,8 @@ def test_a_scored_answer_can_be_judged(server: Server) -> None:
 def test_no_risk_is_promised_below_what_was_judged(global_posterior: tuple[Path, StoredPosterior]) -> None:
     """Of answers that were all right, but of which none unsure was judged."""
     scores = torch.tensor([[3.0, 0.0]]).expand(4, 2)
-    calibration, _ = refit(global_posterior[1], [(scores, 0)] * 40, None)
+    surer = torch.tensor([0.01, 0.0])
+    calibration, _ = refit(global_posterior[1], [(scores + number * surer, 0) for number in range(40)], None)
     entry = calibration.by_shots[0]
     assert entry.risk
     confidence = predictive(scores, entry.temperature).confidence.item()
@@ -267,6 +268,15 @@ def test_another_posterior_of_the_same_name_and_number_has_its_own_answers(tmp_p
     assert dict_of(feedback)["feedback_accuracy"] == 1
     assert feedback.curves("t", 1, "p") is None
     assert len(feedback.labelled("t", 1, "q")) == 1
+
+
+def test_one_question_judged_often_is_one_question(tiny_model_folder: Path) -> None:
+    stored = StoredPosterior(random_posterior(tiny_model_folder, 1), Record(task="t", version=1), None, "digest")
+    generator = torch.Generator().manual_seed(0)
+    questions = [(torch.randn(2, 3, generator=generator), number % 3) for number in range(FEWEST)]
+    with pytest.raises(InvalidRequest, match=f"to {FEWEST - 1} different questions"):
+        refit(stored, [*questions[1:], *questions[1:]], None)
+    assert refit(stored, [*questions, *questions], None)[1].answers == 2 * FEWEST
 
 
 def test_a_file_of_an_earlier_version_goes_on(tmp_path: Path) -> None:

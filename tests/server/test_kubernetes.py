@@ -232,8 +232,9 @@ def test_the_posterior_is_fetched_before_the_server_starts(
     assert [path.relative_to(tmp_path / "got") for path in (tmp_path / "got").rglob("*")] == [Path("posterior.json")]
 
 
-def test_a_monitor_asks_where_metrics_are(tmp_path: Path) -> None:
-    parts = {"resources": "base", "components": "components/service-monitor"}
+@pytest.mark.parametrize("component", ["service-monitor", "service-monitor-with-key"])
+def test_a_monitor_asks_where_metrics_are(component: str, tmp_path: Path) -> None:
+    parts = {"resources": "base", "components": f"components/{component}"}
     lists = {kind: [os.path.relpath(KUBERNETES / part, tmp_path.resolve())] for kind, part in parts.items()}
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(lists))
     resources = built(tmp_path.resolve())
@@ -243,6 +244,9 @@ def test_a_monitor_asks_where_metrics_are(tmp_path: Path) -> None:
     (endpoint,) = monitor["spec"]["endpoints"]
     assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
     assert endpoint["path"] in create_app(Settings(store=tmp_path)).openapi()["paths"]
+    credentials = {"authorization": {"type": "Bearer", "credentials": {"name": "abmll-metrics", "key": "key"}}}
+    assert endpoint.items() >= (credentials if component.endswith("key") else {}).items()
+    assert ("authorization" in endpoint) == component.endswith("key")
 
 
 def test_images_are_named_in_one_place() -> None:

@@ -64,6 +64,8 @@ def test_a_killed_run_goes_on_to_the_same_end(base: BaseModel, attached: Attache
     whole = meta_train(base, attached, TASKS, POSTERIOR, CONFIG, tmp_path / "whole")
     with pytest.raises(_Killed):  # past the checkpoint at step 4, so that a step is done twice
         meta_train(base, attached, TASKS, POSTERIOR, CONFIG, tmp_path / "parts", progress=killed_after(5))
+    with (tmp_path / "parts" / "log.jsonl").open("a") as log:
+        log.write('{"step": 6, "da')  # as on a disk that was full
     resumed = meta_train(base, attached, TASKS, POSTERIOR, CONFIG, tmp_path / "parts")
     assert_equal(whole, resumed)
     logs = [rows(tmp_path / name) for name in ("whole", "parts")]

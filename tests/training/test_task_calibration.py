@@ -51,6 +51,22 @@ def test_no_example_is_scored_by_a_posterior_that_has_seen_it(
     assert before[1].tolist() == [example.answer for example in EXAMPLES]
 
 
+def test_a_repeated_example_is_not_scored_by_a_posterior_that_has_seen_its_twin(
+    base: BaseModel, attached: Attached, theta: Posterior
+) -> None:
+    support = label(base, theta.config.template, [*EXAMPLES, *EXAMPLES[:6]])
+    before = held_out_scores(attached, theta, support, CONFIG, draws=2, seed=0)
+    for place in (3, 13):
+        support[place] = replace(support[place], answer=1 - support[place].answer)
+    after = held_out_scores(attached, theta, support, CONFIG, draws=2, seed=0)
+    assert before is not None
+    assert after is not None
+    assert all(torch.equal(before[0][:, place], after[0][:, place]) for place in (3, 13))
+    assert not torch.equal(before[0], after[0])
+    alike = label(base, theta.config.template, EXAMPLES[:1]) * 16
+    assert held_out_scores(attached, theta, alike, CONFIG, draws=2, seed=0) is None
+
+
 def test_one_example_leaves_nothing_to_hold_out(base: BaseModel, attached: Attached, theta: Posterior) -> None:
     support = label(base, theta.config.template, EXAMPLES[:1])
     assert held_out_scores(attached, theta, support, CONFIG, draws=2, seed=0) is None

@@ -1,0 +1,47 @@
+"""Adapters in memory end with their process, however it ends."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from server.adapter_folder import AdapterFolder
+
+MAKE = """
+from server.adapter_folder import AdapterFolder
+folder = AdapterFolder()
+(folder.path / "draw").mkdir()
+(folder.path / "draw" / "adapter_model.safetensors").write_bytes(b"weights")
+print(folder.path, flush=True)
+input()
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.adapter_folder._MEMORY", tmp_path)
+    mine = AdapterFolder()
+    assert mine.path.parent == tmp_path
+    for name in ("abmll-adapters-of-somebody", "other"):
+        (tmp_path / name).mkdir()
+    begin = f"import server.adapter_folder, pathlib; server.adapter_folder._MEMORY = pathlib.Path({str(tmp_path)!r})"
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{begin}\n{MAKE}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout is not None
+        theirs = Path(process.stdout.readline().strip())
+        AdapterFolder().remove()
+        assert (theirs / "draw" / "adapter_model.safetensors").exists()
+        process.send_signal(signal.SIGKILL)
+    AdapterFolder().remove()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["abmll-adapters-of-somebody", "other", mine.path.name]
+    )
+    mine.remove()
+    assert not mine.path.exists()
