@@ -13,6 +13,7 @@ from annotated_types import Ge, Le
 from pydantic.fields import FieldInfo
 
 from server.settings import Settings
+from training.commands.options import is_typed
 
 if TYPE_CHECKING:
     from clients.config import Loaded
@@ -45,7 +46,7 @@ def with_settings(run: Callable[..., None]) -> Callable[..., None]:
 
     def command(ctx: typer.Context, **values: Any) -> None:
         mine = {name: values.pop(name) for name in names}
-        run({name: value for name, value in values.items() if _said(ctx, name)}, **mine)
+        run({name: value for name, value in values.items() if is_typed(ctx, name)}, **mine)
 
     context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     parameters = [context, *_parameters(), *own]
@@ -87,11 +88,6 @@ def _parameters() -> list[inspect.Parameter]:
 def _several(field: FieldInfo) -> bool:
     """Says whether the option is given several times, NAME=VALUE each."""
     return get_origin(field.annotation) is dict
-
-
-def _said(ctx: typer.Context, name: str) -> bool:
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def option_name(name: str, field: FieldInfo) -> str:

@@ -21,6 +21,7 @@ _TITLES = {
     "world": "Report: generated world",
     "world-beta": "Report: weight of KL",
     "world-layers": "Report: layers",
+    "world-steps": "Report: steps",
     "texts": "Report: texts of real tasks",
     "texts-world": "Report: texts of the generated world",
 }

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.cli import get_docs_for_click
 
-from abmll.errors import AbmllError, ClientGone
+from abmll.errors import AbmllError, ClientGone, HubFailure
 from clients.config import variables
 from clients.docs.markdown_tables import table
 from clients.settings import ClientSettings
@@ -55,7 +55,7 @@ def errors() -> str:
     rows: list[tuple[str, str, str]] = []
     for kind in _kinds(AbmllError):
         status = next(status for base, status in STATUS if issubclass(kind, base))
-        if kind is not ClientGone:  # nobody reads that one
+        if kind not in (ClientGone, HubFailure):  # nobody reads the one, and the other ends a command
             rows.append((str(status), f"`{kind.__name__}`", (kind.__doc__ or "").split("\n\n")[0]))
     return table(("status", "type", "what it means"), sorted(rows))
 

@@ -17,8 +17,12 @@ from abmll.store import StoredPosterior, load_posterior
 from server.cli import main
 from tests.training.conftest import rule_task, write_tasks
 
+# The command line counts before the file.
 SETTINGS = """
+steps = 400
 checkpoint_every = 2
+[posterior]
+rank = 5
 [inner]
 steps = 2
 [episodes]
@@ -72,6 +76,8 @@ def test_train_adapt_and_eval(trained: tuple[Path, Path, str], tmp_path: Path) -
     stored = load_posterior(theta)
     assert stored.calibration is not None
     assert stored.calibration.fitted_on == ["rule_3"]
+    assert stored.posterior.config.rank == 3
+    assert stored.record.training["steps"] == 3
     assert stored.record.training["split"]["families"]["family_4"] == "test"
     wanted = ["--queries", 6, "--draws", 2, "--shots", "0,2", "--by", "category,task"]
     rows = document("eval", theta, "--tasks", data, *wanted)

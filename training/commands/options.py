@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 Tasks = Annotated[Path, typer.Option(help="Folder of tasks: JSON Lines files, with a manifest.json if you have one.")]
 Model = Annotated[str | None, typer.Option(help="Base model: hub name or folder. Default: the embedded small model.")]
 Revision = Annotated[str | None, typer.Option(help="Commit or tag of the base model on the hub.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with further settings.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="TOML file with further settings; options given here count before it."),
+]
 SplitFile = Annotated[Path | None, typer.Option(help="Split file to read; made from --seed and --pin if absent.")]
 Pins = Annotated[list[str] | None, typer.Option("--pin", help="FAMILY=train|validation|test; may be repeated.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
@@ -24,3 +27,14 @@ ShardBase = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as one JSON document.")]
+
+
+def is_typed(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def typed(context: typer.Context, **options: Any) -> dict[str, Any]:
+    """Returns those of a command's options that stand on its command line: they count before ``--config``."""
+    return {name: value for name, value in options.items() if is_typed(context, name)}

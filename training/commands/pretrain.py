@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from training.commands.document import print_json
-from training.commands.options import ConfigFile, Device, Json, Pins, SplitFile, Tasks
+from training.commands.options import ConfigFile, Device, Json, Pins, SplitFile, Tasks, typed
 from training.commands.parts import chosen_split
 from training.settings import checked, choose_device, read_toml
 
 
 def pretrain_command(
+    ctx: typer.Context,
     books: Annotated[Path, typer.Option(help="Folder of book shards (*.txt.xz).")],
     tasks: Tasks,
     out: Annotated[Path, typer.Option(help="Model folder to make.")],
@@ -32,7 +33,8 @@ def pretrain_command(
 
     loaded = load_tasks(tasks)
     chosen = chosen_split(loaded, split, seed, pin, out.with_name(out.name + ".split.json"))
-    settings = checked(PretrainConfig, {"minutes": minutes, "seed": seed} | read_toml(config))
+    values = {"minutes": minutes, "seed": seed} | read_toml(config) | typed(ctx, minutes=minutes, seed=seed)
+    settings = checked(PretrainConfig, values)
     pretrain(books, loaded, chosen, out, settings, start=start, device=choose_device(device))
     if as_json:
         print_json({"folder": out})

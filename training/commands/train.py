@@ -21,12 +21,14 @@ from training.commands.options import (
     ShardBase,
     SplitFile,
     Tasks,
+    typed,
 )
 from training.commands.parts import chosen_split
 from training.settings import checked, choose_device, read_toml
 
 
 def train_command(
+    ctx: typer.Context,
     tasks: Tasks,
     out: Annotated[Path, typer.Option(help="Posterior folder to make; checkpoints lie in OUT.work.")],
     model: Model = None,
@@ -72,13 +74,12 @@ def train_command(
     from training.pseudo_tasks import kind_tasks, pseudo_tasks
     from training.tasks import load_tasks
 
-    values = read_toml(config)
-    posterior_values: dict[str, Any] = {"family": family, "layers": layers} | values.pop("posterior", {})
-    if rank is not None:
-        posterior_values = {"rank": rank} | posterior_values
-    inner = family_settings(posterior_values["family"]) | ({} if beta is None else {"beta": beta})
-    inner |= values.pop("inner", {})
-    settings = checked(MetaConfig, {"steps": steps, "minutes": minutes, "seed": seed, "inner": inner} | values)
+    values, names = read_toml(config), tuple(targets.split(","))
+    posterior_values: dict[str, Any] = {"family": family, "layers": layers, "targets": names}
+    posterior_values |= values.pop("posterior", {}) | typed(ctx, family=family, layers=layers, targets=names, rank=rank)
+    inner = family_settings(posterior_values["family"]) | values.pop("inner", {}) | typed(ctx, beta=beta)
+    values = {"steps": steps, "minutes": minutes, "seed": seed} | values
+    settings = checked(MetaConfig, values | typed(ctx, steps=steps, minutes=minutes, seed=seed) | {"inner": inner})
     loaded = load_tasks(tasks)
     work = out.with_name(out.name + ".work")
     ranks = join_ranks(device, shard_base, jobs, share_tasks=True)
@@ -97,12 +98,7 @@ def train_command(
     )
     posterior_config = checked(
         PosteriorConfig,
-        {
-            "base_model": model or NAME,
-            "base_revision": base.revision,
-            "targets": tuple(targets.split(",")),
-        }
-        | posterior_values,
+        {"base_model": model or NAME, "base_revision": base.revision} | posterior_values,
     )
     attached = attach(base.model, posterior_config.targets, posterior_config.layers, ranks.together, base.weights)
     familiar = unseen_items(Path(source), chosen.select(loaded, "train"))
