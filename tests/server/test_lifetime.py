@@ -17,6 +17,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from abmll.store import StoredPosterior
+from server.jobs import JobRegistry
 from server.local_server import processes_below
 from server.run import run
 from server.settings import Settings
@@ -69,6 +70,8 @@ def test_tasks_and_jobs_survive_restarts_and_damage_stays_where_it_is(
     queued = adapt(server, "next", steps=1)["job"]
     wait_running(server, running)
     assert server.stop() == 0
+    jobs = JobRegistry(store / "jobs.sqlite3")
+    assert (jobs.get(running).status, jobs.get(running).attempts) == ("queued", 0)
     weights = store / "tasks" / "broken" / "v0001" / "posterior.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
 
@@ -84,13 +87,16 @@ def test_tasks_and_jobs_survive_restarts_and_damage_stays_where_it_is(
     assert server.wait_job(adapt(server, "broken", steps=1)["job"])["posterior"]["version"] == 2
     assert server.http.post("/generate", json=ask | {"task": "broken"}).status_code == 200
 
-    worker = wait_running(server, adapt(server, "orphan", steps=1000)["job"])
+    orphan = adapt(server, "orphan", steps=1000)["job"]
+    worker = wait_running(server, orphan)
+    assert jobs.get(orphan).attempts == 1
     server.process.kill()
     server.process.wait()
     deadline = time.monotonic() + 10
     while worker.is_running() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not worker.is_running(), "the adaptation process outlived its server"
+    assert (jobs.get(orphan).status, jobs.get(orphan).attempts) == ("queued", 0)
 
 
 @pytest.mark.slow
