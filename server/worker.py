@@ -95,11 +95,12 @@ def persist(write: Callable[[], _T]) -> _T:
             time.sleep(STORE_SECONDS)
 
 
-def _watch_server(wake: threading.Event, worker: Worker) -> None:
+def _watch_server(wake: threading.Event, working: list[Worker]) -> None:
     for _ in sys.stdin:
         wake.set()
     try:
-        worker.give_back()
+        for worker in working:
+            worker.give_back()
     finally:
         os._exit(0)
 
@@ -109,6 +110,10 @@ def main() -> None:
     settings = Settings.model_validate_json(sys.stdin.readline())
     configure(settings)
     tracing = Tracing.of(settings)
+    # Watched from the first moment on: what is imported here takes seconds.
+    wake, working = threading.Event(), list[Worker]()
+    threading.Thread(target=_watch_server, args=(wake, working), daemon=True).start()
+
     import torch
 
     import training.task_calibration  # noqa: F401 # pyright: ignore[reportUnusedImport] -- spends its seconds before a job comes
@@ -123,8 +128,7 @@ def main() -> None:
     registry = JobRegistry(settings.store / "jobs.sqlite3")
     objects = None if settings.objects is None else Objects(settings.objects)
     worker = Worker(settings, prior, TaskStore(settings.store, prior, objects=objects), registry)
-    wake = threading.Event()
-    threading.Thread(target=_watch_server, args=(wake, worker), daemon=True).start()
+    working.append(worker)
     while True:
         job = persist(registry.claim)
         if job is None:
