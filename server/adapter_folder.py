@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -34,8 +35,9 @@ class AdapterFolder:
         self.path = made.rename(place / made.name.removeprefix("."))
 
     def remove(self) -> None:
-        """Removes it with all that is in it."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Removes it with all that is in it; who still writes into it fails from now on."""
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.path.rename(self.path.with_name(f".{self.path.name}")), ignore_errors=True)
         self._lock.close()
 
 

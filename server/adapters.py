@@ -126,6 +126,7 @@ class AdapterCache:
                     f"draws of posterior {served.key} have rank {a.shape[0]}; this server was started for {self.rank}"
                 )
         path = self.folder / f"{number}-{name}"
+        path.mkdir()  # not its parents: an engine that has been closed has no folder any more
         save_adapter(factors, served.posterior, path, rank=self.rank, dtype=self.dtype)
         size = sum(file.stat().st_size for file in path.iterdir())
         return Adapter(name, number, path, served.key, size)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from server.adapter_folder import AdapterFolder
+from server.adapters import AdapterCache
+from server.engine import Served
+from tests.server.conftest import random_posterior
 
 MAKE = """
 from server.adapter_folder import AdapterFolder
@@ -45,3 +50,23 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(
     )
     mine.remove()
     assert not mine.path.exists()
+
+
+def test_a_draw_that_comes_after_the_end_is_not_written(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.adapter_folder._MEMORY", tmp_path)
+    folder = AdapterFolder()
+    cache = AdapterCache(folder.path, 8, torch.float32, 1 << 20)
+
+    async def ask() -> None:
+        async with cache.holding(Served("key", random_posterior(tiny_model_folder, 1)), 0, [0]):
+            pass
+
+    asyncio.run(ask())
+    folder.remove()
+    folder.remove()
+    cache = AdapterCache(folder.path, 8, torch.float32, 1 << 20)
+    with pytest.raises(FileNotFoundError):
+        asyncio.run(ask())
+    assert list(tmp_path.iterdir()) == []
