@@ -22,6 +22,7 @@ _TITLES = {
     "world-beta": "Report: weight of KL",
     "world-layers": "Report: layers",
     "world-steps": "Report: steps",
+    "world-longer": "Report: more learning from tasks",
     "texts": "Report: texts of real tasks",
     "texts-world": "Report: texts of the generated world",
 }
