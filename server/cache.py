@@ -63,9 +63,9 @@ class ByteCache(Generic[_K, _V]):
 
     def put(self, key: _K, value: _V) -> None:
         """Adds a value, and gives up the oldest while there are too many bytes."""
-        self.pop(key)
         size = _ENTRY + self.size(value)
         with self._lock:
+            self._remove(key)
             self._entries[key] = value, size
             self.bytes += size
             self.loads += 1
@@ -85,6 +85,9 @@ class ByteCache(Generic[_K, _V]):
     def pop(self, key: _K) -> _V | None:
         """Takes a value out; None if it is not there."""
         with self._lock:
-            value, size = self._entries.pop(key, (None, 0))
-            self.bytes -= size
-            return value
+            return self._remove(key)
+
+    def _remove(self, key: _K) -> _V | None:
+        value, size = self._entries.pop(key, (None, 0))
+        self.bytes -= size
+        return value
