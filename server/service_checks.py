@@ -208,6 +208,7 @@ def _remote(model: str, revision: str | None) -> Finding:
         HfApi().auth_check(model)
         HfApi().model_info(model, revision=revision)
     except Exception as error:  # the hub's client has had several HTTP libraries, each with its own errors
-        return Finding("model", "fail", *reason(error, model, revision))
+        told = reason(error, model, revision)
+        return Finding("model", "fail", told.what, told.mend)
     token = "with HF_TOKEN" if get_token() else "without HF_TOKEN"
     return Finding("model", "ok", f"{model} can be had from the hub {token}")

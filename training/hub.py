@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from abmll.errors import AbmllError, HubFailure
 
@@ -83,8 +83,9 @@ def _snapshot(model: str, revision: str | None, files: Sequence[str]) -> Path:
         # Where the hub is out of reach, the client wants all that it knows of: other programs fetch less.
         if isinstance(error, FileNotFoundError) and (folder := _cached(model, revision, files)) is not None:
             return folder
-        kind = AbmllError if _is_wrong_name(error) else HubFailure
-        raise kind("; ".join(reason(error, model, revision)), field="model") from error
+        told = reason(error, model, revision)
+        kind = AbmllError if told.wrong_name else HubFailure
+        raise kind(f"{told.what}; {told.mend}", field="model") from error
 
 
 def _cached(model: str, revision: str | None, files: Sequence[str]) -> Path | None:
@@ -139,8 +140,22 @@ def _check_weights(folder: Path, model: str) -> None:
             raise AbmllError(f"{name} of {model} is damaged ({brief(error)}); {again}", field="model") from error
 
 
-def reason(error: Exception, model: str, revision: str | None) -> tuple[str, str]:
-    """Says what an error of the hub's client means: what was wrong, and what would be right.
+class Reason(NamedTuple):
+    """What an error of the hub's client means.
+
+    Attributes:
+        what: What was wrong.
+        mend: What would be right.
+        wrong_name: Whether the model's or revision's name is at fault, and not the hub, the token or the disk.
+    """
+
+    what: str
+    mend: str
+    wrong_name: bool = False
+
+
+def reason(error: Exception, model: str, revision: str | None) -> Reason:
+    """Says what an error of the hub's client means.
 
     Args:
         error: As the client raised it.
@@ -161,41 +176,32 @@ def reason(error: Exception, model: str, revision: str | None) -> tuple[str, str
     once = f"download it once with `hf download {model}{pinned}`, or give a folder"
     refused = _cause(error, HfHubHTTPError)
     if isinstance(error, HFValidationError):
-        return f"{model} is neither a folder nor a name on the hub", "check it; names look like OWNER/MODEL"
+        mend = "check it; names look like OWNER/MODEL"
+        return Reason(f"{model} is neither a folder nor a name on the hub", mend, wrong_name=True)
     if isinstance(refused, GatedRepoError):
         accept = f"accept the licence on {page}, then set HF_TOKEN"
         if get_token() is None:
-            return f"{model} is gated, and HF_TOKEN is not set", f"{accept} to a token of that account"
-        return f"{model} is gated, and the token's account has no access", f"{accept} to a token of an account that may"
+            return Reason(f"{model} is gated, and HF_TOKEN is not set", f"{accept} to a token of that account")
+        mend = f"{accept} to a token of an account that may"
+        return Reason(f"{model} is gated, and the token's account has no access", mend)
     if isinstance(refused, RepositoryNotFoundError):
         mend = "check the name; a private model needs HF_TOKEN"
-        return f"there is no folder {model}, and the hub knows no model of that name", mend
+        return Reason(f"there is no folder {model}, and the hub knows no model of that name", mend, wrong_name=True)
     if isinstance(refused, RevisionNotFoundError):
-        return f"{model} has no revision {revision}", f"give a branch, tag or whole commit from {page}/commits/main"
+        mend = f"give a branch, tag or whole commit from {page}/commits/main"
+        return Reason(f"{model} has no revision {revision}", mend, wrong_name=True)
     if refused is not None and refused.response.status_code in (401, 403):
         said = brief(refused.server_message or refused)
-        return f"the hub refuses {model}: {said}", "check HF_TOKEN and its rights"
+        return Reason(f"the hub refuses {model}: {said}", "check HF_TOKEN and its rights")
     if constants.HF_HUB_OFFLINE:
         at = "" if revision is None else f" at {revision}"
-        return f"{model}{at} is not in the hub's cache, or not whole", f"HF_HUB_OFFLINE is set: online, {once}"
+        mend = f"HF_HUB_OFFLINE is set: online, {once}"
+        return Reason(f"{model}{at} is not in the hub's cache, or not whole", mend)
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{model} cannot be written to the hub's cache ({brief(error)})", "free space, or set HF_HOME"
+        mend = "free space, or set HF_HOME"
+        return Reason(f"{model} cannot be written to the hub's cache ({brief(error)})", mend)
     what = brief(refused or error.__cause__ or error)
-    return f"the hub at {constants.ENDPOINT} cannot be reached ({what})", f"get online and {once}"
-
-
-def _is_wrong_name(error: Exception) -> bool:
-    """Whether the model's or revision's name is at fault, and not the hub, the token or the disk."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    kinds = (RepositoryNotFoundError, RevisionNotFoundError)
-    unknown = any(_cause(error, kind) is not None for kind in kinds) and _cause(error, GatedRepoError) is None
-    return unknown or isinstance(error, HFValidationError)
+    return Reason(f"the hub at {constants.ENDPOINT} cannot be reached ({what})", f"get online and {once}")
 
 
 def _cause(error: BaseException | None, kind: type[E]) -> E | None:

@@ -55,8 +55,7 @@ class ClusterAdaptation:
         self.tracing = tracing
         self.restarts = 0
         self._woken = asyncio.Event()
-        self._running: set[asyncio.Task[None]] = set()
-        self._claimed: dict[str, Job] = {}
+        self._running: dict[asyncio.Task[None], Job] = {}
         self._taking: asyncio.Task[None] | None = None
         self._task: Any = None
 
@@ -70,11 +69,12 @@ class ClusterAdaptation:
 
     async def close(self) -> None:
         """Ends the jobs under way; they are taken up again by the next server."""
-        for task in (self._taking, *self._running):
-            if task is not None:
-                task.cancel()
-        await asyncio.gather(*filter(None, (self._taking, *self._running)), return_exceptions=True)
-        for job in self._claimed.values():
+        running = dict(self._running)
+        ending = [task for task in (self._taking, *running) if task is not None]
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
+        for job in running.values():
             with contextlib.suppress(StoreFailure):
                 await asyncio.to_thread(self.registry.give_back, job)
 
@@ -97,14 +97,12 @@ class ClusterAdaptation:
                     await asyncio.wait_for(self._woken.wait(), POLL_SECONDS)
                 continue
             task = asyncio.create_task(self._run(job), name=f"adaptation-{job.id}")
-            self._running.add(task)
-            task.add_done_callback(lambda done: (self._running.discard(done), free.release()))
+            self._running[task] = job
+            task.add_done_callback(lambda done: (self._running.pop(done), free.release()))
 
     async def _run(self, job: Job) -> None:
-        self._claimed[job.id] = job
         with of_job(self.tracing, job):
             await self._end(job)
-        del self._claimed[job.id]
 
     async def _end(self, job: Job) -> None:
         """Takes a job to its end, whatever that is."""
