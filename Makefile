@@ -64,7 +64,7 @@ serve: $(SERVING) ## serve on PORT (8000), with the embedded model or MODEL
 		$(if $(MODEL),--model '$(MODEL)') $(if $(STORE),--store '$(STORE)') $(ARGS)
 
 test: lint types imports ## lint, types, import rules, then every test (ARGS go to pytest)
-	@$(BIN)/pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(SERVING) ## measure the speed of answers, of free text, and of training against plain LoRA (ARGS go to server.bench)
 	@$(BIN)/python -m server.bench $(ARGS)

@@ -15,7 +15,17 @@ from tests.command_line import CommandLine
 
 # Processes that tests start are forked from one that has imported these: imports are most of a start.
 multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["server.run", "server.torch_engine", "training.base_model", "training.meta", "transformers.models.llama"]
+    [
+        "pytest",
+        "server.run",
+        "server.torch_engine",
+        "training.base_model",
+        "training.benchmark.catalogue",
+        "training.benchmark.pictures",
+        "training.benchmark.run",
+        "training.meta",
+        "transformers.models.llama",
+    ]
 )
 
 # A busy machine is no fault of the code.

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -89,6 +91,14 @@ def global_posterior(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathF
     record = Record(task="global", training={"inner": inner})
     folder = tmp_path_factory.mktemp("global") / "posterior"
     return folder, save_posterior(folder, random_posterior(tiny_model_folder, 1), record, calibration)
+
+
+@pytest.fixture(scope="module")
+def one_ray() -> Iterator[None]:
+    """Where several processes share the tests, one of them at a time has a cluster of Ray."""
+    with (Path(tempfile.gettempdir()) / "abmll-tests-ray.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def free_port() -> int:

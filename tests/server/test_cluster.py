@@ -25,7 +25,7 @@ from tests.server.conftest import Server, servers, wait_for
 from tests.server.test_http import QUESTION, adapt, without_times
 from tests.server.test_load import metric
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("one_ray")]
 
 READY = 240.0
 
@@ -139,7 +139,7 @@ def test_a_job_can_be_cancelled_and_the_next_goes_on(cluster: Server) -> None:
 
 
 def test_a_job_whose_process_dies_is_taken_up_again(cluster: Server) -> None:
-    job = adapt(cluster, "killed", steps=300)["job"]
+    job = adapt(cluster, "killed", steps=100)["job"]
     wait_for(lambda: cluster.http.get(f"/adapt/{job}").json()["progress"] > 0, READY)
     before = metric(cluster, "abmll_worker_restarts_total")
     for process in ray_processes(cluster, "ray::_adapt"):

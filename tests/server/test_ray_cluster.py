@@ -25,7 +25,7 @@ from tests.server.conftest import free_port, servers, wait_for
 from tests.server.test_cluster import READY, ask
 from tests.server.test_http import QUESTION, adapt
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("one_ray")]
 
 TOKEN = {"RAY_AUTH_MODE": "token"}
 

@@ -8,13 +8,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from abmll.store import StoredPosterior, load_posterior
 from server.cli import main
+from tests.command_line import CommandLine
 from tests.training.conftest import rule_task, write_tasks
 
 # The command line counts before the file.
@@ -32,7 +32,7 @@ queries = 4
 PINS = ["--pin", "family_3=validation", "--pin", "family_4=test"]
 
 
-def abmll(*arguments: object, code: int = 0, told: bool = True, processes: int = 1) -> str:
+def launched(*arguments: object, code: int = 0, told: bool = True, processes: int = 1) -> str:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     command = [sys.executable, *launcher, "-m", "server.cli", *map(str, arguments)]
     root = Path(__file__).parents[2]
@@ -41,11 +41,6 @@ def abmll(*arguments: object, code: int = 0, told: bool = True, processes: int =
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + (done.stderr if told else "")
-
-
-def document(*arguments: object) -> Any:
-    """What a command prints with ``--json``: one document on stdout, whatever stderr tells."""
-    return json.loads(abmll(*arguments, "--json", told=False))
 
 
 def write_texts(path: Path, examples: Path) -> Path:
@@ -66,11 +61,11 @@ def trained(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def train(data: Path, model: Path, out: Path, *more: object, processes: int = 1) -> str:
     options = ["--steps", 3, "--config", data.parent / "settings.toml", "--rank", 3, *PINS, *more]
-    return abmll("train", "--tasks", data, "--model", model, "--out", out, *options, processes=processes)
+    return launched("train", "--tasks", data, "--model", model, "--out", out, *options, processes=processes)
 
 
 @pytest.mark.slow
-def test_train_adapt_and_eval(trained: tuple[Path, Path, str], tmp_path: Path) -> None:
+def test_train_adapt_and_eval(trained: tuple[Path, Path, str], tmp_path: Path, abmll: CommandLine) -> None:
     data, theta, printed = trained
     assert "| rule | 16 | 1 |" in printed
     stored = load_posterior(theta)
@@ -80,14 +75,13 @@ def test_train_adapt_and_eval(trained: tuple[Path, Path, str], tmp_path: Path) -
     assert stored.record.training["steps"] == 3
     assert stored.record.training["split"]["families"]["family_4"] == "test"
     wanted = ["--queries", 6, "--draws", 2, "--shots", "0,2", "--by", "category,task"]
-    rows = document("eval", theta, "--tasks", data, *wanted)
+    rows = abmll("eval", theta, "--tasks", data, *wanted, "--json").json
     assert [(row.get("category") or row["task"], row["shots"], row["tasks"]) for row in rows] == [
         (name, shots, 1) for level in ("rule", "rule_4") for name in (level, "all") for shots in (0, 2)
     ]
     examples = data / "tasks" / "rule_4.jsonl"
-    adapted = document(
-        "adapt", theta, "--examples", examples, "--task", "films", "--out", tmp_path / "phi", "--steps", 3
-    )
+    adapt = ["adapt", theta, "--task", "films", "--steps", 3, "--examples"]
+    adapted = abmll(*adapt, examples, "--out", tmp_path / "phi", "--json").json
     phi = load_posterior(tmp_path / "phi")
     assert adapted == {
         "folder": str(tmp_path / "phi"), "task": "films", "posterior": phi.digest, "parent": stored.digest, "shots": 40,
@@ -97,15 +91,15 @@ def test_train_adapt_and_eval(trained: tuple[Path, Path, str], tmp_path: Path) -
     assert phi.calibration is not None
     assert [entry.shots for entry in phi.calibration.by_shots] == [40]
     assert phi.calibration.fitted_on == stored.calibration.fitted_on
-    printed = abmll("eval", theta, "--tasks", data, *wanted[:4], "--shots", 2, "--by", "task", "--free-text")
+    printed = abmll("eval", theta, "--tasks", data, *wanted[:4], "--shots", 2, "--by", "task", "--free-text").out
     assert "| rule_4 | 2 | 1 |" in printed
     assert "prr" in printed
     texts = write_texts(tmp_path / "texts.jsonl", examples)
-    abmll("adapt", theta, "--examples", texts, "--task", "films", "--out", tmp_path / "text", "--steps", 3)
+    assert abmll(*adapt, texts, "--out", tmp_path / "text").code == 0
     taught = load_posterior(tmp_path / "text").calibration
     assert taught is not None
     assert (taught.by_shots, [entry.shots for entry in taught.texts]) == ([], [40])
-    table_again = abmll("calibrate", theta, "--tasks", data, "--shots", "0,4", "--draws", 2, "--queries", 10)
+    table_again = abmll("calibrate", theta, "--tasks", data, "--shots", "0,4", "--draws", 2, "--queries", 10).out
     assert "4 shots: temperatures around" in table_again
     again = load_posterior(theta)
     assert again.digest == stored.digest
@@ -151,7 +145,7 @@ def test_wrong_input_is_one_line(
 
 @pytest.mark.slow
 def test_processes_that_share_the_base_model_do_what_one_does(
-    trained: tuple[Path, Path, str], tiny_model_folder: Path, tmp_path: Path
+    trained: tuple[Path, Path, str], tiny_model_folder: Path, tmp_path: Path, abmll: CommandLine
 ) -> None:
     data, theta, told = trained
     sharded = ["--shard-base", "--device", "cpu"]
@@ -161,11 +155,11 @@ def test_processes_that_share_the_base_model_do_what_one_does(
     assert_close(found, expected)
     assert cells(printed) == pytest.approx(cells(told), abs=2e-3)  # on validation tasks, calibrated
     taught = [theta, "--examples", data / "tasks" / "rule_4.jsonl", "--task", "new"]
-    abmll("adapt", *taught, "--out", tmp_path / "alone")
-    abmll("adapt", *taught, "--out", tmp_path / "shared", *sharded, processes=2)
+    assert abmll("adapt", *taught, "--out", tmp_path / "alone").code == 0
+    launched("adapt", *taught, "--out", tmp_path / "shared", *sharded, processes=2)
     assert_close(load_posterior(tmp_path / "shared"), load_posterior(tmp_path / "alone"))
     measured = ["eval", theta, "--tasks", data, "--queries", 6, "--draws", 2, "--shots", "2"]
-    assert abmll(*measured, *sharded, told=False, processes=2) == abmll(*measured, told=False)
+    assert launched(*measured, *sharded, told=False, processes=2) == abmll(*measured).out
 
 
 def cells(printed: str) -> list[float]:
