@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 import torch
@@ -11,19 +12,25 @@ from torch import Tensor
 from abmll.predictive import Predictive, predictive
 
 _ARTICLES = {"a", "an", "the"}
-# Before a digit a point or a minus is part of a number.
-_PUNCTUATION = re.compile(r"[^\w\s](?!\d)")
+# Before a digit a point or a minus is part of a number. Relations and operations are what an answer says, and so are
+# the marks that vowels are written with in many scripts, and the joiners between letters.
+_MARK = re.compile(r"[^\w\s](?!\d)")
+_SAYS, _JOINERS = {"Mn", "Mc", "Me", "Sm"}, "\u200c\u200d"
 
 
 def normalized(text: str) -> str:
     """A text without case, punctuation, English articles and spare white space (after Rajpurkar et al. 2016).
 
-    A mark before a digit stays, as in -5 and 3.5, and what is an article alone or punctuation alone; C++ and C# become
-    equal.
+    A mark before a digit stays, as in -5 and 3.5, and what is an article alone or punctuation alone; so do signs such
+    as + and <. Letters that Unicode writes in two ways are equal.
     """
-    plain = text.casefold()
-    words = _PUNCTUATION.sub("", plain).split()
+    plain = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+    words = _MARK.sub(lambda mark: mark[0] if _says(mark[0]) else "", plain).split()
     return " ".join([word for word in words if word not in _ARTICLES] or words or plain.split())
+
+
+def _says(mark: str) -> bool:
+    return unicodedata.category(mark) in _SAYS or mark in _JOINERS
 
 
 def group_meanings(texts: Sequence[str]) -> list[int]:

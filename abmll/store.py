@@ -22,12 +22,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from abmll.calibration import Calibration, ShotCalibration
-from abmll.errors import InvalidPosterior, StoreFailure
+from abmll.errors import AbmllError, InvalidPosterior, StoreFailure
 from abmll.posterior import LayerPosterior, Posterior, PosteriorConfig
 
 FORMAT = 1
 # As sha256sum writes it, so that `sha256sum -c SHA256SUMS` checks a folder too.
 SUMS = "SHA256SUMS"
+_NAMES = {"posterior.safetensors", "posterior.json", "calibration.json", SUMS, "CARD.md"}
 
 
 class LayerShape(BaseModel, frozen=True):
@@ -148,16 +149,18 @@ def save_posterior(
     """Writes a posterior folder; a crash leaves the old folder or none, never a part of the new.
 
     Args:
-        folder: The folder to make; one that exists is replaced.
+        folder: The folder to make; a posterior that is there is replaced, files beside it that are not abmll's stay.
         posterior: The parameters.
         record: Where it comes from.
         calibration: How its confidence is made.
         publish: Given the folder of files that are written but not in their place yet; if it raises, they never are.
 
     Raises:
+        AbmllError: Something else is there, see ``check_replaceable``.
         InvalidPosterior: A parameter is not finite.
         StoreFailure: The disk is full or not writable; nothing is left behind.
     """
+    check_replaceable(folder)
     tensors = {key: t.detach().to("cpu", torch.float32).contiguous() for key, t in posterior.tensors().items()}
     _check_finite(tensors, "this posterior")
     clean = posterior.with_tensors(tensors)
@@ -173,16 +176,27 @@ def save_posterior(
     sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in contents.items())
     # The card is for people, who may add to it.
     contents |= {SUMS: sums.encode(), "CARD.md": _card(posterior, record, calibration).encode()}
-    replace_folder(folder, contents, publish)
-    return StoredPosterior(clean, record, calibration, digest)
-
-
-def replace_folder(folder: Path, contents: dict[str, bytes], publish: Callable[[Path], None] = lambda _: None) -> None:
-    """Writes files into a folder that appears whole, see ``replaced``; ``publish`` as for ``save_posterior``."""
     with replaced(folder) as partial:
         for name, data in contents.items():
             (partial / name).write_bytes(data)
+        for path in sorted(folder.iterdir()) if folder.exists() else []:
+            if path.name not in _NAMES:
+                (shutil.copytree if path.is_dir() else shutil.copy2)(path, partial / path.name)
         publish(partial)
+    return StoredPosterior(clean, record, calibration, digest)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Checks that a posterior folder may be made here; to be asked before hours of work, too.
+
+    Raises:
+        AbmllError: There is a file, or a folder that holds other things than a posterior: they would be lost.
+    """
+    if folder.exists() and not (folder / "posterior.json").is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise AbmllError(
+            f"{folder} is there and holds no posterior; it is not replaced: name a new folder, or an empty one",
+            field="out",
+        )
 
 
 @contextmanager

@@ -34,11 +34,12 @@ def read_examples(path: Path) -> list[LabelledExample]:
         InvalidFile: The file is missing or empty, or a line is malformed; the message names the line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        # Not splitlines: it ends a line at characters that may stand in a text, such as U+2028.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidFile(f"cannot read {path}: {error}") from error
     examples: list[LabelledExample] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

@@ -33,11 +33,13 @@ class Texts:
         asked: The tokenized questions, each with its answer's tokens as the one option, with the one that ended it
             where it came to an end.
         log_probs: Of the whole answers under each draw, shape (draws, n), nats.
+        ended: Whether each came to an end.
     """
 
     texts: tuple[str, ...]
     asked: tuple[Question, ...]
     log_probs: Tensor
+    ended: tuple[bool, ...]
 
     @property
     def tokens(self) -> tuple[tuple[int, ...], ...]:
@@ -50,7 +52,7 @@ class DecodedTexts(Texts):
     """Decoded answers that were compared with the right ones.
 
     Attributes:
-        correct: Whether they are right, shape (n,), bool: the same as the right answer once normalized.
+        correct: Whether they are right, shape (n,), bool: whole, and the same as the right answer once normalized.
     """
 
     correct: Tensor
@@ -70,8 +72,11 @@ def decode_texts(
     a one that its confidence is not calibrated.
     """
     found = answer_texts(base, attached, posterior, [example.prompt for example in examples], draws, seed)
-    right = [normalized(text) == normalized(example.text) for text, example in zip(found.texts, examples, strict=True)]
-    return DecodedTexts(found.texts, found.asked, found.log_probs, torch.tensor(right))
+    right = [
+        ended and normalized(text) == normalized(example.text)
+        for text, ended, example in zip(found.texts, found.ended, examples, strict=True)
+    ]
+    return DecodedTexts(found.texts, found.asked, found.log_probs, found.ended, torch.tensor(right))
 
 
 @torch.inference_mode()
@@ -94,17 +99,21 @@ def answer_texts(
     room = base.context - 1
     questions = [tokenize(base.tokenizer, posterior.config.template, prompt, (), room) for prompt in prompts]
     order = sorted(range(len(questions)), key=lambda at: len(questions[at].prompt))
+    # Where a question leaves less room than the others, its answer alone is shorter.
+    roomy = [at for at in order if len(questions[at].prompt) + MAX_TOKENS <= base.context]
+    groups = [roomy[start : start + _AT_ONCE] for start in range(0, len(roomy), _AT_ONCE)]
+    groups += [[at] for at in order[len(roomy) :]]
     texts = [""] * len(prompts)
     tokens: list[tuple[int, ...]] = [()] * len(prompts)
-    for start in range(0, len(order), _AT_ONCE):
-        some = order[start : start + _AT_ONCE]
-        left = base.context - max(len(questions[at].prompt) for at in some)
-        sampling = Sampling(min(MAX_TOKENS, left))
+    ended = [False] * len(prompts)
+    for some in groups:
+        sampling = Sampling(min(MAX_TOKENS, base.context - len(questions[some[-1]].prompt)))
         with attached.using(posterior):
             found = decode(base.model, base.tokenizer, [questions[at].prompt for at in some], sampling)
         for at, decoded in zip(some, found, strict=True):
             texts[at] = base.tokenizer.decode(decoded, skip_special_tokens=True).strip()
             tokens[at] = tuple(with_end(decoded, base.tokenizer, sampling))
+            ended[at] = len(decoded) < sampling.max_tokens
     asked = tuple(replace(question, options=(answer,)) for question, answer in zip(questions, tokens, strict=True))
     log_probs = score_draws(attached, posterior, asked, range(draws), seed, normalize="sum")[..., 0]
-    return Texts(tuple(texts), asked, log_probs)
+    return Texts(tuple(texts), asked, log_probs, tuple(ended))

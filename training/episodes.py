@@ -8,12 +8,15 @@ from dataclasses import dataclass, replace
 
 from pydantic import BaseModel, Field
 
-from abmll.errors import InvalidExamples
+from abmll.errors import InvalidExamples, PromptTooLong
 from abmll.examples import Example, Template
 from abmll.objective import Labelled
 from abmll.scoring import tokenize
 from training.base_model import BaseModel as Base
 from training.tasks import Task
+
+# Tokens that a tokenizer adds, at most, and to spare.
+_SPECIAL = 8
 
 
 class EpisodeConfig(BaseModel, frozen=True):
@@ -98,7 +101,9 @@ def sample_episode(tasks: Sequence[Task], config: EpisodeConfig, rng: random.Ran
 
 
 def relabelled(tasks: Sequence[Task], per_family: int, items: int, max_chars: int, seed: int) -> list[Task]:
-    """Returns tasks of each family with their labels' meanings permuted: new tasks of a familiar kind.
+    """Returns tasks of each family, the labels of those with fixed ones in another order by chance.
+
+    Tasks whose labels are not fixed stay as they are, and so do two labels half the time.
 
     Args:
         tasks: The tasks.
@@ -134,18 +139,34 @@ def minibatch(support: Sequence[Labelled], size: int, rng: random.Random) -> Seq
     return support if len(support) <= size else rng.sample(support, size)
 
 
+def fits(base: Base, template: Template, example: Example) -> bool:
+    """Whether an item, as free text too, is short enough for the model."""
+    longest = max(len(template.option(option).encode()) for option in example.options)
+    if len(template.prompt(example.prompt).encode()) + longest + _SPECIAL <= base.context:
+        return True  # no token is shorter than a byte
+    try:
+        tokenize(base.tokenizer, template, example.prompt, example.options, base.context - 1)
+    except PromptTooLong:
+        return False
+    return True
+
+
 def label(base: Base, template: Template, examples: Sequence[Example]) -> list[Labelled]:
     """Tokenizes examples; a free text ends with the token that ends texts, where the tokenizer has one.
 
     Raises:
-        PromptTooLong: An example exceeds the model's context.
+        PromptTooLong: An example exceeds the model's context; the field says which.
     """
     end: int | None = base.tokenizer.eos_token_id
     labelled: list[Labelled] = []
-    for example in examples:
+    for number, example in enumerate(examples):
         ended = example.is_free_text and end is not None
         room = base.context - ended
-        question = tokenize(base.tokenizer, template, example.prompt, example.options, room)
+        try:
+            question = tokenize(base.tokenizer, template, example.prompt, example.options, room)
+        except PromptTooLong as error:
+            where = f"examples[{number}]"
+            raise PromptTooLong(f"{where}: {error.message}", field=f"{where}.{error.field}") from error
         if ended:
             question = replace(question, options=((*question.options[0], end),))
         labelled.append(Labelled(question, example.answer))

@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import torch
 from joblib import Parallel, delayed, parallel_config
@@ -59,7 +59,7 @@ class OfTask(Protocol):
 
     @property
     def shots(self) -> int:
-        """Size of the support set."""
+        """Size of the support set, where the task has examples enough."""
         ...
 
 
@@ -70,7 +70,9 @@ _OfTask = TypeVar("_OfTask", bound=OfTask)
 class EvalConfig(BaseModel, frozen=True):
     """Settings of an evaluation."""
 
-    shots: tuple[int, ...] = (0, 4, 16)
+    shots: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(0, 4, 16), description="sizes of support sets; a task gives half of its examples at most"
+    )
     queries: int = Field(default=100, ge=1, description="items predicted in each task, at most")
     supports: int = Field(default=1, ge=1, description="support sets drawn for each task and number of shots")
     draws: int = Field(default=8, ge=1)
@@ -84,7 +86,7 @@ class TaskPredictions:
 
     Attributes:
         task: The task.
-        shots: Size of the support set.
+        shots: Size of the support set; it has half of the task's examples where that is fewer.
         scores: Option scores under each draw in nats, shape (draws, queries, options).
         answers: The right options, shape (queries,).
         chance: Share of the most frequent answer of the task.
@@ -194,7 +196,7 @@ def calibrate_anew(
     progress: Progress = silent,
     jobs: int = 1,
 ) -> tuple[Calibration, list[TaskPredictions]]:
-    """Predicts validation tasks and new tasks of the training families' kinds, and calibrates on them.
+    """Predicts validation tasks and tasks of the training families, and calibrates on them.
 
     Args:
         base: Model and tokenizer.
@@ -217,7 +219,7 @@ def calibrate_anew(
 
 
 def familiar_tasks(training: Sequence[Task], config: EvalConfig) -> tuple[list[Task], EvalConfig]:
-    """New tasks of the training families' kinds, with permuted labels, and the settings to evaluate them with."""
+    """Tasks of the training families, see ``relabelled``, and the settings to evaluate them with."""
     some = tuple(shots for shots in config.shots if shots > 0)  # with none, new labels cannot be known
     if not some:
         return [], config
@@ -282,7 +284,7 @@ def score(predictions: Sequence[TaskPredictions], calibration: Calibration | Non
         result = predictive(item.scores, 1.0 if entry is None else entry.temperature)
         probabilities, sets = result.probabilities, None
         if entry is not None and "0.9" in entry.conformal:
-            sets = prediction_set(probabilities, entry.conformal["0.9"])
+            sets = prediction_set(probabilities, entry.conformal["0.9"]) & item.scores[0].isfinite()
         confidence, correct = result.confidence, result.answer == item.answers
         confidences.append(confidence)
         corrects.append(correct)
@@ -333,7 +335,7 @@ def calibrate(
     Args:
         predictions: On validation tasks.
         config: Their settings.
-        familiar: On new tasks of the training families' kinds; none for validation tasks alone.
+        familiar: On tasks of the training families; none for validation tasks alone.
     """
     entries: list[ShotCalibration] = []
     for shots in sorted({item.shots for item in predictions}):

@@ -44,7 +44,7 @@ class MetaConfig(BaseModel, frozen=True):
         description="what the mean gradient of the inner steps counts for the shared parameters beside the objective's",
     )
     gamma: float = Field(default=1e-5, ge=0, description="weight of the hyperprior -log p(theta)")
-    minutes: float | None = Field(default=None, description="stop (and anneal) by wall clock instead of steps")
+    minutes: float | None = Field(default=None, gt=0, description="stop (and anneal) by wall clock instead of steps")
     checkpoint_every: int = Field(default=20, ge=1, description="steps between checkpoints")
     seed: int = 0
     inner: AdaptConfig = AdaptConfig()
@@ -165,7 +165,7 @@ def meta_train(
     identity = {
         "config": config.model_dump(mode="json", exclude={"checkpoint_every"}),
         "posterior": start.config.model_dump(mode="json", exclude={"base_model"}),
-        "tasks": [[task.name, len(task.examples)] for task in tasks],
+        "tasks": [[task.name, task.digest] for task in tasks],
     }
     checkpoint = _Checkpoint(work / "checkpoint.pt", identity, ranks)
     done, seconds = checkpoint.load(leaves, optimizer)

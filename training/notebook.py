@@ -209,12 +209,11 @@ class LoadedPosterior:
     def _texts(self, prompts: Sequence[str], draws: int, seed: int) -> list[Prediction]:
         answers = answer_texts(self.base, self.attached, self.posterior, prompts, draws, seed)
         entry = None if self.calibration is None else self.calibration.nearest_text(self.record.shots)
-        end: int | None = self.base.tokenizer.eos_token_id
         found: list[Prediction] = []
         for at, (prompt, text, tokens) in enumerate(zip(prompts, answers.texts, answers.tokens, strict=True)):
             each = answers.log_probs[:, at]
             whole = text_predictive(each, len(tokens))
-            holds = entry if tokens[-1:] == (end,) else None
+            holds = entry if answers.ended[at] else None
             found.append(
                 Prediction(
                     prompt=prompt,

@@ -116,7 +116,7 @@ def _options(axes: Axes, item: Prediction) -> None:
     errors = [2 * error for error in item.standard_errors or ()]
     colours = ["tab:blue" if option == item.answer else "lightsteelblue" for option in options]
     inside = item.prediction_set or ()
-    names = [f"{option} *" if option in inside else option for option in options]
+    names = [f"{_plain(option)} *" if option in inside else _plain(option) for option in options]
     axes.barh(range(len(options)), probabilities, color=colours, xerr=errors, error_kw={"capsize": 2, "lw": 1})
     axes.set_yticks(range(len(options)), names)
     axes.invert_yaxis()
@@ -138,9 +138,14 @@ def _confidences(axes: Axes, items: Sequence[Prediction]) -> None:
 
 
 def _sure(item: Prediction) -> str:
-    return f"{item.answer}: {item.confidence:.1%} confident{'' if item.calibrated else ', not calibrated'}"
+    return f"{_short(item.answer, 80)}: {item.confidence:.1%} confident{'' if item.calibrated else ', not calibrated'}"
 
 
 def _short(text: str, most: int) -> str:
-    line = " ".join(text.split()).replace("$", r"\$")
-    return line if len(line) <= most else line[: most - 1] + "…"
+    line = " ".join(text.split())
+    return _plain(line if len(line) <= most else line[: most - 1] + "…")
+
+
+def _plain(text: str) -> str:
+    """A text in which matplotlib sees no formula."""
+    return text.replace("$", r"\$")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,14 +33,30 @@ def checked(model: type[M], values: Mapping[str, Any]) -> M:
     """Returns settings of a model.
 
     Raises:
-        AbmllError: A value is out of range or of the wrong type.
+        AbmllError: A value is out of range or of the wrong type, or there is no such setting.
     """
     try:
-        return model.model_validate(values)
+        return model.model_validate(values, extra="forbid")
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(where, _names(model), n=1, cutoff=0.5)
+            mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(_names(model))}"
+            raise AbmllError(f"there is no setting {where}; {mend}", field=where) from error
         raise AbmllError(f"setting {where}: {first['msg']} (got {first['input']!r})", field=where) from error
+
+
+def _names(model: type[BaseModel]) -> list[str]:
+    """Names of all settings, those of nested models with their table before a point."""
+    found: list[str] = []
+    for name, field in model.model_fields.items():
+        nested = field.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            found += [f"{name}.{inner}" for inner in _names(nested)]
+        else:
+            found.append(name)
+    return found
 
 
 def choose_device(wanted: str | None) -> str:

@@ -93,6 +93,9 @@ def split_families(
             draw -= want
         families[family] = part
         taken[part] += 1
+    spare = [family for family in free if families[family] == "train"]
+    if quota["validation"] and "validation" not in families.values() and len(spare) > 1:
+        families[rng.choice(spare)] = "validation"  # else there is nothing to calibrate on
     return Split(seed=seed, families=dict(sorted(families.items())))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,6 +42,12 @@ class Task:
         return self.examples[0].is_free_text
 
     @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that tell its examples from others."""
+        items = [[example.prompt, example.options, example.answer] for example in self.examples]
+        return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16]
+
+    @property
     def majority_share(self) -> float:
         """Accuracy of always giving the most frequent answer, by text with fixed labels or none, else by position."""
         counts = Counter(example.text if example.is_free_text else example.answer for example in self.examples)
@@ -54,6 +61,8 @@ def _example(record: Any, where: str) -> Example:
     options = record.get("options")
     if not isinstance(text, str) or not text.strip():
         raise InvalidExamples(f"{where}: 'input' must be a text that is not empty", field=where)
+    if not _is_whole([text, *(options if isinstance(options, list) else []), record.get("answer")]):
+        raise InvalidExamples(f"{where}: a text holds half a character, one of \\ud800 to \\udfff alone", field=where)
     if options is None:
         answer = record.get("answer")
         if not isinstance(answer, str) or not answer.strip():
@@ -67,6 +76,13 @@ def _example(record: Any, where: str) -> Example:
     except AbmllError as error:
         raise InvalidExamples(f"{where}: {error.message}", field=where) from error
     return Example(text, tuple(options), answer)
+
+
+def _is_whole(texts: Sequence[Any]) -> bool:
+    try:
+        return all(text.encode() is not None for text in texts if isinstance(text, str))
+    except UnicodeEncodeError:
+        return False
 
 
 def examples_of(records: Iterable[Example | Mapping[str, Any]]) -> tuple[Example, ...]:
@@ -96,7 +112,8 @@ def read_examples(path: Path) -> tuple[Example, ...]:
             options and some have not.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: it ends a line at characters that may stand in a text, such as U+2028.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidExamples(f"cannot read examples from {path}: {error}", field=str(path)) from error
     examples: list[Example] = []
@@ -124,7 +141,8 @@ def _make_task(
 
 def _of_manifest(entry: dict[str, Any], folder: Path) -> Task:
     if "dataset" in entry:
-        columns = DatasetColumns(entry["text"], entry["label"], entry.get("options"))
+        text = entry["text"]
+        columns = DatasetColumns([text] if isinstance(text, str) else text, entry["label"], entry.get("options"))
         more = {key: entry[key] for key in ("config", "split", "limit", "revision") if key in entry}
         path, family, category = entry["dataset"], entry["family"], entry["category"]
         return load_hub_task(path, columns, name=entry["name"], family=family, category=category, **more)
@@ -165,6 +183,9 @@ def load_tasks(folder: Path) -> list[Task]:
         tasks = [_make_task(path.stem, path.stem, "task", read_examples(path)) for path in paths]
     if not tasks:
         raise InvalidExamples(f"{folder} has neither a manifest.json nor any .jsonl file", field=str(folder))
+    name, count = Counter(task.name for task in tasks).most_common(1)[0]
+    if count > 1:
+        raise InvalidExamples(f"{folder} has {count} tasks named {name!r}; give each a name of its own", field=name)
     return sorted(tasks, key=lambda task: task.name)
 
 

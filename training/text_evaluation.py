@@ -127,7 +127,7 @@ def fit_text_calibration(
 
     Args:
         predictions: On validation tasks, whose families meta-training has not seen.
-        familiar: On new tasks of the training families' kinds; they count half.
+        familiar: On tasks of the training families; they count half.
     """
     entries: list[TextCalibration] = []
     for shots in sorted({item.shots for item in predictions}):

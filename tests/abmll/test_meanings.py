@@ -23,6 +23,13 @@ from abmll.meanings import group_meanings, meaning_predictive, normalized
         ("", ""),
         ("STRASSE", "strasse"),
         ("Straße", "strasse"),
+        ("C++", "c++"),
+        ("C#", "c"),
+        ("x < y.", "x < y"),
+        ("cafe\u0301", "café"),
+        ("की", "की"),
+        ("दिन।", "दिन"),
+        ("क\u094d\u200dष", "क\u094d\u200dष"),
     ],
 )
 def test_texts_without_what_does_not_change_their_meaning(text: str, plain: str) -> None:

@@ -55,6 +55,22 @@ def test_a_posterior_comes_back_as_it_was(llama: Attached, family: Family, tmp_p
     assert "after 0 shots: temperature 2.000" in (tmp_path / "p" / "CARD.md").read_text()
 
 
+def test_what_is_not_a_posterior_is_not_replaced(llama: Attached, tmp_path: Path) -> None:
+    posterior, notes = posterior_of(llama), tmp_path / "project" / "notes.txt"
+    notes.parent.mkdir()
+    save_posterior(notes.parent, posterior, Record())
+    notes.write_text("mine")
+    (notes.parent / "more").mkdir()
+    save_posterior(notes.parent, posterior, Record(version=2), CALIBRATION)
+    assert load_posterior(notes.parent).record.version == 2
+    assert (notes.read_text(), (notes.parent / "more").is_dir()) == ("mine", True)
+    (notes.parent / "posterior.json").unlink()
+    for folder in (notes.parent, notes):
+        with pytest.raises(AbmllError, match="is there and holds no posterior"):
+            save_posterior(folder, posterior, Record())
+    assert notes.read_text() == "mine"
+
+
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_flipped_bit_anywhere_is_noticed(

@@ -26,6 +26,14 @@ def test_a_family_is_never_divided_and_every_task_has_a_part() -> None:
     assert not families[0] & families[1] | families[0] & families[2] | families[1] & families[2]
 
 
+def test_of_few_families_one_is_left_to_calibrate_on() -> None:
+    for seed in range(60):
+        parts = split_families(TASKS[:9], seed).families.values()
+        assert "train" in parts
+        assert "validation" in parts or list(parts).count("train") == 1
+    assert "validation" not in split_families(TASKS[:9], 0, validation=0.0).families.values()
+
+
 def test_the_seed_decides_not_the_order() -> None:
     assert split_families(TASKS, 3) == split_families(TASKS[::-1], 3)
     assert split_families(TASKS, 3).families != split_families(TASKS, 4).families

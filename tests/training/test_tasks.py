@@ -34,9 +34,17 @@ def test_a_folder_without_one_and_answers_as_text(tmp_path: Path) -> None:
     assert [example.answer for example in task.examples] == [1, 1]
 
 
+def test_a_line_ends_at_a_newline_alone(tmp_path: Path) -> None:
+    text = "first\u2028second\x85third"
+    lines = [json.dumps(GOOD | {"input": text}, ensure_ascii=False), json.dumps(GOOD)]
+    (tmp_path / "t.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert [example.prompt for example in read_examples(tmp_path / "t.jsonl")] == [text, "is it so?"]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        (json.dumps(GOOD | {"input": "\ud83d"}), "line 2: a text holds half a character"),
         ("{", "line 2: not valid JSON"),
         ("[1]", "line 2: an item must be an object"),
         (json.dumps(GOOD | {"input": " "}), "line 2: 'input' must be a text"),
@@ -62,6 +70,8 @@ def test_folders_that_hold_no_tasks(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"tasks": [{"name": "a"}]}')
     with pytest.raises(InvalidExamples, match="family"):
         load_tasks(tmp_path)
+    with pytest.raises(InvalidExamples, match="2 tasks named 'rule_0'"):
+        load_tasks(write_tasks(tmp_path / "twice", [rule_task(0), rule_task(0)]))
 
 
 def saved(folder: Path, rows: dict[str, list[Any]], features: Any = None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from training.adaptation import AdaptConfig, adapt
 from training.base_model import BaseModel
 from training.benchmark.texts import BUDGET, draw, markdown, rows_of, score_task, with_polygraph
 from training.benchmark.world import World
-from training.decoded_texts import DecodedTexts, decode_texts
+from training.decoded_texts import DecodedTexts, answer_texts, decode_texts
 from training.episodes import EpisodeConfig, label, sample_episode
 from training.evaluation import EvalConfig
 from training.task_calibration import adapt_and_calibrate
@@ -59,6 +60,17 @@ def test_a_task_taught_without_options_says_its_answers_and_ends(
     assert set(after.texts) <= {"yes", "no"}
     assert all(tokens[-1] == base.tokenizer.eos_token_id for tokens in after.tokens)
     assert [text == e.text for text, e in zip(after.texts, texts[:8], strict=True)] == after.correct.tolist()
+
+    close = replace(base, context=len(after.asked[0].prompt) + len(after.tokens[0]) - 1)
+    cut = decode_texts(close, attached, phi, texts[:1], 4, 0)
+    assert (cut.texts, cut.ended, cut.correct.tolist()) == (after.texts[:1], (False,), [False])
+
+    short = replace(texts[0], prompt="so")
+    alone = answer_texts(close, attached, theta, [short.prompt], 4, 0)
+    beside = answer_texts(close, attached, theta, [short.prompt, texts[0].prompt], 4, 0)
+    assert beside.tokens[0] == alone.tokens[0]
+    assert len(alone.tokens[0]) > len(beside.tokens[1])
+
     signs = stack_signs([draw_signs(phi, 0, 1)])
     with attached.using(phi, signs) as model, torch.no_grad():
         prompt = label(base, phi.config.template, texts[:1])[0].question.prompt
@@ -92,9 +104,8 @@ def predictions(family: str, shots: int, logits: list[float], correct: list[bool
     probabilities = torch.tensor(logits).double().sigmoid()
     task = rule_task(0)
     texts = tuple("yes" for _ in logits)
-    decoded = DecodedTexts(
-        texts, tuple(Question((0,), ((1,),)) for _ in logits), probabilities.log()[None], torch.tensor(correct)
-    )
+    asked = tuple(Question((0,), ((1,),)) for _ in logits)
+    decoded = DecodedTexts(texts, asked, probabilities.log()[None], tuple(True for _ in logits), torch.tensor(correct))
     return TextPredictions(type(task)(family, family, "c", task.examples, True), shots, decoded)
 
 

@@ -59,7 +59,7 @@ class PretrainConfig(BaseModel, frozen=True):
     row_tokens: int = Field(default=384, description="tokens in a training row")
     batch_rows: int = Field(default=32, description="rows in a step")
     micro_rows: int = Field(default=8, description="rows in a forward pass; small ones stay in the cache")
-    minutes: float = Field(default=60.0, description="wall-clock budget; the learning rate falls to zero at its end")
+    minutes: float = Field(default=60.0, gt=0, description="wall-clock budget; the rate falls to zero at its end")
     task_share: float = Field(default=0.5, ge=0, le=1, description="share of rows that hold task items")
     theme_share: float = Field(default=0.0, ge=0, le=1, description="share of rows of passages and their themes")
     polarity_share: float = Field(default=0.0, ge=0, le=1, description="share of rows of passages that praise or blame")
@@ -332,6 +332,8 @@ def pretrain(
     work = out.with_name(out.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
     digest = f"{corpus_digest(books, chosen)}-{config.vocabulary}"
+    if config.book_limit is not None:
+        digest += f"-{config.book_limit}"
     torch.manual_seed(config.seed)
     if start is None:
         tokenizer = _tokenizer(books, read, template, config, work / f"tokenizer-{digest}.json")

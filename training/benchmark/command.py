@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from training.commands.document import print_json
+from training.commands.options import is_typed
 
 if TYPE_CHECKING:
     from training.benchmark.run import BenchConfig, Parts
@@ -28,6 +29,7 @@ QUICK = {
 
 
 def bench_command(
+    ctx: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for results, tables and pictures; a run goes on from it.")],
     tasks: Annotated[
         Path | None, typer.Option(help="Folder of tasks with a split in the posterior; default: the generated world.")
@@ -60,6 +62,7 @@ def bench_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the measures as one JSON document.")] = False,
 ) -> None:
     """Compare ABMLL with what one would use instead: same base model, data, shots and budget."""
+    from abmll.errors import AbmllError
     from training.benchmark.catalogue import compared
     from training.benchmark.pictures import against_beta, draw_all
     from training.benchmark.run import BenchConfig, run
@@ -68,6 +71,9 @@ def bench_command(
     from training.progress import track
     from training.settings import checked, numbers
 
+    own = [name for name in (*QUICK, "seeds") if quick and name in ctx.params and is_typed(ctx, name)]
+    if own:
+        raise AbmllError(f"--quick has {own[0]} of its own; leave --{own[0].replace('_', '-')} out", field=own[0])
     values: dict[str, Any] = {
         "shots": numbers(shots, "shots"),
         "episode_shots": None if episode_shots is None else numbers(episode_shots, "episode_shots"),

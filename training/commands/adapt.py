@@ -30,12 +30,13 @@ def adapt_command(
 ) -> None:
     """Adapt a global posterior to a task from labelled examples."""
     from abmll.errors import AbmllError
-    from abmll.store import Record, load_posterior, save_posterior
+    from abmll.store import Record, check_replaceable, load_posterior, save_posterior
     from training.adaptation import AdaptConfig
     from training.progress import silent, track
     from training.task_calibration import adapt_and_calibrate
     from training.tasks import read_examples
 
+    check_replaceable(out)
     support = read_examples(examples)
     stored = load_posterior(posterior)
     inner = AdaptConfig.from_record(stored.record.training)

@@ -10,7 +10,7 @@ import typer
 from training.commands.document import print_json
 from training.commands.opening import join_ranks, open_base
 from training.commands.options import Device, Dtype, Jobs, Json, Model, ShardBase, Tasks
-from training.commands.parts import tasks_of_part
+from training.commands.parts import tasks_of_part, within_context
 from training.settings import checked, numbers
 
 
@@ -30,7 +30,7 @@ def calibrate_command(
     shard_base: ShardBase = False,
     as_json: Json = False,
 ) -> None:
-    """Calibrate a global posterior anew, on validation families and new tasks of the training families' kinds."""
+    """Calibrate a global posterior anew, on validation families and tasks of the training families."""
     from abmll.store import load_posterior, save_posterior
     from training.adaptation import AdaptConfig
     from training.base.corpus import unseen_items
@@ -38,6 +38,7 @@ def calibrate_command(
     from training.embedded import resolve
     from training.evaluation import EvalConfig
     from training.progress import silent, track
+    from training.splits import read_split
     from training.tasks import load_tasks
 
     stored = load_posterior(posterior)
@@ -54,13 +55,17 @@ def calibrate_command(
     base, attached, theta = open_base(stored.posterior, model, dtype, device, ranks)
     progress = track if ranks.main else silent
     inner = AdaptConfig.from_record(stored.record.training)
+    validation = within_context(base, theta.config.template, validation, ranks.main)
     calibration, results, tables = calibrate_all(
         base, attached, theta, validation, training, inner, config, progress, jobs
     )
     ranks.leave()
     if not ranks.main:
         return
-    save_posterior(posterior, stored.posterior, stored.record.model_copy(update={"results": results}), calibration)
+    record = stored.record.model_copy(update={"results": results})
+    if split is not None:
+        record = record.model_copy(update={"training": record.training | {"split": read_split(split).model_dump()}})
+    save_posterior(posterior, stored.posterior, record, calibration)
     if as_json:
         written = {"folder": posterior, "posterior": stored.digest, "results": results}
         print_json(written | {"calibration": calibration})

@@ -14,7 +14,7 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", help="TOML file with further settings; options given here count before it."),
 ]
-SplitFile = Annotated[Path | None, typer.Option(help="Split file to read; made from --seed and --pin if absent.")]
+SplitFile = Annotated[Path | None, typer.Option(help="Split file to read. Default: one is made from --seed and --pin.")]
 Pins = Annotated[list[str] | None, typer.Option("--pin", help="FAMILY=train|validation|test; may be repeated.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Processes that share the predictions, each with its own model.")]

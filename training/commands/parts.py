@@ -5,8 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import typer
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from abmll.examples import Template
     from abmll.store import StoredPosterior
+    from training.base_model import BaseModel
     from training.splits import Split
     from training.tasks import Task
 
@@ -23,20 +29,22 @@ def chosen_split(tasks: list[Task], path: Path | None, seed: int, pins: list[str
 
     Args:
         tasks: The tasks.
-        path: Split file; made where it is None or absent.
+        path: Split file; made where it is None.
         seed: Seed of a split that is made.
         pins: FAMILY=PART each, for one that is made.
         target: Where to write it.
 
     Raises:
-        AbmllError: A pin is malformed, or the file is.
+        AbmllError: A pin is malformed, or the file is or is missing, or pins are given beside it.
     """
     from typing import get_args
 
     from abmll.errors import AbmllError
     from training.splits import Part, read_split, split_families, write_split
 
-    if path is not None and path.is_file():
+    if path is not None:
+        if pins:
+            raise AbmllError("--pin holds for a split that is made; leave it out, or --split", field="pin")
         split = read_split(path)
     else:
         pinned: dict[str, Part] = {}
@@ -49,6 +57,35 @@ def chosen_split(tasks: list[Task], path: Path | None, seed: int, pins: list[str
     target.parent.mkdir(parents=True, exist_ok=True)
     write_split(split, target)
     return split
+
+
+def within_context(base: BaseModel, template: Template, tasks: Sequence[Task], main: bool = True) -> list[Task]:
+    """Returns the tasks without the items that the model cannot read whole; the main process tells of them.
+
+    Raises:
+        AbmllError: No item is left.
+    """
+    from dataclasses import replace
+
+    from abmll.errors import AbmllError
+    from training.episodes import fits
+
+    kept: list[Task] = []
+    for task in tasks:
+        fitting = [fits(base, template, example) for example in task.examples]
+        count = fitting.count(False)
+        if count and main:
+            typer.echo(
+                f"abmll: task {task.name}: {count} of {len(fitting)} items left out, the first is number "
+                f"{fitting.index(False) + 1}: longer than the {base.context} tokens that the model reads",
+                err=True,
+            )
+        examples = tuple(example for example, whole in zip(task.examples, fitting, strict=True) if whole)
+        if examples:
+            kept.append(replace(task, examples=examples) if count else task)
+    if tasks and not kept:
+        raise AbmllError(f"no item fits into the {base.context} tokens that the model reads", field="tasks")
+    return kept
 
 
 def tasks_of_part(loaded: list[Task], split: Path | None, part: str, stored: StoredPosterior) -> list[Task]:

@@ -31,10 +31,10 @@ def pretrain_command(
     from training.base.pretrain import PretrainConfig, pretrain
     from training.tasks import load_tasks
 
-    loaded = load_tasks(tasks)
-    chosen = chosen_split(loaded, split, seed, pin, out.with_name(out.name + ".split.json"))
     values = {"minutes": minutes, "seed": seed} | read_toml(config) | typed(ctx, minutes=minutes, seed=seed)
     settings = checked(PretrainConfig, values)
+    loaded = load_tasks(tasks)
+    chosen = chosen_split(loaded, split, settings.seed, pin, out.with_name(out.name + ".split.json"))
     pretrain(books, loaded, chosen, out, settings, start=start, device=choose_device(device))
     if as_json:
         print_json({"folder": out})

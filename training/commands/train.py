@@ -23,7 +23,7 @@ from training.commands.options import (
     Tasks,
     typed,
 )
-from training.commands.parts import chosen_split
+from training.commands.parts import chosen_split, within_context
 from training.settings import checked, choose_device, read_toml
 
 
@@ -62,7 +62,7 @@ def train_command(
     """Meta-train a global posterior on training families and calibrate it on validation families."""
     from abmll.layers import attach
     from abmll.posterior import PosteriorConfig
-    from abmll.store import Record, save_posterior
+    from abmll.store import Record, check_replaceable, save_posterior
     from training.adaptation import family_settings
     from training.base.corpus import unseen_items
     from training.base_model import load_base
@@ -80,12 +80,22 @@ def train_command(
     inner = family_settings(posterior_values["family"]) | values.pop("inner", {}) | typed(ctx, beta=beta)
     values = {"steps": steps, "minutes": minutes, "seed": seed} | values
     settings = checked(MetaConfig, values | typed(ctx, steps=steps, minutes=minutes, seed=seed) | {"inner": inner})
+    seed = settings.seed
+    evaluation = checked(EvalConfig, {"draws": calibration_draws, "seed": seed})
+    check_replaceable(out)
     loaded = load_tasks(tasks)
     work = out.with_name(out.name + ".work")
     ranks = join_ranks(device, shard_base, jobs, share_tasks=True)
     # One process makes the split's file.
     chosen = ranks.of_main(chosen_split(loaded, split, seed, pin, work / "split.json") if ranks.main else None)
     assert chosen is not None
+    validation = chosen.select(loaded, "validation")
+    if ranks.main and not validation:
+        typer.echo(
+            "abmll: no family is left for validation, so the posterior will not be calibrated; "
+            "give more families, or --pin FAMILY=validation",
+            err=True,
+        )
     source = resolve(model)
     base = load_base(
         source,
@@ -103,15 +113,15 @@ def train_command(
     attached = attach(base.model, posterior_config.targets, posterior_config.layers, ranks.together, base.weights)
     familiar = unseen_items(Path(source), chosen.select(loaded, "train"))
     from_books = pseudo_tasks(books, pseudo, seed) if books is not None else []
-    training_tasks = [*familiar, *kind_tasks(familiar, pseudo, seed), *from_books]
+    made = [*familiar, *kind_tasks(familiar, pseudo, seed), *from_books]
+    training_tasks = within_context(base, posterior_config.template, made, ranks.main)
+    validation = within_context(base, posterior_config.template, validation, ranks.main)
     theta = meta_train(base, attached, training_tasks, posterior_config, settings, work, ranks=ranks)
     if not ranks.sharded:
         ranks.leave()
         if not ranks.main:
             return
     theta = theta.map(lambda tensor: tensor.to(base.device))
-    evaluation = EvalConfig(draws=calibration_draws, seed=seed)
-    validation = chosen.select(loaded, "validation")
     calibration, results = None, {}
     progress = track if ranks.main else silent
     if validation:
