@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import torch
 
@@ -91,6 +92,17 @@ def global_posterior(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathF
     record = Record(task="global", training={"inner": inner})
     folder = tmp_path_factory.mktemp("global") / "posterior"
     return folder, save_posterior(folder, random_posterior(tiny_model_folder, 1), record, calibration)
+
+
+def all_processes(server: Server) -> list[psutil.Process]:
+    """Processes that the server began, and those that these began."""
+    return psutil.Process(server.process.pid).children(recursive=True)
+
+
+def assert_ended(processes: list[psutil.Process], seconds: float) -> None:
+    """Checks that processes end within some seconds."""
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    assert alive == []
 
 
 @pytest.fixture(scope="module")

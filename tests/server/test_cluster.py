@@ -21,7 +21,7 @@ from server.cluster.ray_process import adaptation_resources
 from server.cluster.router import home
 from server.settings import Settings
 from tests.command_line import CommandLine
-from tests.server.conftest import Server, servers, wait_for
+from tests.server.conftest import Server, all_processes, assert_ended, servers, wait_for
 from tests.server.test_http import QUESTION, adapt, without_times
 from tests.server.test_load import metric
 
@@ -224,17 +224,6 @@ def ends_all(server: Server) -> Generator[None]:
     processes = all_processes(server)
     yield
     assert_ended(processes, 90)
-
-
-def all_processes(server: Server) -> list[psutil.Process]:
-    """Processes that the server began, and those that these began."""
-    return psutil.Process(server.process.pid).children(recursive=True)
-
-
-def assert_ended(processes: list[psutil.Process], seconds: float) -> None:
-    """Checks that processes end within some seconds."""
-    _, alive = psutil.wait_procs(processes, timeout=seconds)
-    assert alive == []
 
 
 def test_a_cluster_that_does_not_answer_is_told(

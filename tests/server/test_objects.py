@@ -17,7 +17,7 @@ from abmll.store import Record, StoredPosterior
 from server.objects import Objects
 from server.service import REFRESH_SECONDS
 from server.store import TaskStore
-from tests.server.conftest import Server, free_port, random_posterior, wait_for
+from tests.server.conftest import Server, all_processes, assert_ended, free_port, random_posterior, wait_for
 from tests.server.test_faults import probabilities
 from tests.server.test_http import adapt
 from tests.server.test_load import metric
@@ -326,8 +326,10 @@ def test_a_task_outlives_the_disk_and_is_seen_by_other_servers(
     wait_for(lambda: other.http.get("/tasks/t").status_code == 200, 4 * REFRESH_SECONDS)
     assert probabilities(other, "t") == expected
 
+    processes = all_processes(one)
     one.process.send_signal(signal.SIGKILL)
     one.process.wait(30)
+    assert_ended(processes, 30)
     shutil.rmtree(tmp_path / "one")
     anew = start_server(store=tmp_path / "one", objects=bucket)
     assert probabilities(anew, "t") == expected
