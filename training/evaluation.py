@@ -284,7 +284,8 @@ def score(predictions: Sequence[TaskPredictions], calibration: Calibration | Non
         result = predictive(item.scores, 1.0 if entry is None else entry.temperature)
         probabilities, sets = result.probabilities, None
         if entry is not None and "0.9" in entry.conformal:
-            sets = prediction_set(probabilities, entry.conformal["0.9"]) & item.scores[0].isfinite()
+            sets = prediction_set(probabilities, entry.conformal["0.9"])
+            sets &= item.scores[0].isfinite()  # an option that pads a row is none
         confidence, correct = result.confidence, result.answer == item.answers
         confidences.append(confidence)
         corrects.append(correct)

@@ -48,7 +48,7 @@ def of_task(
         "aurc": metrics.area_under_risk_coverage(result.confidence, correct),
         "epistemic": result.epistemic.mean().item(),
     }
-    sets = prediction_set(probabilities, threshold)
+    sets = prediction_set(probabilities, threshold) & scores[0].isfinite()  # an option that pads a row is none
     values["coverage_90"] = sets.gather(-1, answers[:, None]).double().mean().item()
     values["set_size_90"] = sets.sum(-1).double().mean().item()
     if exact is not None:

@@ -164,6 +164,12 @@ def test_an_ablation_tells_kl_and_draws_it(tiny_model_folder: Path, tmp_path: Pa
         compared(None, layers="all,bottom")
 
 
+def test_a_set_of_all_options_has_none_that_pads_a_row() -> None:
+    scores = torch.tensor([[[0.3, 0.1, -torch.inf], [0.2, 0.1, 0.4]]])
+    measured = measures.of_task(scores, torch.tensor([1, 0]), 1.0, threshold=1.0)
+    assert (measured["set_size_90"], measured["coverage_90"]) == (2.5, 1.0)
+
+
 def test_doubt_that_is_higher_on_strange_questions_has_a_high_auroc() -> None:
     inside, outside = torch.linspace(0, 1, 50), torch.linspace(0.5, 1.5, 50)
     assert measures.ood_auroc(inside, outside) == pytest.approx(1 - 0.5**3, abs=0.02)  # the overlap's two halves
