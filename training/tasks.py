@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any
 
 from abmll.errors import AbmllError, InvalidExamples
 from abmll.examples import Example, check_one_kind, check_options, resolve_answer
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ def _example(record: Any, where: str) -> Example:
     options = record.get("options")
     if not isinstance(text, str) or not text.strip():
         raise InvalidExamples(f"{where}: 'input' must be a text that is not empty", field=where)
-    if not _is_whole([text, *(options if isinstance(options, list) else []), record.get("answer")]):
+    texts: list[Any] = [text, record.get("answer"), *(options if isinstance(options, list) else [])]
+    if any(isinstance(each, str) and _HALF.search(each) for each in texts):
         raise InvalidExamples(f"{where}: a text holds half a character, one of \\ud800 to \\udfff alone", field=where)
     if options is None:
         answer = record.get("answer")
@@ -76,13 +80,6 @@ def _example(record: Any, where: str) -> Example:
     except AbmllError as error:
         raise InvalidExamples(f"{where}: {error.message}", field=where) from error
     return Example(text, tuple(options), answer)
-
-
-def _is_whole(texts: Sequence[Any]) -> bool:
-    try:
-        return all(text.encode() is not None for text in texts if isinstance(text, str))
-    except UnicodeEncodeError:
-        return False
 
 
 def examples_of(records: Iterable[Example | Mapping[str, Any]]) -> tuple[Example, ...]:

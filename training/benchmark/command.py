@@ -71,7 +71,7 @@ def bench_command(
     from training.progress import track
     from training.settings import checked, numbers
 
-    own = [name for name in (*QUICK, "seeds") if quick and name in ctx.params and is_typed(ctx, name)]
+    own = [name for name in (*QUICK, "seeds") if quick and is_typed(ctx, name)]
     if own:
         raise AbmllError(f"--quick has {own[0]} of its own; leave --{own[0].replace('_', '-')} out", field=own[0])
     values: dict[str, Any] = {

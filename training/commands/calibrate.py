@@ -43,6 +43,7 @@ def calibrate_command(
 
     stored = load_posterior(posterior)
     loaded = load_tasks(tasks)
+    own = {} if split is None else {"split": read_split(split).model_dump()}
     validation = tasks_of_part(loaded, split, "validation", stored)
     training = unseen_items(
         Path(resolve(model or stored.posterior.config.base_model)), tasks_of_part(loaded, split, "train", stored)
@@ -62,9 +63,7 @@ def calibrate_command(
     ranks.leave()
     if not ranks.main:
         return
-    record = stored.record.model_copy(update={"results": results})
-    if split is not None:
-        record = record.model_copy(update={"training": record.training | {"split": read_split(split).model_dump()}})
+    record = stored.record.model_copy(update={"results": results, "training": stored.record.training | own})
     save_posterior(posterior, stored.posterior, record, calibration)
     if as_json:
         written = {"folder": posterior, "posterior": stored.digest, "results": results}
