@@ -113,14 +113,13 @@ def main() -> None:
     # Watched from the first moment on: what is imported here takes seconds.
     wake, working = threading.Event(), list[Worker]()
     threading.Thread(target=_watch_server, args=(wake, working), daemon=True).start()
+    if hasattr(os, "nice"):
+        os.nice(NICENESS)
 
     import torch
 
     import training.task_calibration  # noqa: F401 # pyright: ignore[reportUnusedImport] -- spends its seconds before a job comes
     from training.allocator import keep_freed_memory
-
-    if hasattr(os, "nice"):
-        os.nice(NICENESS)
 
     torch.set_num_threads(settings.adapt_threads)
     keep_freed_memory()

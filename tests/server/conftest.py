@@ -123,7 +123,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.02)
+        time.sleep(0.1)
 
 
 class Server:
@@ -161,7 +161,7 @@ class Server:
             reply = self.http.get(f"/adapt/{job}").json()
             if reply["status"] not in ("queued", "running"):
                 return reply
-            time.sleep(0.05)
+            time.sleep(0.1)
         raise AssertionError(f"job {job} is not done after {seconds} s: {self.log.read_text()}")
 
 

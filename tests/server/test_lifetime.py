@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -34,7 +35,7 @@ def wait_running(server: Server, job: str) -> psutil.Process:
         if reply["status"] == "running" and reply["progress"] > 0:
             (worker,) = processes_below(server.process.pid, "server.worker")
             return worker
-        time.sleep(0.02)
+        time.sleep(0.05)
     raise AssertionError(reply)
 
 
@@ -43,12 +44,11 @@ def statuses_until_ready(server: Server) -> list[tuple[int, int, int]]:
     seen: list[tuple[int, int, int]] = []
     while not seen or seen[-1][2] != 200:
         assert server.process.poll() is None, server.log.read_text()
-        try:
+        time.sleep(0.05)
+        with contextlib.suppress(httpx.TransportError):
             health = server.http.get("/healthz").status_code
             generate = server.http.post("/generate", json=QUESTION).status_code
             seen.append((health, generate, server.http.get("/readyz").status_code))
-        except httpx.TransportError:
-            time.sleep(0.02)
     return seen
 
 
