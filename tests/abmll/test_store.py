@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,28 @@ def test_what_is_not_a_posterior_is_not_replaced(llama: Attached, tmp_path: Path
         with pytest.raises(AbmllError, match="is there and holds no posterior"):
             save_posterior(folder, posterior, Record())
     assert notes.read_text() == "mine"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a folder is gone for a moment while it is replaced")
+def test_one_who_reads_finds_a_posterior_at_every_moment_of_its_replacement(llama: Attached, tmp_path: Path) -> None:
+    folder, posterior = tmp_path / "p", posterior_of(llama)
+    save_posterior(folder, posterior, Record())
+    written = threading.Event()
+
+    def look() -> set[bool]:
+        seen = {True}
+        while not written.is_set():
+            seen.add(folder.exists())
+        return seen
+
+    with ThreadPoolExecutor(1) as pool:
+        seen = pool.submit(look)
+        for version in range(2, 30):
+            save_posterior(folder, posterior, Record(version=version))
+        written.set()
+    assert seen.result() == {True}
+    assert load_posterior(folder).record.version == 29
+    assert [path.name for path in tmp_path.iterdir()] == ["p"]
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
