@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from abmll.errors import PromptTooLong
+from abmll.errors import InvalidRequest, PromptTooLong
 from abmll.examples import Template
 from abmll.posterior import Normalize
 
@@ -77,6 +77,27 @@ def tokenize(tokenizer: Tokenizer, template: Template, prompt: str, options: Seq
             f"{what} {question.longest} tokens; there is room for {context}: shorten the prompt", field="prompt"
         )
     return question
+
+
+def check_told_apart(question: Question, options: Sequence[str]) -> None:
+    """Checks that a model can tell a question's options apart: to a tokenizer that knows no capitals some are the same.
+
+    Args:
+        question: The tokenized question.
+        options: Its options' texts.
+
+    Raises:
+        InvalidRequest: Two are the same tokens, and would share a probability.
+    """
+    first: dict[tuple[int, ...], str] = {}
+    for position, (tokens, option) in enumerate(zip(question.options, options, strict=True)):
+        if tokens in first:
+            where = f"options[{position}]"
+            raise InvalidRequest(
+                f"{where} {option!r} is the same to the model as {first[tokens]!r}; word one of them differently",
+                field=where,
+            )
+        first[tokens] = option
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from abmll.errors import InvalidExamples, InvalidRequest, PromptTooLong
 from abmll.examples import Example, Template, check_one_kind, check_options, resolve_answer
-from abmll.scoring import Question, tokenize
+from abmll.scoring import Question, check_told_apart, tokenize
 from server.schemas import MAX_EXAMPLES
 from server.task_schemas import ExampleIn
 
@@ -28,18 +28,26 @@ def check_prompt(prompt: str, field: str = "prompt") -> None:
 
 
 async def encode(tokenizer: Any, template: Template, prompt: str, options: Sequence[str], room: int) -> Question:
-    """Tokenizes a question, see ``tokenize``; a long one beside the event loop."""
+    """Tokenizes a question that can be answered; a long one beside the event loop.
+
+    Raises:
+        PromptTooLong: See ``tokenize``.
+        InvalidRequest: See ``check_told_apart``.
+    """
     if len(prompt) + sum(map(len, options)) < _LONG:
-        return tokenize(tokenizer, template, prompt, options, room)
-    return await asyncio.to_thread(tokenize, tokenizer, template, prompt, options, room)
+        question = tokenize(tokenizer, template, prompt, options, room)
+    else:
+        question = await asyncio.to_thread(tokenize, tokenizer, template, prompt, options, room)
+    check_told_apart(question, options)
+    return question
 
 
 def read_examples(given: Sequence[ExampleIn], tokenizer: Any, template: Template, context: int) -> list[Example]:
     """Checks labelled examples; every error names the example and the field.
 
     Raises:
-        InvalidExamples: Too few or too many, blank, labelled with an answer outside the options, or some with options
-            and some without.
+        InvalidExamples: Too few or too many, blank, labelled with an answer outside the options, with options that are
+            the same to the model, or some with options and some without.
         PromptTooLong: One exceeds the model's context.
     """
     if not 1 <= len(given) <= MAX_EXAMPLES:
@@ -54,7 +62,8 @@ def read_examples(given: Sequence[ExampleIn], tokenizer: Any, template: Template
             else:
                 check_options(options)
             # A free text needs room for its end.
-            tokenize(tokenizer, template, example.prompt, options, context - (example.options is None))
+            question = tokenize(tokenizer, template, example.prompt, options, context - (example.options is None))
+            check_told_apart(question, options)
         except PromptTooLong as error:
             if example.options is None and len(options[0]) > len(example.prompt):
                 message = f"{where}: prompt and answer exceed the model's {context} tokens; shorten the answer"

@@ -14,7 +14,7 @@ from abmll.examples import Example, check_options
 from abmll.layers import Attached
 from abmll.posterior import Posterior
 from abmll.predictive import predictive
-from abmll.scoring import tokenize
+from abmll.scoring import check_told_apart, tokenize
 from abmll.sequences import text_predictive
 from abmll.store import Record, StoredPosterior, load_posterior, save_posterior
 from abmll.text_calibration import text_confidence
@@ -135,7 +135,7 @@ class LoadedPosterior:
             seed: Their seed.
 
         Raises:
-            InvalidRequest: A question is blank, or its options are not 2 to 64 distinct texts.
+            InvalidRequest: A question is blank, or its options are not 2 to 64 texts that the model can tell apart.
             PromptTooLong: A question exceeds the model's context.
         """
         asked = [prompts] if isinstance(prompts, str) else _texts_of(prompts, "prompts")
@@ -176,6 +176,8 @@ class LoadedPosterior:
             tokenize(self.base.tokenizer, template, prompt, given, context)
             for prompt, given in zip(prompts, options, strict=True)
         ]
+        for question, given in zip(questions, options, strict=True):
+            check_told_apart(question, given)
         scores = score_draws(self.attached, self.posterior, questions, range(draws), seed)
         entry = None if self.calibration is None else self.calibration.nearest(self.record.shots)
         raw = predictive(scores)
