@@ -6,6 +6,7 @@ further line means that a job may wait; the end of stdin means that the server e
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -115,12 +116,15 @@ def main() -> None:
     threading.Thread(target=_watch_server, args=(wake, working), daemon=True).start()
     if hasattr(os, "nice"):
         os.nice(NICENESS)
+    gc.disable()  # it would look over and over through what is imported, and find nothing
 
     import torch
 
     import training.task_calibration  # noqa: F401 # pyright: ignore[reportUnusedImport] -- spends its seconds before a job comes
     from training.allocator import keep_freed_memory
 
+    gc.freeze()
+    gc.enable()
     torch.set_num_threads(settings.adapt_threads)
     keep_freed_memory()
     prior = load_posterior(settings.global_posterior)

@@ -23,6 +23,7 @@ _TITLES = {
     "world-layers": "Report: layers",
     "world-steps": "Report: steps",
     "world-longer": "Report: more learning from tasks",
+    "world-longer-steps": "Report: more learning, and more steps",
     "texts": "Report: texts of real tasks",
     "texts-world": "Report: texts of the generated world",
 }

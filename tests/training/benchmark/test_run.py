@@ -76,7 +76,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tiny_model_folder: Path, tm
     assert len(rows) == 2 * 2 * 4 * 2  # seeds, shots, tasks, calibrated or not
 
 
-@pytest.mark.parametrize("folder", ["real", "world", "world-beta", "world-layers", "world-steps"])
+@pytest.mark.parametrize("folder", ["real", "world", "world-beta", "world-layers", "world-steps", "world-longer-steps"])
 def test_the_results_in_the_repository_can_be_gone_on_from(folder: str) -> None:
     report = (Path(benchmark.__file__).parent / "results" / folder / "report.md").read_text()
     settings = re.findall(r"Settings: (\{.*\})", report)
