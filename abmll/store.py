@@ -233,7 +233,7 @@ def _swap(folder: Path, new: Path) -> None:
     if not folder.exists():
         new.rename(folder)
         return
-    if _exchange(folder, new):
+    if not folder.is_symlink() and _exchange(folder, new):
         return
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
     folder.rename(old / "was")

@@ -95,6 +95,16 @@ def test_one_who_reads_finds_a_posterior_at_every_moment_of_its_replacement(llam
     assert [path.name for path in tmp_path.iterdir()] == ["p"]
 
 
+def test_a_link_to_a_posterior_is_replaced_and_leaves_nothing_beside(llama: Attached, tmp_path: Path) -> None:
+    folder, posterior = tmp_path / "p", posterior_of(llama)
+    save_posterior(tmp_path / "elsewhere", posterior, Record())
+    folder.symlink_to(tmp_path / "elsewhere")
+    save_posterior(folder, posterior, Record(version=2))
+    assert load_posterior(folder).record.version == 2
+    assert load_posterior(tmp_path / "elsewhere").record.version == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"p", "elsewhere"}
+
+
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_flipped_bit_anywhere_is_noticed(
