@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 from pathlib import Path
 
@@ -13,9 +12,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.command_line import CommandLine
-
-# Torch and its like are a million objects that stay: Python would look through them for garbage over and over.
-gc.set_threshold(50_000, 20, 20)
 
 # Processes that tests start are forked from one that has imported these: imports are most of a start.
 multiprocessing.get_context("forkserver").set_forkserver_preload(
