@@ -79,16 +79,17 @@ def tokenize(tokenizer: Tokenizer, template: Template, prompt: str, options: Seq
     return question
 
 
-def check_told_apart(question: Question, options: Sequence[str]) -> None:
-    """Checks that a model can tell a question's options apart: to a tokenizer that knows no capitals some are the same.
+def tokenize_apart(
+    tokenizer: Tokenizer, template: Template, prompt: str, options: Sequence[str], context: int
+) -> Question:
+    """Tokenizes a question whose options the model can tell apart: a tokenizer may know no capitals, say.
 
-    Args:
-        question: The tokenized question.
-        options: Its options' texts.
+    Args and errors are those of ``tokenize``, and:
 
     Raises:
-        InvalidRequest: Two are the same tokens, and would share a probability.
+        InvalidRequest: Two options are the same tokens, and would share a probability.
     """
+    question = tokenize(tokenizer, template, prompt, options, context)
     first: dict[tuple[int, ...], str] = {}
     for position, (tokens, option) in enumerate(zip(question.options, options, strict=True)):
         if tokens in first:
@@ -98,6 +99,7 @@ def check_told_apart(question: Question, options: Sequence[str]) -> None:
                 field=where,
             )
         first[tokens] = option
+    return question
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,7 @@ def replaced(folder: Path) -> Generator[Path]:
 
 
 def _swap(folder: Path, new: Path) -> None:
-    """Puts a folder in the place of another, which is in the way of nobody afterwards."""
+    """Puts ``new`` in the place of ``folder``; what stood there is gone, or stands where ``new`` did."""
     if not folder.exists():
         new.rename(folder)
         return

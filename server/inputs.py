@@ -8,7 +8,7 @@ from typing import Any
 
 from abmll.errors import InvalidExamples, InvalidRequest, PromptTooLong
 from abmll.examples import Example, Template, check_one_kind, check_options, resolve_answer
-from abmll.scoring import Question, check_told_apart, tokenize
+from abmll.scoring import Question, tokenize_apart
 from server.schemas import MAX_EXAMPLES
 from server.task_schemas import ExampleIn
 
@@ -28,18 +28,10 @@ def check_prompt(prompt: str, field: str = "prompt") -> None:
 
 
 async def encode(tokenizer: Any, template: Template, prompt: str, options: Sequence[str], room: int) -> Question:
-    """Tokenizes a question that can be answered; a long one beside the event loop.
-
-    Raises:
-        PromptTooLong: See ``tokenize``.
-        InvalidRequest: See ``check_told_apart``.
-    """
+    """Tokenizes a question, see ``tokenize_apart``; a long one beside the event loop."""
     if len(prompt) + sum(map(len, options)) < _LONG:
-        question = tokenize(tokenizer, template, prompt, options, room)
-    else:
-        question = await asyncio.to_thread(tokenize, tokenizer, template, prompt, options, room)
-    check_told_apart(question, options)
-    return question
+        return tokenize_apart(tokenizer, template, prompt, options, room)
+    return await asyncio.to_thread(tokenize_apart, tokenizer, template, prompt, options, room)
 
 
 def read_examples(given: Sequence[ExampleIn], tokenizer: Any, template: Template, context: int) -> list[Example]:
@@ -62,8 +54,7 @@ def read_examples(given: Sequence[ExampleIn], tokenizer: Any, template: Template
             else:
                 check_options(options)
             # A free text needs room for its end.
-            question = tokenize(tokenizer, template, example.prompt, options, context - (example.options is None))
-            check_told_apart(question, options)
+            tokenize_apart(tokenizer, template, example.prompt, options, context - (example.options is None))
         except PromptTooLong as error:
             if example.options is None and len(options[0]) > len(example.prompt):
                 message = f"{where}: prompt and answer exceed the model's {context} tokens; shorten the answer"

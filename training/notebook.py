@@ -14,7 +14,7 @@ from abmll.examples import Example, check_options
 from abmll.layers import Attached
 from abmll.posterior import Posterior
 from abmll.predictive import predictive
-from abmll.scoring import check_told_apart, tokenize
+from abmll.scoring import tokenize_apart
 from abmll.sequences import text_predictive
 from abmll.store import Record, StoredPosterior, load_posterior, save_posterior
 from abmll.text_calibration import text_confidence
@@ -173,11 +173,9 @@ class LoadedPosterior:
             check_options(given)
         template, context = self.posterior.config.template, self.base.context
         questions = [
-            tokenize(self.base.tokenizer, template, prompt, given, context)
+            tokenize_apart(self.base.tokenizer, template, prompt, given, context)
             for prompt, given in zip(prompts, options, strict=True)
         ]
-        for question, given in zip(questions, options, strict=True):
-            check_told_apart(question, given)
         scores = score_draws(self.attached, self.posterior, questions, range(draws), seed)
         entry = None if self.calibration is None else self.calibration.nearest(self.record.shots)
         raw = predictive(scores)
