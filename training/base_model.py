@@ -17,6 +17,7 @@ from abmll.errors import AbmllError
 from abmll.layers import Weights, checkpoint_weights
 from training.four_bits import NF4, quantization, settle
 from training.hub import brief, fetch
+from training.recompute import recompute_activations
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,9 @@ def load_base(
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048
     if context is not None and context > limit:
         raise AbmllError(f"context {context} exceeds the {limit} positions of {name}", field="context")
+    model.eval()
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()  # transformers checkpoints in training mode only; the models served have no dropout
-    else:
-        model.eval()
+        recompute_activations(model)
     if packed is not None:
         settle(model)
     elif shards > 1:

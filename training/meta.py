@@ -88,7 +88,9 @@ class _Checkpoint:
         replace_file(self.path, stream.getvalue())
 
     def load(self, leaves: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-        state = self._ranks.of_main(torch.load(self.path, weights_only=True) if self._there() else None)
+        # To the CPU: it may have been written on a device that is not here, and goes to every process.
+        read = torch.load(self.path, map_location="cpu", weights_only=True) if self._there() else None
+        state = self._ranks.of_main(read)
         if state is None:
             return 0, 0.0
         if state["settings"] != json.dumps(self.fingerprint, sort_keys=True):

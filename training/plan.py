@@ -21,6 +21,7 @@ from training.four_bits import NF4, Packing, packing
 from training.hub import brief, fetch
 from training.live_memory import LiveMemory
 from training.ranks import Ranks
+from training.recompute import recompute_activations
 
 # theta, where it began (hyperprior), its gradient and Adam's two moments.
 _OF_THETA = 5
@@ -114,8 +115,7 @@ def plan_training(
         model: Any = AutoModelForCausalLM.from_config(config, dtype=made, attn_implementation=attention(config))
         packed = packing(model) if dtype == NF4 else Packing(0, 0)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.train()
+            recompute_activations(model)
         together = Ranks(world=shards, sharded=shards > 1).together
         attached = attach(model, posterior.targets, posterior.layers, together=together)
         generator = torch.Generator()
