@@ -62,6 +62,6 @@ def test_a_model_that_computes_again_decodes_as_before(tiny_model_folder: Path) 
 
 
 def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(AbmllError, match="no blocks .* without --gradient-checkpointing") as error:
+    with pytest.raises(AbmllError, match=r"no blocks .* without --gradient-checkpointing") as error:
         recompute_activations(torch.nn.Sequential(torch.nn.Linear(2, 2)))
     assert error.value.field == "gradient_checkpointing"

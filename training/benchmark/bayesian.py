@@ -102,13 +102,16 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
 class Blob:
     """BLoB (Wang et al. 2024, arXiv 2406.11675): A ~ N(M, G^4) elementwise, B a point, learned by backprop.
 
-    Each gradient step has one sample of A; the KL to the prior N(0, sigma_p^2) counts 1 / |support|.
+    Each gradient step has one sample of A; the KL to the prior N(0, sigma_p^2) counts 1 / |support|. As in the
+    authors' code, G begins uniform below a small bound, and KL has steps of its own, by plain gradient descent.
     """
 
     name = "blob"
+    version = 2
     trials: Sequence[Settings] = RATES
     prior_deviation = 0.2
-    start_deviation = 0.05
+    start_root = 0.05
+    kl_rate = 0.01
 
     def learn(self, load: Load, tasks: Sequence[Task], settings: Settings, budget: Budget, seed: int) -> Learner:
         """See ``Method``."""
@@ -130,29 +133,34 @@ class _Blob:
     def predict(self, support: Sequence[Example], query: Sequence[Example], seed: int) -> Tensor:
         net, generator = self.net, torch.Generator().manual_seed(seed)
         weights = {name: t.clone().requires_grad_() for name, t in self.start.items()}
-        root = self.method.start_deviation**0.5
-        roots = {n: torch.full_like(t, root).requires_grad_() for n, t in self.start.items() if ".lora_A." in n}
-        optimizer = torch.optim.AdamW([*weights.values(), *roots.values()], lr=self.rate, weight_decay=0.0)
+        roots = {n: self._root(t, generator).requires_grad_() for n, t in self.start.items() if ".lora_A." in n}
+        leaves = [*weights.values(), *roots.values()]
+        optimizer = torch.optim.AdamW(leaves, lr=self.rate, weight_decay=0.0)
+        towards_prior = torch.optim.SGD(leaves, lr=self.method.kl_rate)
         labelled, rng = net.label(support), random.Random(seed)
         for _ in range(self.budget.steps_on(labelled) if labelled else 0):
             batch = minibatch(labelled, self.budget.batch, rng)
             noise = {name: _normal(each, generator) for name, each in roots.items()}
             net.load(_sample(weights, roots, noise))
             gradient = net.gradient(batch)
-            optimizer.zero_grad()
-            (blob_kl(weights, roots, self.method.prior_deviation) / len(labelled)).backward()
             for name, weight in weights.items():
-                weight.grad = gradient[name] + (0 if weight.grad is None else weight.grad)
+                weight.grad = gradient[name]
             for name, each in roots.items():
-                assert each.grad is not None
-                each.grad += gradient[name] * noise[name] * 2 * each.detach()
+                each.grad = gradient[name] * noise[name] * 2 * each.detach()
             optimizer.step()
+            towards_prior.zero_grad()
+            (blob_kl(weights, roots, self.method.prior_deviation) / len(labelled)).backward()
+            towards_prior.step()
         questions = net.label(query)
         parts: list[Tensor] = []
         for _ in range(self.budget.draws):
             net.load(_sample(weights, roots, {name: _normal(each, generator) for name, each in roots.items()}))
             parts.append(net.scores(questions))
         return torch.stack(parts)
+
+    def _root(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        most = self.method.start_root
+        return (most * (0.5**0.5 + (1 - 0.5**0.5) * torch.rand(like.shape, generator=generator))).to(like.device)
 
 
 def blob_kl(weights: State, roots: State, prior: float) -> Tensor:

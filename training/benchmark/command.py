@@ -173,7 +173,7 @@ def _real(tasks: Path | None, model: str, config: BenchConfig, seeds: tuple[int,
         )
         for seed in seeds
     }
-    if not all(all(parts.names()) for parts in found.values()):
+    if not all(all(parts.contents()) for parts in found.values()):
         raise AbmllError(f"{tasks} has no task with {need} short items for each part of the split", field="tasks")
     return found
 

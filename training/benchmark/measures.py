@@ -71,42 +71,63 @@ def ood_auroc(inside: Tensor, outside: Tensor) -> float:
     return float(roc_auc_score(truth, torch.cat([inside, outside]).double().round(decimals=9).numpy()))
 
 
-def bootstrap(values: Sequence[float], seed: int = 0, samples: int = 2000) -> tuple[float, float, float]:
-    """Mean over tasks with a 95 % percentile bootstrap interval over tasks; NaNs are left out.
+def bootstrap(
+    values: Sequence[float], tasks: Sequence[str] | None = None, seed: int = 0, samples: int = 2000
+) -> tuple[float, float, float]:
+    """Mean with a 95 % percentile bootstrap interval over tasks; NaNs are left out.
 
     Args:
-        values: One value a task.
+        values: The values.
+        tasks: The task of each: a task's values are drawn together, for they are not independent of each other. One
+            value a task by default.
         seed: Seed of the resampling.
         samples: Resamples.
     """
-    kept = np.array([value for value in values if not math.isnan(value)])
-    if len(kept) == 0:
+    names = [str(number) for number in range(len(values))] if tasks is None else tasks
+    groups: dict[str, list[float]] = {}
+    for name, value in zip(names, values, strict=True):
+        if not math.isnan(value):
+            groups.setdefault(name, []).append(value)
+    if not groups:
         return math.nan, math.nan, math.nan
-    rng = np.random.default_rng(seed)
-    means = kept[rng.integers(0, len(kept), (samples, len(kept)))].mean(axis=1)
+    sums, counts = (np.array([function(own) for own in groups.values()]) for function in (sum, len))
+    drawn = np.random.default_rng(seed).integers(0, len(groups), (samples, len(groups)))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
-    return float(kept.mean()), float(low), float(high)
+    return float(sums.sum() / counts.sum()), float(low), float(high)
 
 
 def pooled_interval(
-    tasks: Sequence[tuple[Tensor, Tensor]],
+    parts: Sequence[tuple[Tensor, Tensor]],
     measure: Callable[[Tensor, Tensor], float] = metrics.expected_calibration_error,
+    tasks: Sequence[str] | None = None,
     seed: int = 0,
     samples: int = 300,
 ) -> tuple[float, float, float]:
-    """A measure over pooled answers, such as ECE, with a 95 % bootstrap interval over tasks.
+    """A measure over pooled answers, such as ECE, with a 95 % basic bootstrap interval over tasks.
+
+    Binned errors are larger in resamples than in what they are drawn from: tasks that come up twice make a bin's
+    mean go further astray. The basic interval mirrors the resamples' quantiles at the estimate, which takes that off.
 
     Args:
-        tasks: Confidence and correctness of each task's answers, shape (n,) each.
-        measure: Of confidences and correctness.
+        parts: Confidence and correctness of answers, shape (n,) each.
+        measure: Of confidences and correctness, not below 0.
+        tasks: The task of each part, whose parts are drawn together; one part a task by default.
         seed: Seed of the resampling.
         samples: Resamples.
     """
 
+    groups: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for number, part in enumerate(parts):
+        groups.setdefault(str(number) if tasks is None else tasks[number], []).append(part)
+    grouped = list(groups.values())
+
     def pooled(chosen: Sequence[int]) -> float:
-        return measure(torch.cat([tasks[i][0] for i in chosen]), torch.cat([tasks[i][1] for i in chosen]))
+        drawn = [part for number in chosen for part in grouped[number]]
+        return measure(torch.cat([part[0] for part in drawn]), torch.cat([part[1] for part in drawn]))
 
     rng = np.random.default_rng(seed)
-    drawn = [pooled(rng.integers(0, len(tasks), len(tasks)).tolist()) for _ in range(samples)]
+    drawn = [pooled(rng.integers(0, len(grouped), len(grouped)).tolist()) for _ in range(samples)]
     low, high = np.quantile(drawn, [0.025, 0.975])
-    return pooled(range(len(tasks))), float(low), float(high)
+    value = pooled(range(len(grouped)))
+    return value, max(0.0, float(2 * value - high)), max(0.0, float(2 * value - low))

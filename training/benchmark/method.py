@@ -89,6 +89,17 @@ class Noting(Protocol):
     notes: dict[str, float]
 
 
+@runtime_checkable
+class Revised(Protocol):
+    """A method that has given other results than now: what an earlier version measured is measured anew.
+
+    Attributes:
+        version: Counts up from 1, which is that of a method without one.
+    """
+
+    version: int
+
+
 class Method(Protocol):
     """A way to learn tasks.
 

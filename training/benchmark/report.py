@@ -40,6 +40,15 @@ def names(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row["method"] for row in rows))
 
 
+def task_names(rows: Sequence[Row]) -> list[str]:
+    """The task of each row, which may be in several seeds."""
+    return [row["task"] for row in rows]
+
+
+def _mean(rows: Sequence[Row], measure: str) -> tuple[float, float, float]:
+    return bootstrap([row.get(measure, math.nan) for row in rows], task_names(rows))
+
+
 def _interval(value: tuple[float, float, float]) -> str:
     mean, low, high = value
     return "–" if math.isnan(mean) else f"{mean:.3f} ({low:.3f} to {high:.3f})"
@@ -56,8 +65,8 @@ def quality_table(rows: Sequence[Row], shots: int, calibrated: bool) -> str:
     lines: list[list[str]] = []
     for method in names(chosen):
         own = select(chosen, method=method)
-        cells = [_interval(pooled_interval(answers(own), measure)) for measure in POOLED.values()]
-        cells += [_interval(bootstrap([row.get(name, math.nan) for row in own])) for name in means]
+        cells = [_interval(pooled_interval(answers(own), measure, task_names(own))) for measure in POOLED.values()]
+        cells += [_interval(_mean(own, name)) for name in means]
         lines.append([method, *cells])
     return table(heads, lines)
 
@@ -78,11 +87,21 @@ def paired_table(rows: Sequence[Row], shots: int, calibrated: bool, ours: Sequen
             own = select(chosen, method=method)
             return {(row["seed"], row["task"]): sign * row.get(measure, math.nan) for row in own}
 
-        best = min(baselines, key=lambda name: bootstrap(list(values(name).values()))[0])
+        best = min(baselines, key=lambda name: _last_if_nan(bootstrap(list(values(name).values()))[0]))
         theirs = values(best)
-        cells = [_interval(bootstrap([v - theirs[k] for k, v in values(name).items()])) for name in ours]
+        cells = [_interval(_difference(values(name), theirs)) for name in ours]
         lines.append([measure.replace("_", " "), best, *cells])
     return table(["measure", "best baseline", *ours], lines)
+
+
+def _last_if_nan(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def _difference(own: dict[tuple[int, str], float], other: dict[tuple[int, str], float]) -> tuple[float, float, float]:
+    """The mean difference over what both have, by seed and task: one may have been run with more seeds."""
+    both = [key for key in own if key in other]
+    return bootstrap([own[key] - other[key] for key in both], [task for _, task in both])
 
 
 def ood_table(rows: Sequence[Row]) -> str:
@@ -96,7 +115,7 @@ def ood_table(rows: Sequence[Row]) -> str:
     lines: list[list[str]] = []
     for method in names(chosen):
         own = select(chosen, method=method)
-        cells = [_interval(bootstrap([row.get(name, math.nan) for row in own])) for name in present]
+        cells = [_interval(_mean(own, name)) for name in present]
         lines.append([method, *cells])
     return table(heads, lines)
 

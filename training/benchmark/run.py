@@ -31,7 +31,7 @@ from abmll.store import replace_file
 from training.base_model import load_base
 from training.benchmark.exact import ExactBayes
 from training.benchmark.measures import of_task, ood_auroc
-from training.benchmark.method import Budget, Learner, Method, Noting, Settings
+from training.benchmark.method import Budget, Learner, Method, Noting, Revised, Settings
 from training.benchmark.ood import foreign, nonsense
 from training.benchmark.world import World
 from training.episodes import EpisodeConfig, draw_support
@@ -101,9 +101,9 @@ class Parts:
     validation: Sequence[Task]
     test: Sequence[Task]
 
-    def names(self) -> list[list[str]]:
-        """Names of the tasks of each part."""
-        return [[task.name for task in part] for part in (self.train, self.validation, self.test)]
+    def contents(self) -> list[list[tuple[str, str]]]:
+        """Names of the tasks of each part, with hashes of their examples."""
+        return [[(task.name, task.digest) for task in part] for part in (self.train, self.validation, self.test)]
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,13 @@ def run(
     first = min(parts)
     weights = _weights(model)
     identities = {seed: _identity(config, weights, tasks, parts[first]) for seed, tasks in parts.items()}
-    rows = [row for row in read_rows(out) if identities.get(row["seed"]) == row["identity"]]
+    versions = {method.name: _version(method) for method in methods}
+    rows = [
+        row
+        for row in read_rows(out)
+        if identities.get(row["seed"]) == row["identity"]
+        and row.get("version", 1) == versions.get(row["method"], row.get("version", 1))
+    ]
     done = {(row["method"], row["seed"]) for row in rows}
     chosen = {row["method"]: row["settings"] for row in rows if row["seed"] == first}
     trials = {
@@ -269,6 +275,10 @@ def run(
         raise failures[0]
     order = {method.name: number for number, method in enumerate(methods)}
     return sorted(rows, key=lambda row: (row["seed"], order.get(row["method"], len(order))))
+
+
+def _version(method: Method) -> int:
+    return method.version if isinstance(method, Revised) else 1
 
 
 def _best(losses: Sequence[tuple[float, Settings]], tried: Sequence[Settings]) -> Settings:
@@ -363,7 +373,7 @@ def _peak_memory(device: str) -> int:
 
 def _identity(config: BenchConfig, model: str, parts: Parts, first: Parts) -> str:
     """What a seed's results depend on, as a short hash; ``first`` are the tasks that settings are chosen on."""
-    what = [config.model_dump(mode="json"), model, parts.names(), first.names()]
+    what = [config.model_dump(mode="json"), model, parts.contents(), first.contents()]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
@@ -408,6 +418,7 @@ def _measure(job: _Job) -> list[dict[str, Any]]:
                 rows.append(
                     {
                         "method": job.method.name,
+                        "version": _version(job.method),
                         "seed": seed,
                         "task": task.name,
                         "shots": shots,
@@ -436,8 +447,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in stream]
 
 
+def _measured(row: dict[str, Any]) -> tuple[str, int, str]:
+    return row["method"], row["seed"], row["identity"]
+
+
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Adds rows to a results file: the file is replaced as a whole, so that it never holds half a method."""
+    """Adds a method's rows to a results file, in the place of those that it had of the same tasks and settings.
+
+    The file is replaced as a whole, so that it never holds half a method.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in [*read_rows(path), *rows])
+    added = list(rows)
+    new = {_measured(row) for row in added}
+    kept = [row for row in read_rows(path) if _measured(row) not in new]
+    text = "".join(json.dumps(row) + "\n" for row in [*kept, *added])
     replace_file(path, gzip.compress(text.encode("utf-8")))
