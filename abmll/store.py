@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -32,6 +33,8 @@ FORMAT = 1
 SUMS = "SHA256SUMS"
 # Of Linux' renameat2: AT_FDCWD and RENAME_EXCHANGE.
 _HERE, _EXCHANGE = -100, 2
+# How file systems say that they have no hard links.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _NAMES = {"posterior.safetensors", "posterior.json", "calibration.json", SUMS, "CARD.md"}
 
 
@@ -263,6 +266,34 @@ def replace_file(path: Path, data: bytes) -> None:
     Raises:
         OSError: Writing failed.
     """
+    with _written_beside(path, data) as partial:
+        partial.replace(path)
+
+
+def create_file(path: Path, data: bytes) -> None:
+    """Writes a file beside ``path``, synced, and puts it there in one step where nothing is; of several, one does.
+
+    Raises:
+        FileExistsError: Something is there.
+        OSError: Writing failed.
+    """
+    with _written_beside(path, data) as partial:
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with path.open("xb") as stream:  # some network shares; a crash may leave a part there
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+
+
+@contextmanager
+def _written_beside(path: Path, data: bytes) -> Generator[Path]:
+    """Writes a file beside ``path`` for the block to put in its place; what is then left of it is removed."""
     # A name of its own: two that write at once must not write into each other's file.
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     partial = Path(name)
@@ -272,10 +303,9 @@ def replace_file(path: Path, data: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         partial.chmod(0o644)
-        partial.replace(path)
-    except OSError:
+        yield partial
+    finally:
         partial.unlink(missing_ok=True)
-        raise
     _sync(path.parent)
 
 

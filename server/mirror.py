@@ -90,7 +90,8 @@ class Mirror:
                 if here and not any(here.values()) and not pointers and (self.tasks / name / SERVING).exists():
                     there.serving[name] = (self.tasks / name / SERVING).read_bytes()
                     self.objects.serve(name, there.serving[name])
-                for number in sorted({*pointers, *here}):
+                # What a pointer that cannot be read stands for is not deleted.
+                for number in sorted({*pointers, *here} - there.unreadable[name]):
                     self._bring(name, number, here, pointers, there.place)
                 if pointers:
                     self._bring_serving(name, there.serving.get(name))
@@ -104,7 +105,8 @@ class Mirror:
         Raises:
             StoreFailure: It cannot be; the task is still there, perhaps without its oldest versions.
         """
-        versions = self.objects.listing().versions[name]
+        there = self.objects.listing()
+        versions = there.versions[name] | dict.fromkeys(there.unreadable[name])
         self.objects.serve(name, None)
         for number, pointer in sorted(versions.items()):
             self.objects.remove(name, number, pointer)

@@ -19,11 +19,12 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
 from abmll.errors import AbmllError, StoreFailure
+from abmll.store import create_file, replace_file
 from server.names import SERVING, version_name
 
 logger = logging.getLogger(__name__)
@@ -54,11 +55,13 @@ class Listing:
     Attributes:
         place: Which place it is.
         versions: Of each task, by number.
+        unreadable: Numbers of each task whose pointers say nothing: there is a version, but nobody knows where.
         serving: Contents of ``serving.json`` by task.
     """
 
     place: str
     versions: defaultdict[str, dict[int, Pointer]] = field(default_factory=lambda: defaultdict(dict))
+    unreadable: defaultdict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     serving: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -89,7 +92,7 @@ class Objects:
                 field="objects",
             ) from error
         self._root = root.rstrip("/")
-        self._has_folders = isinstance(self._fs, LocalFileSystem)
+        self._is_folder = isinstance(self._fs, LocalFileSystem)
         self._read: dict[str, tuple[Any, bytes]] = {}
         self._place: str | None = None
 
@@ -117,7 +120,8 @@ class Objects:
                     try:
                         found.versions[pointer[1]][int(pointer[2])] = Pointer.model_validate_json(data)
                     except ValidationError:
-                        logger.warning("%s is no pointer to a version; it is left alone", path)
+                        logger.warning("%s is no pointer to a version; it is left alone, mend or delete it", path)
+                        found.unreadable[pointer[1]].add(int(pointer[2]))
         self._read = read
         return found
 
@@ -178,11 +182,12 @@ class Objects:
                     data = self._fs.cat_file(path)
                 (folder / file[1]).write_bytes(data)
 
-    def remove(self, name: str, number: int, pointer: Pointer) -> None:
-        """Removes a version: out of sight first, then from the place."""
+    def remove(self, name: str, number: int, pointer: Pointer | None) -> None:
+        """Removes a version: out of sight first, then, where its pointer says where it is, from the place."""
         with self._asking("written"):
             self._drop(_path(name, number))
-            self._forget(pointer)
+            if pointer is not None:
+                self._forget(pointer)
 
     def serve(self, name: str, data: bytes | None) -> None:
         """Writes a task's ``serving.json``; None removes it."""
@@ -193,11 +198,14 @@ class Objects:
             else:
                 self._put(path, data)
 
-    def _put(self, path: str, data: bytes, mode: str = "overwrite") -> None:
+    def _put(self, path: str, data: bytes, mode: Literal["overwrite", "create"] = "overwrite") -> None:
         full = f"{self._root}/{path}"
-        if self._has_folders:
-            self._fs.makedirs(full.rsplit("/", 1)[0], exist_ok=True)
-        self._fs.pipe_file(full, data, mode=mode)
+        if self._is_folder:
+            # fsspec looks whether a local file is there, then writes into it: another server may come between.
+            Path(full).parent.mkdir(parents=True, exist_ok=True)
+            (create_file if mode == "create" else replace_file)(Path(full), data)
+        else:
+            self._fs.pipe_file(full, data, mode=mode)
 
     def _drop(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):

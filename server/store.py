@@ -273,7 +273,7 @@ class TaskStore:
                     f"version {source.record.version} of task {name!r} was deleted meanwhile", field="name"
                 )
             # Also past those that are there, but could not be fetched.
-            taken = [] if there is None else there.versions[name]
+            taken = [] if there is None else [*there.versions[name], *there.unreadable[name]]
             number = max([*numbers, *taken], default=0) + 1
             folder, record = self._folder(name, number), make_record(number)
             if self._mirror is None or there is None:

@@ -24,6 +24,7 @@ _TITLES = {
     "world-steps": "Report: steps",
     "world-longer": "Report: more learning from tasks",
     "world-longer-steps": "Report: more learning, and more steps",
+    "real-longer-steps": "Report: more learning, and more steps, on real tasks",
     "texts": "Report: texts of real tasks",
     "texts-world": "Report: texts of the generated world",
 }

@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fsspec.core import url_to_fs
@@ -13,7 +14,7 @@ from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
 from abmll.errors import StoreFailure, TaskNotFound
-from abmll.store import Record, StoredPosterior
+from abmll.store import Record, StoredPosterior, replace_file
 from server.objects import Objects
 from server.service import REFRESH_SECONDS
 from server.store import TaskStore
@@ -199,14 +200,17 @@ def test_an_upload_that_fails_leaves_nothing(
     open_store: Callable[..., TaskStore], tiny_model_folder: Path, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, root = url_to_fs(place, use_listings_cache=False)
-    write = files.pipe_file
 
-    def fail_on_tensors(path: str, data: bytes, mode: str = "overwrite") -> None:
-        if path.endswith(".safetensors"):
-            raise OSError("quota exceeded")
-        write(path, data, mode=mode)
+    def failing_on_tensors(write: Callable[..., None]) -> Callable[..., None]:
+        def fail_on_tensors(path: str | Path, data: bytes, **more: Any) -> None:
+            if str(path).endswith(".safetensors"):
+                raise OSError("quota exceeded")
+            write(path, data, **more)
 
-    monkeypatch.setattr(files, "pipe_file", fail_on_tensors)
+        return fail_on_tensors
+
+    monkeypatch.setattr(files, "pipe_file", failing_on_tensors(files.pipe_file))
+    monkeypatch.setattr("server.objects.replace_file", failing_on_tensors(replace_file))
     with pytest.raises(StoreFailure, match="quota exceeded"):
         open_store("one").add("t", random_posterior(tiny_model_folder, 1), None, record("t"))
     assert [path.removeprefix(f"{root}/") for path in files.find(root)] == ["PLACE"]
@@ -239,6 +243,22 @@ def test_of_two_servers_that_make_a_version_at_once_one_is_told_to_try_again(
         one.add("t", posterior, None, while_other_is_faster)
     assert one.names() == ["global"]
     assert one.add("t", posterior, None, record("t")).record.version == 2
+
+
+def test_a_pointer_that_cannot_be_read_deletes_nothing_and_its_number_is_taken(
+    open_store: Callable[..., TaskStore], tiny_model_folder: Path, place: str
+) -> None:
+    one = open_store("one")
+    first = one.add("t", random_posterior(tiny_model_folder, 1), None, record("t"))
+    files, root = url_to_fs(place)
+    files.pipe_file(f"{root}/tasks/t/v0001.json", b"")
+    one.refresh()
+    assert one.current("t").digest == first.digest
+    assert one.add("t", random_posterior(tiny_model_folder, 2), None, record("t")).record.version == 2
+    assert open_store("other").add("t", random_posterior(tiny_model_folder, 3), None, record("t")).record.version == 3
+    one.refresh()
+    one.delete("t")
+    assert files.find(f"{root}/tasks") == []
 
 
 def test_a_version_that_arrives_damaged_is_not_taken(

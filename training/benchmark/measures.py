@@ -116,7 +116,6 @@ def pooled_interval(
         seed: Seed of the resampling.
         samples: Resamples.
     """
-
     groups: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for number, part in enumerate(parts):
         groups.setdefault(str(number) if tasks is None else tasks[number], []).append(part)
