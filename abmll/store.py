@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from pydantic import BaseModel, Field, ValidationError
@@ -286,9 +286,13 @@ def create_file(path: Path, data: bytes) -> None:
             if error.errno not in _NO_LINKS:
                 raise
             with path.open("xb") as stream:  # some network shares; a crash may leave a part there
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
+                _write_synced(stream, data)
+
+
+def _write_synced(stream: BinaryIO, data: bytes) -> None:
+    stream.write(data)
+    stream.flush()
+    os.fsync(stream.fileno())
 
 
 @contextmanager
@@ -299,9 +303,7 @@ def _written_beside(path: Path, data: bytes) -> Generator[Path]:
     partial = Path(name)
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+            _write_synced(stream, data)
         partial.chmod(0o644)
         yield partial
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from abmll import metrics
 from abmll.calibration import prediction_set
 from abmll.predictive import predictive
+
+_T = TypeVar("_T")
 
 # Measures of quality that are means over tasks, and whether less is better.
 LESS_IS_BETTER = {
@@ -71,6 +74,16 @@ def ood_auroc(inside: Tensor, outside: Tensor) -> float:
     return float(roc_auc_score(truth, torch.cat([inside, outside]).double().round(decimals=9).numpy()))
 
 
+def _by_task(items: Sequence[_T], tasks: Sequence[str] | None) -> list[list[_T]]:
+    """Groups items by their task; each is of a task of its own for None."""
+    if tasks is None:
+        return [[item] for item in items]
+    groups: dict[str, list[_T]] = {}
+    for task, item in zip(tasks, items, strict=True):
+        groups.setdefault(task, []).append(item)
+    return list(groups.values())
+
+
 def bootstrap(
     values: Sequence[float], tasks: Sequence[str] | None = None, seed: int = 0, samples: int = 2000
 ) -> tuple[float, float, float]:
@@ -83,14 +96,11 @@ def bootstrap(
         seed: Seed of the resampling.
         samples: Resamples.
     """
-    names = [str(number) for number in range(len(values))] if tasks is None else tasks
-    groups: dict[str, list[float]] = {}
-    for name, value in zip(names, values, strict=True):
-        if not math.isnan(value):
-            groups.setdefault(name, []).append(value)
+    kept = [[value for value in own if not math.isnan(value)] for own in _by_task(values, tasks)]
+    groups = [own for own in kept if own]
     if not groups:
         return math.nan, math.nan, math.nan
-    sums, counts = (np.array([function(own) for own in groups.values()]) for function in (sum, len))
+    sums, counts = (np.array([function(own) for own in groups]) for function in (sum, len))
     drawn = np.random.default_rng(seed).integers(0, len(groups), (samples, len(groups)))
     means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
@@ -116,10 +126,7 @@ def pooled_interval(
         seed: Seed of the resampling.
         samples: Resamples.
     """
-    groups: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for number, part in enumerate(parts):
-        groups.setdefault(str(number) if tasks is None else tasks[number], []).append(part)
-    grouped = list(groups.values())
+    grouped = _by_task(parts, tasks)
 
     def pooled(chosen: Sequence[int]) -> float:
         drawn = [part for number in chosen for part in grouped[number]]

@@ -40,13 +40,13 @@ def names(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row["method"] for row in rows))
 
 
-def task_names(rows: Sequence[Row]) -> list[str]:
+def _task_names(rows: Sequence[Row]) -> list[str]:
     """The task of each row, which may be in several seeds."""
     return [row["task"] for row in rows]
 
 
 def _mean(rows: Sequence[Row], measure: str) -> tuple[float, float, float]:
-    return bootstrap([row.get(measure, math.nan) for row in rows], task_names(rows))
+    return bootstrap([row.get(measure, math.nan) for row in rows], _task_names(rows))
 
 
 def _interval(value: tuple[float, float, float]) -> str:
@@ -65,7 +65,7 @@ def quality_table(rows: Sequence[Row], shots: int, calibrated: bool) -> str:
     lines: list[list[str]] = []
     for method in names(chosen):
         own = select(chosen, method=method)
-        cells = [_interval(pooled_interval(answers(own), measure, task_names(own))) for measure in POOLED.values()]
+        cells = [_interval(pooled_interval(answers(own), measure, _task_names(own))) for measure in POOLED.values()]
         cells += [_interval(_mean(own, name)) for name in means]
         lines.append([method, *cells])
     return table(heads, lines)

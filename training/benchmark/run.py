@@ -227,8 +227,7 @@ def run(
     rows = [
         row
         for row in read_rows(out)
-        if identities.get(row["seed"]) == row["identity"]
-        and row.get("version", 1) == versions.get(row["method"], row.get("version", 1))
+        if identities.get(row["seed"]) == row["identity"] and versions.get(row["method"]) in (row["version"], None)
     ]
     done = {(row["method"], row["seed"]) for row in rows}
     chosen = {row["method"]: row["settings"] for row in rows if row["seed"] == first}
