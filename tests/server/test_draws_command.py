@@ -42,12 +42,14 @@ def test_peft_gives_an_exported_draw_the_logits_of_our_own(
     posterior = random_posterior(tiny_model_folder, 3)
     assert told | {"task": "films", "version": 2, "seed": 7, "rank": posterior.config.draw_rank} == told
     assert (told["posterior"], told["base_model"]) == (posterior.digest(), str(tiny_model_folder))
-    attached = attach(load_base(str(tiny_model_folder)).model, posterior.config.targets)
-    signs = stack_signs([draw_signs(posterior, 7, 1)] * len(IDS))
-    with torch.no_grad(), attached.using(posterior, signs) as model:
+    # In float64: a CPU's own order of additions is up to 1.3e-5 of a float32 logit.
+    exact = posterior.map(lambda tensor: tensor.double())
+    attached = attach(load_base(str(tiny_model_folder), dtype=torch.float64).model, exact.config.targets)
+    signs = stack_signs([draw_signs(exact, 7, 1)] * len(IDS))
+    with torch.no_grad(), attached.using(exact, signs) as model:
         ours = model(input_ids=IDS).logits
-    plain: Any = load_base(str(tiny_model_folder)).model
-    peft: Any = PeftModel.from_pretrained(plain, str(out / told["adapters"][1])).eval()
+    plain: Any = load_base(str(tiny_model_folder), dtype=torch.float64).model
+    peft: Any = PeftModel.from_pretrained(plain, str(out / told["adapters"][1])).double().eval()
     with torch.no_grad():
         torch.testing.assert_close(peft(input_ids=IDS).logits, ours, atol=1e-5, rtol=1e-5)
         with peft.disable_adapter():
