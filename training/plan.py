@@ -146,8 +146,9 @@ def plan_training(
             step()  # makes the optimizer's moments
             kept = memory.now
             memory.peak = kept
-            with flops:
-                step()
+            step()
+        with flops:  # not while bytes are counted: it takes operations apart into others, which make more tensors
+            step()
     parameters = sum(tensor.numel() for tensor in theta.values())
     return TrainingPlan(
         shards=shards,
