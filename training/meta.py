@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import random
 import time
@@ -26,6 +25,7 @@ from training.base_model import BaseModel as Base
 from training.episodes import EpisodeConfig, label, sample_episode, short_items
 from training.progress import Progress, silent, track
 from training.ranks import ALONE, Ranks
+from training.schedule import rate_share
 from training.tasks import Task
 
 
@@ -182,8 +182,7 @@ def meta_train(
         # By wall clock, the processes would disagree on when it is over.
         while (share := ranks.of_main(clock.share(step))) < 1.0:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                warm = min(1.0, (step + 1) / max(1, config.warmup))
-                group["lr"] = rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
+                group["lr"] = rate * rate_share(step, share, config.warmup)
             theta = start.with_tensors(leaves)
             row = _accumulate(base, attached, theta, start, tasks, config, step, leaves, ranks)
             norm = torch.nn.utils.clip_grad_norm_(leaves.values(), config.clip)

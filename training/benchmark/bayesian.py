@@ -30,10 +30,11 @@ class Laplace:
     """
 
     name = "laplace-lora"
+    version = 2  # the first tried no precision above 1e3, and chose that
     trials: Sequence[Settings] = (
-        {"rate": 4e-3, "precision": 1e2},
         {"rate": 4e-3, "precision": 1e3},
-        {"rate": 1.5e-2, "precision": 1e3},
+        {"rate": 4e-3, "precision": 1e4},
+        {"rate": 1.5e-2, "precision": 1e4},
     )
 
     def learn(self, load: Load, tasks: Sequence[Task], settings: Settings, budget: Budget, seed: int) -> Learner:

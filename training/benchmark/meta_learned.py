@@ -10,7 +10,7 @@ from torch import Tensor
 
 from abmll.objective import Labelled
 from training.benchmark.lora import LoraNet, State
-from training.benchmark.method import META_RATE, Budget, Learner, Load, Settings
+from training.benchmark.method import Budget, Learner, Load, Settings
 from training.benchmark.point import RATES, adapted, fitted
 from training.episodes import minibatch, sample_episode
 from training.tasks import Task
@@ -22,8 +22,9 @@ Outer = Callable[[LoraNet, State, list[Labelled], list[Labelled], int], State]
 def _meta_train(net: LoraNet, tasks: Sequence[Task], budget: Budget, seed: int, outer: Outer) -> State:
     """Learns a start by Adam on the gradients that ``outer`` gives for one episode each."""
     leaves = {name: tensor.requires_grad_() for name, tensor in net.state().items()}
-    optimizer = torch.optim.Adam(leaves.values(), lr=META_RATE, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(leaves.values(), betas=(0.9, 0.99))
     for step in range(budget.meta_steps):
+        optimizer.param_groups[0]["lr"] = budget.meta_rate(step)
         total = {name: torch.zeros_like(tensor) for name, tensor in leaves.items()}
         for number in range(budget.tasks_per_step):
             episode = sample_episode(tasks, budget.episodes, random.Random(f"{seed}:{step}:{number}"))
@@ -43,6 +44,7 @@ class Reptile:
     """Moves the start towards what tasks adapt to (Nichol et al. 2018, arXiv 1803.02999)."""
 
     name = "reptile"
+    version = 2  # the first learned over tasks at one rate, as did those of the others below
     trials: Sequence[Settings] = RATES
 
     def learn(self, load: Load, tasks: Sequence[Task], settings: Settings, budget: Budget, seed: int) -> Learner:
@@ -64,6 +66,7 @@ class FirstOrderMaml:
     """MAML without second derivatives (Finn et al. 2017, arXiv 1703.03400, section 5.2)."""
 
     name = "fomaml"
+    version = 2
     trials: Sequence[Settings] = RATES
 
     def learn(self, load: Load, tasks: Sequence[Task], settings: Settings, budget: Budget, seed: int) -> Learner:
@@ -82,7 +85,7 @@ class Maml:
     """MAML with second derivatives through plain gradient steps (Finn et al. 2017)."""
 
     name = "maml"
-    version = 2  # the first looked at 16 examples of a larger support set, always the same
+    version = 3  # the first looked at 16 examples of a larger support set, always the same
     # Plain gradient descent wants larger rates than Adam.
     trials: Sequence[Settings] = ({"rate": 0.03}, {"rate": 0.1}, {"rate": 0.3})
 

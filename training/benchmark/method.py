@@ -12,10 +12,13 @@ from abmll.examples import Example
 from training.adaptation import grown
 from training.base_model import BaseModel
 from training.episodes import EpisodeConfig
+from training.meta import MetaConfig
+from training.schedule import rate_share
 from training.tasks import Task
 
-# Rate of learning over tasks (Adam) of all LoRA factors.
+# Rate of learning over tasks (Adam) of all LoRA factors, at its highest.
 META_RATE = 1e-3
+_WARMUP: int = MetaConfig.model_fields["warmup"].default
 
 # Returns a fresh copy of the base model: a method may put adapters into it.
 Load = Callable[[], BaseModel]
@@ -47,6 +50,15 @@ class Budget:
     draws: int = 8
     rank: int = 16
     targets: tuple[str, ...] = ("o_proj", "down_proj")
+
+    def meta_rate(self, step: int, gradients: int = 1) -> float:
+        """Rate of learning over tasks, which warms up and falls as ABMLL's does.
+
+        Args:
+            step: Steps that were taken before.
+            gradients: Steps of the method for each of the budget's.
+        """
+        return META_RATE * rate_share(step, step / (gradients * self.meta_steps), gradients * _WARMUP)
 
     def steps_on(self, support: Sequence[object]) -> int:
         """Gradient steps of prediction from a support set."""

@@ -18,7 +18,7 @@ from abmll.posterior import Family, Posterior, PosteriorConfig
 from training.adaptation import AdaptConfig, family_settings, run_inner
 from training.base_model import BaseModel
 from training.benchmark.method import META_RATE, Budget, Learner, Load, Settings
-from training.benchmark.point import label_in_context
+from training.benchmark.point import InContext, label_in_context
 from training.episodes import label
 from training.meta import MetaConfig, meta_train
 from training.progress import silent
@@ -56,6 +56,7 @@ class Abmll:
         self.name = (
             f"abmll {family}" + (" in-context" if in_context else "") + (f" {layers}" if layers != "all" else "")
         )
+        self.version = InContext.version if in_context else 1
         self.trials: Sequence[Settings] = _TRIALS[family]
         if beta is not None:
             self.name += f" beta {beta:g}"

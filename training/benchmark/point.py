@@ -14,7 +14,7 @@ from abmll.objective import Labelled
 from abmll.scoring import Question, tokenize
 from training.base_model import BaseModel
 from training.benchmark.lora import TEMPLATE, LoraNet, State
-from training.benchmark.method import META_RATE, Budget, Learner, Load, Settings
+from training.benchmark.method import Budget, Learner, Load, Settings
 from training.episodes import sample_episode
 from training.tasks import Task
 
@@ -38,6 +38,7 @@ class InContext:
     """The base model, with the examples in the prompt; the oldest are left out where they do not fit."""
 
     name = "in-context"
+    version = 2  # the first had a text's beginning before each example
     trials: Sequence[Settings] = ({},)
 
     def learn(self, load: Load, tasks: Sequence[Task], settings: Settings, budget: Budget, seed: int) -> Learner:
@@ -62,21 +63,24 @@ def label_in_context(base: BaseModel, support: Sequence[Example], query: Sequenc
     questions: list[Labelled] = []
     for example in query:
         own = tokenize(base.tokenizer, TEMPLATE, example.prompt, example.options, base.context)
+        plain = base.tokenizer.encode(TEMPLATE.prompt(example.prompt), add_special_tokens=False)
+        opening = len(own.prompt) - len(plain)  # what a text begins with, if anything
         room = base.context - own.longest
         before: list[int] = []
         for shot in reversed(shots):
             if len(before) + len(shot) > room:
                 break
             before = [*shot, *before]
-        questions.append(Labelled(Question((*before, *own.prompt), own.options), example.answer))
+        prompt = (*own.prompt[:opening], *before, *own.prompt[opening:])
+        questions.append(Labelled(Question(prompt, own.options), example.answer))
     return questions
 
 
 def in_context(base: BaseModel, example: Example) -> list[int]:
     """Tokens of a labelled example as it stands before a question: prompt, right answer, line's end."""
-    prompt = base.tokenizer.encode(TEMPLATE.prompt(example.prompt), add_special_tokens=True)
     answer = TEMPLATE.option(example.options[example.answer]) + "\n"
-    return [*prompt, *base.tokenizer.encode(answer, add_special_tokens=False)]
+    texts = (TEMPLATE.prompt(example.prompt), answer)
+    return [token for text in texts for token in base.tokenizer.encode(text, add_special_tokens=False)]
 
 
 Fit = Callable[[LoraNet, list[Labelled], int], None]
@@ -125,14 +129,17 @@ class MultiTask:
     """One LoRA adapter trained on all tasks' examples together, then on the task's own."""
 
     name = "multi-task lora"
+    version = 2  # the first learned over tasks at one rate
     trials: Sequence[Settings] = RATES
 
     def learn(self, load: Load, tasks: Sequence[Task], settings: Settings, budget: Budget, seed: int) -> Learner:
         """See ``Method``."""
         net = LoraNet(load(), budget, seed)
-        optimizer = torch.optim.AdamW(net.weights.values(), lr=META_RATE, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(net.weights.values(), weight_decay=0.0)
         # A meta-learning step has K gradients of adaptation and one of the objective for each of its tasks.
-        for step in range(budget.meta_steps * (budget.steps + 1)):
+        gradients = budget.steps + 1
+        for step in range(budget.meta_steps * gradients):
+            optimizer.param_groups[0]["lr"] = budget.meta_rate(step, gradients)
             rng = random.Random(f"{seed}:{step}")
             batch: list[Example] = []
             for _ in range(budget.tasks_per_step):

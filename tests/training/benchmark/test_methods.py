@@ -2,9 +2,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch.distributions import Normal, kl_divergence
 
 from abmll.examples import Example
@@ -15,8 +17,8 @@ from training.benchmark.bayesian import Blob
 from training.benchmark.catalogue import catalogue, choose, compared
 from training.benchmark.lora import LoraNet
 from training.benchmark.meta_learned import descend, loss_of
-from training.benchmark.method import Budget, Load, Method
-from training.benchmark.point import Lora, in_context
+from training.benchmark.method import META_RATE, Budget, Load, Method
+from training.benchmark.point import Lora, in_context, label_in_context
 from training.benchmark.world import World
 from training.episodes import EpisodeConfig
 
@@ -103,6 +105,28 @@ def test_examples_in_the_prompt_read_like_the_template(load: Load) -> None:
     base = load()
     text = base.tokenizer.decode(in_context(base, SUPPORT[0]))
     assert text == f"{SUPPORT[0].prompt}\nAnswer: {SUPPORT[0].options[SUPPORT[0].answer]}\n"
+
+
+def test_a_text_with_examples_begins_once(load: Load) -> None:
+    base = load()
+    tokenizer: Any = base.tokenizer
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{end} $A", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    asked = label_in_context(base, SUPPORT[:3], QUERY[:1])[0].question
+    shots = [token for example in SUPPORT[:3] for token in in_context(base, example)]
+    own = base.tokenizer.encode(f"{QUERY[0].prompt}\nAnswer:", add_special_tokens=False)
+    assert list(asked.prompt) == [tokenizer.eos_token_id, *shots, *own]
+
+
+def test_rates_over_tasks_warm_up_and_fall_alike_for_any_number_of_gradients() -> None:
+    budget = replace(BUDGET, meta_steps=100)
+    rates = [budget.meta_rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(META_RATE / 20, rel=0.01)
+    assert max(rates) == max(rates[15:25]) > 0.9 * META_RATE
+    assert rates[-1] < 0.06 * META_RATE
+    assert [budget.meta_rate(13 * step, 13) for step in range(20, 100)] == pytest.approx(rates[20:])
 
 
 @pytest.fixture
