@@ -50,6 +50,11 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     ray_address: str | None = Field(
         default=None, description="Ray cluster to run engines and adaptation on; default: one begun on this machine"
     )
+    ray_application: str = Field(
+        default="abmll-engines",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$",
+        description="name of this server's engines in the Ray cluster; servers that share one each need their own",
+    )
     device: str = Field(
         default="auto", description="device of the torch engine, such as cpu or cuda:1; auto: a GPU if there is one"
     )
@@ -126,6 +131,17 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
             raise ValueError("ray_address is for engines behind Ray; give replicas, their number, too")
         if self.max_replicas is not None and self.max_replicas < (self.replicas or 1):
             raise ValueError(f"max_replicas is {self.max_replicas}, below replicas {self.replicas}")
+        return self
+
+    @model_validator(mode="after")
+    def _gpus_are_of_ray(self) -> Settings:
+        for name in ("device", "adapt_device"):
+            device: str = getattr(self, name)
+            if self.replicas is not None and re.fullmatch(r"(cuda|xpu):[1-9]\d*", device):
+                raise ValueError(
+                    f"{name} is {device}, but with replicas Ray chooses the GPU of each process, which sees that one "
+                    f"alone; give {device.partition(':')[0]}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from abmll.sequences import TokenScores, no_tokens
 from server.background import in_background
 from server.cache import ByteCache, tensor_bytes
 from server.clock import current_clock
+from server.cluster.claim import claim
 from server.cluster.ray_process import join, leave, replica_resources
 from server.engine import EngineState, Served, Tell
 from server.settings import Settings
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-APPLICATION = "abmll-engines"
 _DEPLOYMENT = "Replica"
 _LOOK_SECONDS = 1.0
 # Replicas that one question is sent to before it fails: where one dies, another answers.
@@ -55,6 +55,7 @@ class ClusterEngine:
         self._handle: Any = None
         self._running = 0
         self._lost = False
+        self._claim: Any = None
         self._states: dict[str, EngineState] = {}
         self._released: tuple[str, ...] = ()
         self._deploying: asyncio.Future[Any] | None = None
@@ -71,7 +72,7 @@ class ClusterEngine:
             self._handle = await asyncio.shield(self._deploying)
             while not self._running:
                 await asyncio.sleep(_LOOK_SECONDS / 2)
-                self._running = await asyncio.to_thread(_running, starting=True)
+                self._running = await asyncio.to_thread(self._count, starting=True)
             self.context = int(await self._handle.context.remote())
         except AbmllError:
             raise
@@ -89,6 +90,7 @@ class ClusterEngine:
         from server.cluster.router import TaskRouter
 
         settings = self._settings
+        self._claim = claim(settings)
         assert settings.replicas is not None
         count: dict[str, Any] = {"num_replicas": settings.replicas}
         if settings.max_replicas is not None and settings.max_replicas > settings.replicas:
@@ -116,7 +118,9 @@ class ClusterEngine:
             **count,
         )
         serve.start(http_options={"location": "NoServer"}, logging_config={"log_level": "WARNING"})
-        target = serve.RunTarget(cast(Any, deployment).bind(text, kind), name=APPLICATION, route_prefix=None)
+        target = serve.RunTarget(
+            cast(Any, deployment).bind(text, kind), name=settings.ray_application, route_prefix=None
+        )
         # Not until they run: a stop must not have to wait for a large model.
         return serve.run_many([target], wait_for_applications_running=False)[0]
 
@@ -133,9 +137,9 @@ class ClusterEngine:
         import ray
         from ray import serve
 
-        if ray.is_initialized():
+        if ray.is_initialized() and self._claim is not None:
             try:
-                serve.delete(APPLICATION)
+                serve.delete(self._settings.ray_application)
             except Exception as error:  # a cluster that is gone has no replicas to end
                 logger.warning("the replicas could not be ended: %s", error)
         leave(self._settings)
@@ -143,13 +147,29 @@ class ClusterEngine:
     async def _watch(self) -> None:
         while True:
             try:
-                self._running = await asyncio.to_thread(_running)
+                self._running = await asyncio.to_thread(self._count)
                 self._lost = False
             except Exception as error:
                 if not self._lost:
                     logger.error("Ray does not say how the replicas are: %s", error)
                 self._running, self._lost = 0, True
             await asyncio.sleep(_LOOK_SECONDS)
+
+    def _count(self, *, starting: bool = False) -> int:
+        """Number of replicas that answer.
+
+        Args:
+            starting: Whether Ray is to give up, with ``EngineFailure``, where the first ones cannot be made.
+        """
+        from ray import serve
+        from ray.serve.schema import ApplicationStatus, ReplicaState
+
+        application = serve.status().applications[self._settings.ray_application]
+        deployment = application.deployments.get(_DEPLOYMENT)
+        if starting and application.status == ApplicationStatus.DEPLOY_FAILED:
+            told = deployment.message if deployment is not None else application.message
+            raise EngineFailure(f"the replicas could not be started: {told.strip().splitlines()[-1]}; see Ray's log")
+        return 0 if deployment is None else deployment.replica_states.get(ReplicaState.RUNNING, 0)
 
     async def score(
         self, served: Served, question: Question, draws: Sequence[int], seed: int, normalize: Normalize = "sum"
@@ -280,20 +300,3 @@ class ClusterEngine:
             queued=sum(state.queued for state in living),
             mending=not self._lost,
         )
-
-
-def _running(*, starting: bool = False) -> int:
-    """Number of replicas that answer.
-
-    Args:
-        starting: Whether Ray is to give up, with ``EngineFailure``, where the first ones cannot be made.
-    """
-    from ray import serve
-    from ray.serve.schema import ApplicationStatus, ReplicaState
-
-    application = serve.status().applications[APPLICATION]
-    deployment = application.deployments.get(_DEPLOYMENT)
-    if starting and application.status == ApplicationStatus.DEPLOY_FAILED:
-        told = deployment.message if deployment is not None else application.message
-        raise EngineFailure(f"the replicas could not be started: {told.strip().splitlines()[-1]}; see Ray's log")
-    return 0 if deployment is None else deployment.replica_states.get(ReplicaState.RUNNING, 0)

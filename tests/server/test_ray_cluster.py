@@ -128,3 +128,33 @@ def test_a_cluster_that_loses_a_machine_answers_on_and_teaches_once_there_is_roo
         begin()
         assert server.wait_job(job, READY)["status"] == "done"
         assert told(collector.wait("adaptation job", **{"abmll.job": job}))["abmll.status"] == "done"
+
+
+def test_servers_of_one_cluster_do_not_take_each_others_engines(
+    address: str,
+    begin: Callable[[], Machine],
+    tiny_model_folder: Path,
+    global_posterior: tuple[Path, StoredPosterior],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    begin()
+    begin()
+    own = {"wait": False, "threads": 1, "replicas": 1, "ray_address": address}
+    with servers(tiny_model_folder, global_posterior, tmp_path_factory) as start:
+        first = start(**own)
+        first.wait_ready(READY)
+        expected = ask(first, QUESTION)
+        second, beside = start(**own), start(**own, ray_application="beside")
+        beside.wait_ready(READY)
+        assert second.process.wait(60) == 1
+        last = second.log.read_text().strip().splitlines()[-1]
+        assert f"process {first.process.pid}" in last
+        assert "--ray-application" in last
+        assert ask(first, QUESTION) == ask(beside, QUESTION) == expected
+        assert beside.stop() == 0
+        assert ask(first, QUESTION) == expected
+
+        first.process.kill()
+        heir = start(**own)
+        heir.wait_ready(READY)
+        assert ask(heir, QUESTION) == expected
