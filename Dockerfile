@@ -38,9 +38,10 @@ ENV PATH=/app/.venv/bin:$PATH \
 VOLUME ["/data/store", "/data/hub"]
 EXPOSE 8000
 
-# The start counts as long as an 8-billion-parameter model may take to arrive and load.
+# The start counts as long as an 8-billion-parameter model may take to arrive and load. Another port: ABMLL_PORT.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=15m --retries=4 \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/readyz', timeout=4)"]
+    CMD ["python", "-c", "import os, urllib.request as web; \
+        web.urlopen(f'http://127.0.0.1:{os.environ.get(\"ABMLL_PORT\", 8000)}/readyz', timeout=4)"]
 
 ENTRYPOINT ["abmll"]
-CMD ["serve", "--host", "0.0.0.0", "--port", "8000"]
+CMD ["serve", "--host", "0.0.0.0"]

@@ -72,11 +72,11 @@ bench: $(SERVING) ## measure the speed of answers, of free text, and of training
 	@$(BIN)/python -m training.bench
 
 bench-llama: $(SERVING) ## on a GPU: training steps, and draws beside vLLM alone, with random weights in Llama-3-8B's shape
-	@$(BIN)/python -m training.random_model '$(LLAMA)'
-	@$(BIN)/python -m training.bench --model '$(LLAMA)/base' --device cuda --dtype bfloat16
-	@$(BIN)/python -m server.bench_draws --model '$(LLAMA)/base' --posterior '$(LLAMA)/posterior' \
+	@trap "rm -rf '$(LLAMA)/base' '$(LLAMA)/posterior'" EXIT; trap 'exit 130' INT TERM; \
+	$(BIN)/python -m training.random_model '$(LLAMA)' && \
+	$(BIN)/python -m training.bench --model '$(LLAMA)/base' --device cuda --dtype bfloat16 && \
+	$(BIN)/python -m server.bench_draws --model '$(LLAMA)/base' --posterior '$(LLAMA)/posterior' \
 		--vllm gpu_memory_utilization=0.55 --serve --dtype bfloat16 --adapt-device cuda:0
-	@rm -rf '$(LLAMA)/base' '$(LLAMA)/posterior'
 
 soak: $(SERVING) ## mixed traffic with faults for MINUTES (15): errors, lost jobs, memory (ARGS go to server.soak)
 	@$(BIN)/python -m server.soak $(MINUTES) $(ARGS)

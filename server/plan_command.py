@@ -37,6 +37,9 @@ def plan_command(
     layers: Annotated[str, typer.Option(help="Blocks that are Gaussian: all, last, or such as top-25%.")] = "all",
     rows: Annotated[int, typer.Option(min=1, help="Examples in a gradient step.")] = 16,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of each, and of a question with its answer.")] = 128,
+    episode: Annotated[
+        int | None, typer.Option(min=1, show_default="train's", help="Examples of an episode, support and query.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Gradient steps of an adaptation.")] = 10,
     draws: Annotated[int, typer.Option(min=1, help="Draws of a question.")] = 8,
     slots: Annotated[int, typer.Option(min=1, help="Draws that run in one step of vLLM.")] = _SLOTS,
@@ -48,7 +51,8 @@ def plan_command(
         _REACHED
     ),
     dtype: Annotated[
-        Literal["bfloat16", "float32", "nf4"], typer.Option(help="Of the base weights; nf4: in 4 bits, but in vLLM.")
+        Literal["bfloat16", "float32", "nf4"],
+        typer.Option(help="Of the base weights in training; nf4: in 4 bits. vLLM has bfloat16."),
     ] = "bfloat16",
     checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Activations are computed again in the backward pass.")
@@ -59,14 +63,12 @@ def plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON document.")] = False,
 ) -> None:
     """Say what training and serving take, from the model's configuration alone: memory, operations, time."""
-    import torch
-
     from abmll.posterior import PosteriorConfig
     from server.gpus import find_gpu
     from server.serving_plan import plan_serving
     from training.base_model import weights_dtype
     from training.embedded import NAME, resolve
-    from training.plan import plan_training, read_config
+    from training.plan import EPISODE, plan_training, read_config
     from training.settings import checked
 
     chosen, name = find_gpu(gpu), model or NAME
@@ -77,21 +79,22 @@ def plan_command(
     }  # fmt: skip
     posterior = checked(PosteriorConfig, given | ({} if rank is None else {"rank": rank}))
     training = plan_training(
-        config, posterior, rows=rows, tokens=tokens, dtype=weights_dtype(dtype), checkpointing=checkpointing,
-        shards=shards,
+        config, posterior, rows=rows, tokens=tokens, episode=episode or EPISODE, dtype=weights_dtype(dtype),
+        checkpointing=checkpointing, shards=shards,
     )  # fmt: skip
+    # In bf16, whatever adaptation holds the base weights in: vLLM is told nothing of that.
     serving = plan_serving(
-        config, posterior, draws=draws, slots=slots, tokens=tokens, memory=chosen.memory, utilization=utilization,
-        dtype=torch.float32 if dtype == "float32" else torch.bfloat16,  # vLLM 0.32.0 has no NF4
-    )  # fmt: skip
-    seconds = training.step_flops / (reached * chosen.flops)
+        config, posterior, draws=draws, slots=slots, tokens=tokens, memory=chosen.memory, utilization=utilization
+    )
+    seconds = training.step_flops / (reached * (chosen.flops_float32 if dtype == "float32" else chosen.flops))
     commands = _commands(posterior, draws, slots, utilization, dtype, checkpointing, shards)
     if as_json:
         document = {
             "model": name,
             "posterior": posterior.model_dump(),
             "gpu": {"name": gpu} | chosen.model_dump(),
-            "training": training.model_dump() | {"peak": training.peak, "step_seconds": seconds},
+            "training": training.model_dump()
+            | {"peak": training.peak, "adaptation": training.adaptation, "step_seconds": seconds},
             "serving": serving.model_dump(),
             "commands": commands,
         }
@@ -141,7 +144,9 @@ def _print(
         ("training: global posterior, gradient, optimizer", _size(training.theta)),
         ("training: task posterior, optimizer", _size(training.phi)),
         ("training: activations, gradients and KL of a step", _size(training.step)),
+        ("training: the same of the objective, support and query", _size(training.objective)),
         ("training: together, at its peak", _size(training.peak)),
+        ("adaptation: together, at its peak", _size(training.adaptation)),
         ("training: a step", f"{training.step_flops / 1e12:,.2f} TFLOP"),
         (f"training: a step on one {gpu}, at the speed of plain LoRA", _time(seconds)),
         (f"adaptation: {steps} steps, and four times that for the task's temperature", _time(5 * steps * seconds)),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, Field
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,6 +18,7 @@ from abmll.objective import Labelled, backward_data
 from abmll.posterior import Posterior, PosteriorConfig, init_layer
 from abmll.scoring import Question
 from training.base_model import WeightsDtype, attention, check_shared
+from training.episodes import EpisodeConfig
 from training.four_bits import NF4, Packing, packing
 from training.hub import brief, fetch
 from training.live_memory import LiveMemory
@@ -27,10 +29,12 @@ from training.recompute import recompute_activations
 _OF_THETA = 5
 # A question of the step has so many options of one token.
 _OPTIONS = 4
+# The largest support set with a query set.
+EPISODE = max(EpisodeConfig().shots) + EpisodeConfig().queries
 
 
 class TrainingPlan(BaseModel, frozen=True):
-    """Sizes of a gradient step of a task's posterior, and of what meta-training keeps beside it.
+    """Sizes of a gradient step of a task's posterior, of the objective, and of what meta-training keeps beside them.
 
     Attributes:
         shards: Processes that hold the base model together; bytes and operations are those of one.
@@ -38,9 +42,11 @@ class TrainingPlan(BaseModel, frozen=True):
         posterior_parameters: Of one posterior.
         base: Bytes of the base model's weights and buffers; of a process's share, where several hold it together.
         gathered: Bytes of the weights that such a process has whole at a time beside its share.
+        prior: Bytes of the global posterior alone, as adaptation has it.
         theta: Bytes of the global posterior with its gradient and optimizer.
-        phi: Bytes of a task's posterior with its optimizer.
+        phi: Bytes of a task's posterior with its gradient and optimizer.
         step: Bytes that a step takes besides at its peak: activations, gradients, the KL term.
+        objective: The same of meta-training's objective, which looks at support and query together.
         step_flops: Floating-point operations of a step, a multiplication and addition counted as two.
     """
 
@@ -49,15 +55,22 @@ class TrainingPlan(BaseModel, frozen=True):
     posterior_parameters: int
     base: int = Field(description="bytes")
     gathered: int = Field(description="bytes")
+    prior: int = Field(description="bytes")
     theta: int = Field(description="bytes")
     phi: int = Field(description="bytes")
     step: int = Field(description="bytes")
+    objective: int = Field(description="bytes")
     step_flops: int
 
     @property
     def peak(self) -> int:
         """Bytes at the peak of meta-training."""
-        return self.base + self.gathered + self.theta + self.phi + self.step
+        return self.base + self.gathered + self.theta + self.phi + max(self.step, self.objective)
+
+    @property
+    def adaptation(self) -> int:
+        """Bytes at the peak of adaptation."""
+        return self.base + self.gathered + self.prior + self.phi + self.step
 
 
 def read_config(model: str, revision: str | None = None) -> Any:
@@ -83,18 +96,20 @@ def plan_training(
     *,
     rows: int,
     tokens: int,
+    episode: int = EPISODE,
     dtype: WeightsDtype = torch.bfloat16,
     checkpointing: bool = False,
     max_tokens: int = 4096,
     shards: int = 1,
 ) -> TrainingPlan:
-    """Does a step of the inner loop with tensors that have shapes but no contents, and counts bytes and operations.
+    """Does what training does with tensors that have shapes but no contents, and counts bytes and operations.
 
     Args:
         config: The base model's configuration, as ``read_config`` gives it.
         posterior: What the posterior is made of.
         rows: Examples in a step.
         tokens: Tokens of each, prompt and answer.
+        episode: Examples of an episode, support and query, which meta-training's objective looks at together.
         dtype: Of the base weights; posterior and KL are float32.
         checkpointing: Whether activations are computed again in the backward pass.
         max_tokens: Padded tokens in one forward pass.
@@ -108,7 +123,7 @@ def plan_training(
     from transformers import AutoModelForCausalLM
 
     options = tuple((token,) for token in range(_OPTIONS))
-    data = [Labelled(Question((0,) * max(1, tokens - 1), options), 0) for _ in range(rows)]
+    item = Labelled(Question((0,) * max(1, tokens - 1), options), 0)
     memory, flops = LiveMemory(), FlopCounterMode(display=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
         made = torch.bfloat16 if dtype == NF4 else dtype
@@ -131,22 +146,30 @@ def plan_training(
         memory.track(phi.values())
         optimizer = torch.optim.Adam(phi.values())
 
+        def gradients(count: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+            leaves, q, p = (
+                {key: tensor.detach().requires_grad_() for key, tensor in of.items()} for of in (phi, phi, theta)
+            )
+            backward_data(attached, prior.with_tensors(leaves), [item] * count, generator, max_tokens)
+            (kl(prior.with_tensors(q), prior.with_tensors(p)) / count).backward()
+            return leaves, q, p
+
         def step() -> None:
-            leaves = {key: tensor.detach().requires_grad_() for key, tensor in phi.items()}
-            backward_data(attached, prior.with_tensors(leaves), data, generator, max_tokens)
-            q, p = ({key: tensor.detach().requires_grad_() for key, tensor in of.items()} for of in (phi, theta))
-            (kl(prior.with_tensors(q), prior.with_tensors(p)) / rows).backward()
+            leaves, q, _ = gradients(rows)
             for key, tensor in phi.items():
                 parts = [part for part in (leaves[key].grad, q[key].grad) if part is not None]
                 tensor.grad = sum(parts[1:], parts[0]) if parts else None
             optimizer.step()
-            optimizer.zero_grad()
 
         with memory:
             step()  # makes the optimizer's moments
             kept = memory.now
             memory.peak = kept
             step()
+            of_step = memory.peak - kept
+            memory.peak = memory.now
+            gradients(episode)
+            of_objective = memory.peak - kept
         with flops:  # not while bytes are counted: it takes operations apart into others, which make more tensors
             step()
     parameters = sum(tensor.numel() for tensor in theta.values())
@@ -156,9 +179,11 @@ def plan_training(
         posterior_parameters=parameters,
         base=held - packed.saved,
         gathered=gathered,
+        prior=one,
         theta=_OF_THETA * one,
         phi=kept - base - one,
-        step=memory.peak - kept + packed.unpacked,
+        step=of_step + packed.unpacked,
+        objective=of_objective + packed.unpacked,
         step_flops=flops.get_total_flops(),
     )
 

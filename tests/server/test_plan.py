@@ -16,7 +16,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from abmll.draws import draw, save_adapter
 from abmll.layers import attach, init_posterior
-from abmll.objective import Labelled
+from abmll.objective import Labelled, task_gradient
 from abmll.posterior import Family, PosteriorConfig
 from abmll.scoring import Question
 from server.serving_plan import plan_serving
@@ -45,8 +45,8 @@ def _give_back_at_once() -> None:
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
 
 
-def _measure(pipe: Any, family: Family) -> None:
-    """What a process holds more of at the peak of two steps than before it loads the model."""
+def _measure(pipe: Any, family: Family, episode: int) -> None:
+    """What a process holds more of at the peak of two steps, and of the objective, than before it loads the model."""
     setup = Setup(str(BASE), "cpu", "float32", ROWS, TOKENS)
     _give_back_at_once()
     load_base(str(BASE)).model(input_ids=torch.tensor([[1]])).logits.sum()  # what the libraries take at their first use
@@ -55,27 +55,34 @@ def _measure(pipe: Any, family: Family) -> None:
     base = setup.base()
     config = PosteriorConfig(base_model="x", family=family)
     attached = attach(base.model, config.targets)
-    loop = InnerLoop(attached, init_posterior(attached, config, 0), AdaptConfig(max_tokens=10**6))
+    theta, generator = init_posterior(attached, config, 0), torch.Generator().manual_seed(0)
+    loop = InnerLoop(attached, theta, AdaptConfig(max_tokens=10**6))
+    data = setup.data(base.model.config.vocab_size)
     for _ in range(2):
-        loop.step(setup.data(base.model.config.vocab_size), ROWS, torch.Generator().manual_seed(0))
+        loop.step(data, ROWS, generator)
+    if episode:
+        asked = data * (episode // ROWS)
+        task_gradient(attached, loop.phi, theta, asked, beta=1e-3, generator=generator, max_tokens=10**6)
     pipe.send(_resident("VmHWM") - before)
 
 
-@pytest.mark.parametrize("family", ["kronecker", "subspace"])
-def test_a_step_takes_what_was_planned(family: Family) -> None:
+@pytest.mark.parametrize(("family", "episode"), [("kronecker", 0), ("subspace", 0), ("subspace", 2 * ROWS)])
+def test_training_takes_what_was_planned(family: Family, episode: int) -> None:
     config = PosteriorConfig(base_model="x", family=family)
     plan = plan_training(
-        AutoConfig.from_pretrained(BASE), config, rows=ROWS, tokens=TOKENS, dtype=torch.float32, max_tokens=10**6
-    )
+        AutoConfig.from_pretrained(BASE), config, rows=ROWS, tokens=TOKENS, episode=2 * ROWS, dtype=torch.float32,
+        max_tokens=10**6,
+    )  # fmt: skip
     context = multiprocessing.get_context("forkserver")
     mine, other = context.Pipe()
-    process = context.Process(target=_measure, args=(other, family))
+    process = context.Process(target=_measure, args=(other, family, episode))
     process.start()
     measured = mine.recv()
     process.join()
     # The measured process has theta, without the gradient and moments that meta-training keeps.
-    planned = plan.peak - plan.theta
-    print(f"{family}: planned {planned / 2**20:.0f} MiB, measured {measured / 2**20:.0f}")
+    planned = plan.peak - plan.theta + plan.prior if episode else plan.adaptation
+    of = "objective" if episode else "step"
+    print(f"{family}, {of}: planned {planned / 2**20:.0f} MiB, measured {measured / 2**20:.0f}")
     assert planned == pytest.approx(measured, rel=0.15)
 
 
@@ -113,7 +120,7 @@ def test_a_step_of_two_processes_that_share_the_base_model_takes_what_was_planne
         max_tokens=10**6, shards=2,
     )  # fmt: skip
     measured = max(results_of(start_two(_measure_shared, str(tmp_path))))
-    planned = plan.peak - plan.theta
+    planned = plan.adaptation
     print(f"planned {planned / 2**20:.0f} MiB, measured {measured / 2**20:.0f}")
     assert planned == pytest.approx(measured, rel=0.15)
     assert plan.base + plan.gathered > 0.3 * planned
@@ -158,6 +165,10 @@ def test_the_command_tells_the_plan_and_what_is_wrong(abmll: CommandLine, tmp_pa
     # Weights and draws would fit on the whole of it, but not a question beside them in the part that vLLM takes.
     small = abmll("plan", "--rows", 1, "--tokens", 1_000_000, "--utilization", 0.05, "--gpu", "l4").out
     assert "serving does not fit on one l4 (1.1 GiB of it)" in small
+    assert told["training"]["objective"] > told["training"]["step"]  # 32 examples, as train has
+    alone = abmll("plan", "--rows", 2, "--tokens", 16, "--episode", 2, "--json").json["training"]
+    assert alone["peak"] < told["training"]["peak"]
+    assert alone["adaptation"] == told["training"]["adaptation"]
     options = ("--layers", "last", "--revision", "main", "--dtype", "float32", "--utilization", 0.5, "--slots", 9)
     train, serve = abmll("plan", "--rows", 2, "--tokens", 16, *options, "--draws", 99, "--json").json["commands"]
     assert all(words in train for words in ("--layers last", "--revision main", "--dtype float32"))
