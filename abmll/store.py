@@ -26,6 +26,7 @@ from torch import Tensor
 
 from abmll.calibration import Calibration, ShotCalibration
 from abmll.errors import AbmllError, InvalidPosterior, StoreFailure
+from abmll.names import GLOBAL
 from abmll.posterior import LayerPosterior, Posterior, PosteriorConfig
 
 FORMAT = 1
@@ -59,7 +60,7 @@ class Record(BaseModel, frozen=True):
         results: Figures that its training printed.
     """
 
-    task: str = "global"
+    task: str = GLOBAL
     version: int = Field(default=1, ge=1)
     parent: str | None = None
     seed: int = 0
@@ -167,7 +168,7 @@ def save_posterior(
         InvalidPosterior: A parameter is not finite.
         StoreFailure: The disk is full or not writable; nothing is left behind.
     """
-    check_replaceable(folder)
+    check_replaceable(folder, record.task)
     tensors = {key: t.detach().to("cpu", torch.float32).contiguous() for key, t in posterior.tensors().items()}
     _check_finite(tensors, "this posterior")
     clean = posterior.with_tensors(tensors)
@@ -193,17 +194,38 @@ def save_posterior(
     return StoredPosterior(clean, record, calibration, digest)
 
 
-def check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path, task: str) -> None:
     """Checks that a posterior folder may be made here; to be asked before hours of work, too.
 
+    Args:
+        folder: Where.
+        task: Whose posterior; ``global`` for the global one.
+
     Raises:
-        AbmllError: There is a file, or a folder that holds other things than a posterior: they would be lost.
+        AbmllError: There is a file, or a folder that holds other things than a posterior, or the global posterior where
+            a task's is to be, or the other way round: they would be lost.
     """
+    held = _task_of(folder)
+    if held is not None and (held == GLOBAL) != (task == GLOBAL):
+        what = (
+            ("the global posterior", "a task's") if held == GLOBAL else (f"the posterior of task {held!r}", "a global")
+        )
+        raise AbmllError(
+            f"{folder} holds {what[0]}, which {what[1]} one does not replace: name a new folder", field="out"
+        )
     if folder.exists() and not (folder / "posterior.json").is_file() and (folder.is_file() or any(folder.iterdir())):
         raise AbmllError(
             f"{folder} is there and holds no posterior; it is not replaced: name a new folder, or an empty one",
             field="out",
         )
+
+
+def _task_of(folder: Path) -> str | None:
+    """Whose posterior a folder holds; None where it holds none, or one that is damaged."""
+    try:
+        return json.loads((folder / "posterior.json").read_text(encoding="utf-8"))["record"]["task"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @contextmanager

@@ -131,7 +131,7 @@ class AsyncClient:
         )
         item: StreamedToken | Answer | None = None
         try:
-            async with self._http.stream(call.method, call.path, json=call.body) as reply:
+            async with self._http.stream(**calls.request_of(call)) as reply:
                 if reply.status_code != 200:
                     calls.read(call, reply.status_code, (await reply.aread()).decode())
                 async for event in EventSource(reply).aiter_sse():
@@ -243,7 +243,7 @@ class AsyncClient:
     async def _send(self, call: Call[T]) -> T:
         for pause in pauses(call):
             try:
-                reply = await self._http.request(call.method, call.path, json=call.body)
+                reply = await self._http.request(**calls.request_of(call))
             except httpx.HTTPError as error:
                 if pause is None or not isinstance(error, BROKEN):
                     raise translate(error, self._http.base_url) from error

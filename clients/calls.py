@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
@@ -9,7 +10,7 @@ from urllib.parse import quote
 
 from pydantic import TypeAdapter, ValidationError
 
-from clients.errors import InvalidReply, JobCancelled, JobFailed, api_error
+from clients.errors import InvalidArgument, InvalidReply, JobCancelled, JobFailed, api_error
 from clients.examples import LabelledExample
 from clients.replies import Answer, Feedback, Job, Recalibration, Reliability, TaskInfo
 
@@ -59,14 +60,14 @@ def generate(
         "prompt": prompt,
         "task": task,
         "version": version,
-        "options": None if options is None else list(options),
+        "options": None if options is None else _texts("options", options),
         "draws": draws,
         "tolerance": tolerance,
         "seed": seed,
         "abstain_below": abstain_below,
         "target_risk": target_risk,
         "max_tokens": max_tokens,
-        "stop": list(stop),
+        "stop": _texts("stop", stop),
         "temperature": temperature,
         "top_p": top_p,
         "samples": samples,
@@ -157,6 +158,22 @@ def check(path: Literal["/healthz", "/readyz"]) -> Call[None]:
     return Call("GET", path, lambda _: None)
 
 
+def request_of(call: Call[T]) -> dict[str, Any]:
+    """Returns what httpx takes for a call.
+
+    Raises:
+        InvalidArgument: Something in the body has no form in JSON.
+    """
+    wanted: dict[str, Any] = {"method": call.method, "url": call.path}
+    if call.body is None:
+        return wanted
+    try:
+        body = json.dumps(call.body, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"{call.method} {call.path}: an argument has no form in JSON: {error}") from error
+    return wanted | {"content": body, "headers": {"Content-Type": "application/json"}}
+
+
 def read(call: Call[T], status: int, text: str) -> T:
     """Reads a reply.
 
@@ -192,6 +209,12 @@ def require_done(job: Job) -> Job:
     if job.status == "cancelled":
         raise JobCancelled(f"job {job.job} for task {job.task!r} was cancelled", job)
     return job
+
+
+def _texts(name: str, texts: Sequence[str]) -> list[str]:
+    if isinstance(texts, str):
+        raise InvalidArgument(f"{name} is the one text {texts[:80]!r}; give a list of texts")
+    return list(texts)
 
 
 def _reader(kind: type[T]) -> Callable[[Any], T]:

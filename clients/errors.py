@@ -12,6 +12,10 @@ class ClientError(Exception):
     """Base of all errors that the client raises on purpose."""
 
 
+class InvalidArgument(ClientError):
+    """An argument that no request can hold."""
+
+
 class ServerUnreachable(ClientError):
     """No connection to the server, or one that broke before the reply."""
 

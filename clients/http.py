@@ -140,7 +140,7 @@ class Client:
         )
         item: StreamedToken | Answer | None = None
         try:
-            with self._http.stream(call.method, call.path, json=call.body) as reply:
+            with self._http.stream(**calls.request_of(call)) as reply:
                 if reply.status_code != 200:
                     calls.read(call, reply.status_code, reply.read().decode())
                 for event in EventSource(reply).iter_sse():
@@ -260,7 +260,7 @@ class Client:
     def _send(self, call: Call[T]) -> T:
         for pause in pauses(call):
             try:
-                reply = self._http.request(call.method, call.path, json=call.body)
+                reply = self._http.request(**calls.request_of(call))
             except httpx.HTTPError as error:
                 if pause is None or not isinstance(error, BROKEN):
                     raise translate(error, self._http.base_url) from error

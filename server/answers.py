@@ -18,6 +18,7 @@ from abmll.calibration import ShotCalibration
 from abmll.entailment import ENTAILS, entailment_prompt
 from abmll.errors import DeadlineExceeded, InvalidRequest, PromptTooLong
 from abmll.examples import check_options
+from abmll.names import GLOBAL
 from abmll.posterior import Normalize
 from abmll.predictive import predictive
 from abmll.scoring import Question
@@ -33,7 +34,6 @@ from server.feedback import Answered
 from server.free_text import check_sampling, free_text
 from server.inputs import check_prompt, encode
 from server.judgements import Judged, candidates_of, judge_options, judge_text
-from server.names import GLOBAL
 from server.schemas import (
     MAX_TOKENS,
     GenerateReply,

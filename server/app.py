@@ -15,6 +15,7 @@ from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from abmll.errors import EngineFailure, TaskConflict, TaskNotFound
+from abmll.names import GLOBAL, check_name
 from server.access import ANY, Access
 from server.body_limit import BodyLimit
 from server.errors import install
@@ -22,7 +23,6 @@ from server.inputs import read_examples
 from server.keys import Keys
 from server.logs import Logged, audit
 from server.metrics import Measured, Metrics
-from server.names import GLOBAL, check_name
 from server.openai_api.routes import add_openai
 from server.openapi import errors
 from server.questions import Questions, add_questions

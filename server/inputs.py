@@ -59,7 +59,7 @@ def read_examples(given: Sequence[ExampleIn], tokenizer: Any, template: Template
             if example.options is None and len(options[0]) > len(example.prompt):
                 message = f"{where}: prompt and answer exceed the model's {context} tokens; shorten the answer"
                 raise PromptTooLong(message, field=f"{where}.answer") from error
-            raise PromptTooLong(f"{where}: {error.message}", field=f"{where}.prompt") from error
+            raise PromptTooLong(f"{where}: {error.message}", field=f"{where}.{error.field}") from error
         except InvalidRequest as error:
             raise InvalidExamples(f"{where}: {error.message}", field=f"{where}.{error.field}") from error
         answer = 0 if example.options is None else resolve_answer(example.answer, options, f"{where}.answer")

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from abmll.errors import InvalidPosterior, StoreFailure
+from abmll.names import is_name
 from abmll.store import load_posterior, replace_file, replaced
-from server.names import SERVING, is_name, version_name, version_number
+from server.names import SERVING, version_name, version_number
 from server.objects import Listing, Objects, Pointer
 
 logger = logging.getLogger(__name__)

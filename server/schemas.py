@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from abmll.adaptive import TOLERANCE
 from abmll.examples import MAX_OPTIONS
-from server.names import GLOBAL
+from abmll.names import GLOBAL
 
 MAX_EXAMPLES = 64
 MAX_TOKENS = 512

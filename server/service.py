@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from abmll.errors import AbmllError, EngineFailure, StoreFailure, TaskConflict
+from abmll.names import GLOBAL
 from abmll.store import Record, StoredPosterior
 from server.admission import Admission
 from server.answers import Answerer
@@ -24,7 +25,6 @@ from server.feedback import Feedback
 from server.jobs import JobRegistry
 from server.loading import base_check, load_global, load_tokenizer, make_engine, with_revision
 from server.metrics import Snapshot
-from server.names import GLOBAL
 from server.objects import Objects
 from server.recalibration import refit
 from server.reliability import reliability

@@ -21,11 +21,12 @@ from pydantic import BaseModel, Field, ValidationError
 
 from abmll.calibration import Calibration
 from abmll.errors import AbmllError, InvalidPosterior, InvalidRequest, StoreFailure, TaskConflict, TaskNotFound
+from abmll.names import GLOBAL, check_name, is_name
 from abmll.posterior import Posterior
 from abmll.store import Record, StoredPosterior, load_posterior, replace_file, save_posterior
 from server.cache import ByteCache, tensor_bytes
 from server.mirror import Mirror
-from server.names import GLOBAL, SERVING, check_name, is_name, version_name, version_number
+from server.names import SERVING, version_name, version_number
 from server.objects import Objects
 
 logger = logging.getLogger(__name__)

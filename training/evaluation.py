@@ -59,7 +59,7 @@ class OfTask(Protocol):
 
     @property
     def shots(self) -> int:
-        """Size of the support set, where the task has examples enough."""
+        """Size of the support set."""
         ...
 
 
@@ -71,7 +71,8 @@ class EvalConfig(BaseModel, frozen=True):
     """Settings of an evaluation."""
 
     shots: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        default=(0, 4, 16), description="sizes of support sets; a task gives half of its examples at most"
+        default=(0, 4, 16),
+        description="sizes of support sets; a task with fewer than twice as many examples is left out",
     )
     queries: int = Field(default=100, ge=1, description="items predicted in each task, at most")
     supports: int = Field(default=1, ge=1, description="support sets drawn for each task and number of shots")
@@ -86,7 +87,7 @@ class TaskPredictions:
 
     Attributes:
         task: The task.
-        shots: Size of the support set; it has half of the task's examples where that is fewer.
+        shots: Size of the support set.
         scores: Option scores under each draw in nats, shape (draws, queries, options).
         answers: The right options, shape (queries,).
         chance: Share of the most frequent answer of the task.
@@ -99,6 +100,11 @@ class TaskPredictions:
     answers: Tensor
     chance: float
     support: HeldOut | None = None
+
+
+def has_enough(task: Task, shots: int) -> bool:
+    """Whether a task has so many examples to give, and as many to ask: no fewer are given under that number's name."""
+    return shots <= len(task.examples) // 2
 
 
 def support_and_query(
@@ -143,7 +149,7 @@ def predict_tasks(
     progress: Progress = silent,
     jobs: int = 1,
 ) -> list[TaskPredictions]:
-    """Runs ``predict_task`` for every task, number of shots and support set, in their order.
+    """Runs ``predict_task`` for every task, number of shots that it has enough for, and support set, in their order.
 
     Args:
         base: Model and tokenizer.
@@ -171,17 +177,23 @@ def each_task(
     jobs: int,
 ) -> list[_Predictions]:
     """Runs ``predict`` as ``predict_tasks`` runs ``predict_task``."""
-    calls = [(task, shots, r) for task in tasks for shots in config.shots for r in range(config.supports)]
+    calls = [
+        (place, task, shots, repeat)
+        for place, task in enumerate(tasks, start=1)
+        for shots in config.shots
+        if has_enough(task, shots)
+        for repeat in range(config.supports)
+    ]
     results: list[_Predictions] = []
     with parallel_config(backend="loky", inner_max_num_threads=max(1, (os.cpu_count() or 1) // jobs)):
         run: Any = Parallel(n_jobs=jobs, return_as="generator")
     found: Iterable[_Predictions] = run(
-        delayed(predict)(base, attached, theta, task, shots, inner, config, repeat) for task, shots, repeat in calls
+        delayed(predict)(base, attached, theta, task, shots, inner, config, repeat) for _, task, shots, repeat in calls
     )
     with progress("evaluate", total=len(calls)) as bar:
         for number, predictions in enumerate(found, start=1):
             results.append(predictions)
-            bar.update(number, {"tasks": (number - 1) // (len(config.shots) * config.supports) + 1})
+            bar.update(number, {"tasks": calls[number - 1][0]})
     return results
 
 

@@ -12,6 +12,7 @@ from abmll.draw_scores import score_draws
 from abmll.errors import AbmllError, InvalidExamples, InvalidRequest
 from abmll.examples import Example, check_options
 from abmll.layers import Attached
+from abmll.names import check_name
 from abmll.posterior import Posterior
 from abmll.predictive import predictive
 from abmll.scoring import tokenize_apart
@@ -92,14 +93,16 @@ class LoadedPosterior:
             seed: The same seed and examples give the same posterior.
 
         Raises:
-            AbmllError: This is a task's posterior already, or the task is to be named ``global``.
+            AbmllError: This is a task's posterior already.
+            InvalidRequest: Not a task's name, or steps or seed are out of range.
             InvalidExamples: An example is malformed, or adaptation diverged.
             PromptTooLong: An example exceeds the model's context.
         """
         if self.record.shots:
             raise AbmllError(f"this is the posterior of task {self.record.task!r}; adapt the one that `load` gave")
-        if task == "global":
-            raise AbmllError("the task name 'global' means the global posterior; choose another", field="task")
+        check_name(task)
+        if seed < 0:
+            raise InvalidRequest(f"seed is {seed}; give 0 or more", field="seed")
         support = examples_of(_records(examples))
         inner = AdaptConfig.from_record(self.record.training)
         if steps is not None:

@@ -37,7 +37,8 @@ class Split(BaseModel, frozen=True):
         if unknown:
             raise AbmllError(
                 f"the split does not know the family {unknown[0]!r}: is the tasks' folder the one with the "
-                "manifest.json that names the families? Else give --split, or --part all",
+                "manifest.json that names the families? Else give a split of these tasks (--split), or take all of "
+                "them where the command can (--part all)",
                 field="split",
             )
         return [task for task in tasks if self.families[task.family] == part]

@@ -125,7 +125,10 @@ def read_examples(path: Path) -> tuple[Example, ...]:
         examples.append(_example(record, where))
     if not examples:
         raise InvalidExamples(f"{path} holds no examples; give one JSON object a line", field=str(path))
-    check_one_kind(examples)
+    try:
+        check_one_kind(examples)
+    except InvalidExamples as error:
+        raise InvalidExamples(f"{path}: {error.message}", field=str(path)) from error
     return tuple(examples)
 
 

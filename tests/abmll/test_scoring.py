@@ -136,3 +136,6 @@ def test_prompt_and_longest_option_must_fit_the_context() -> None:
     with pytest.raises(PromptTooLong, match="are 9 tokens; there is room for 8") as caught:
         tokenize(_Letters(), template, "abc ", ["d", "efg"], 8)
     assert caught.value.field == "prompt"
+    with pytest.raises(PromptTooLong, match=r"prompt \(3\) and longest option \(7\).*shorten the option") as caught:
+        tokenize(_Letters(), template, "a", ["d", "efghij"], 8)
+    assert caught.value.field == "options"

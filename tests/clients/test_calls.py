@@ -1,14 +1,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clients import calls
-from clients.errors import ApiError, Conflict, InvalidReply, NotFound, RequestRejected, ServerUnavailable
+from clients.errors import (
+    ApiError,
+    Conflict,
+    InvalidArgument,
+    InvalidReply,
+    NotFound,
+    RequestRejected,
+    ServerUnavailable,
+)
 from clients.examples import LabelledExample
+from clients.http import Client
 from tests.clients.conftest import ANSWER
 
 
@@ -53,6 +63,21 @@ def test_examples_given_as_models_and_as_mappings_are_sent_alike():
     as_mapping = calls.adapt("t", [row], steps=None, seed=0)
     as_model = calls.adapt("t", [LabelledExample.model_validate(row)], steps=None, seed=0)
     assert as_mapping.body == as_model.body == {"task": "t", "examples": [row], "steps": None, "seed": 0}
+
+
+@pytest.mark.parametrize(("name", "value"), [("tolerance", float("nan")), ("prompt", "\ud800"), ("seed", {1})])
+def test_what_has_no_form_in_json_is_told(name: str, value: object):
+    call = calls.score("p", "a", task="t", version=None, draws=4, seed=2, end=False)
+    with pytest.raises(InvalidArgument, match="POST /score: an argument has no form in JSON"):
+        calls.request_of(replace(call, body={name: value}))
+
+
+def test_one_text_is_no_list_of_options():
+    with Client("http://127.0.0.1:1") as client:
+        with pytest.raises(InvalidArgument, match="options is the one text 'ab'; give a list"):
+            client.generate("p", options="ab")
+        with pytest.raises(InvalidArgument, match="stop is the one text"):
+            client.generate("p", stop="END")
 
 
 @given(st.text(min_size=1).filter(lambda name: not any(0xD800 <= ord(c) <= 0xDFFF for c in name)))

@@ -11,10 +11,10 @@ import pytest
 
 from abmll.errors import InvalidPosterior, InvalidRequest, TaskConflict, TaskNotFound
 from abmll.examples import Example
+from abmll.names import check_name
 from abmll.posterior import Posterior
 from abmll.store import Record, StoredPosterior
 from server.jobs import ATTEMPTS, JobCancelled, JobRegistry
-from server.names import check_name
 from server.store import TaskStore
 from tests.server.conftest import random_posterior
 

@@ -93,6 +93,9 @@ def test_train_adapt_and_eval(trained: tuple[Path, Path, str], tmp_path: Path, a
     printed = abmll("eval", theta, "--tasks", data, *wanted[:4], "--shots", 2, "--by", "task", "--free-text").out
     assert "| rule_4 | 2 | 1 |" in printed
     assert "prr" in printed
+    onto_task = abmll("train", "--tasks", data, "--out", tmp_path / "phi", *PINS)
+    assert "holds the posterior of task 'films', which a global one does not replace" in onto_task.refusal
+    assert load_posterior(tmp_path / "phi").digest == phi.digest
     texts = write_texts(tmp_path / "texts.jsonl", examples)
     assert abmll(*adapt, texts, "--out", tmp_path / "text").code == 0
     taught = load_posterior(tmp_path / "text").calibration
@@ -118,7 +121,13 @@ def test_wrong_input_is_one_line(trained: tuple[Path, Path, str], tmp_path: Path
         "must be whole numbers": ["eval", theta, "--tasks", data, "--shots", "few"],
         "not a posterior folder": ["eval", tmp_path, "--tasks", data],
         "must be FAMILY=train": ["train", "--tasks", data, "--pin", "family_0", *out],
-        "'global' means the global posterior": ["adapt", theta, *examples, "--task", "global", *out],
+        "'global' is reserved": ["adapt", theta, *examples, "--task", "global", *out],
+        "'My task' is no task name": ["adapt", theta, *examples, "--task", "My task", *out],
+        "holds the global posterior, which a task's one": ["adapt", theta, *examples, "--task", "a", "--out", theta],
+        "no task has examples enough for 50 shots": ["eval", theta, "--tasks", data, "--shots", "50,60"],
+        "cannot be a folder of results": ["bench", "--out", data / "manifest.json"],
+        "holds other things than results": ["bench", "--out", data],
+        "greater than or equal to 0": ["bench", "--out", tmp_path / "results", "--shots", "-1"],
         "--shard-base needs several processes": ["eval", theta, "--tasks", data, "--shard-base"],
         "--jobs 2 would load the whole base model": ["eval", theta, "--tasks", data, "--shard-base", "--jobs", 2],
         "serve it with its own base model": ["adapt", theta, *examples, "--task", "a", "--model", "abmll-small", *out],

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, log_loss
@@ -38,6 +40,17 @@ def test_every_task_shots_and_support_set_is_predicted(predictions: list[TaskPre
     for before, after in zip(zero, four, strict=True):
         assert torch.equal(before.answers, after.answers)  # the same questions
         assert not torch.allclose(before.scores, after.scores)
+
+
+def test_no_fewer_examples_are_given_than_a_row_says(base: BaseModel, attached: Attached) -> None:
+    theta = init_posterior(attached, PosteriorConfig(base_model="tiny", targets=TARGETS), 0)
+    small = replace(rule_task(0), examples=rule_task(0).examples[:7])
+    inner = AdaptConfig(steps=1)
+    found = predict_tasks(base, attached, theta, [small, rule_task(1)], inner, CONFIG)
+    assert [(item.task.name, item.shots) for item in found] == [
+        ("rule_0", 0), ("rule_0", 0), ("rule_1", 0), ("rule_1", 0), ("rule_1", 4), ("rule_1", 4),
+    ]  # fmt: skip
+    assert [entry.shots for entry in calibrate(found, CONFIG).by_shots] == [0, 4]
 
 
 def test_processes_share_the_work_and_change_nothing(

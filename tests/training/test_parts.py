@@ -10,7 +10,7 @@ from abmll.examples import Example, Template
 from tests.command_line import CommandLine
 from tests.training.conftest import rule_task, write_tasks
 from training.base_model import BaseModel
-from training.commands.parts import chosen_split, within_context
+from training.commands.parts import chosen_split, tell_of_small, within_context
 from training.embedded import POSTERIOR
 from training.episodes import label
 
@@ -32,6 +32,16 @@ def test_items_that_the_model_cannot_read_are_left_out_and_told(
     with pytest.raises(AbmllError, match="no item fits into the 256 tokens"):
         within_context(base, ROOM, [hopeless], main=False)
     assert capsys.readouterr().err == ""
+
+
+def test_tasks_with_too_few_examples_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    small = replace(TASKS[0], examples=TASKS[0].examples[:9])
+    tell_of_small([small, TASKS[1]], (0, 4, 5))
+    assert capsys.readouterr().err == (
+        "abmll: 5 shots: 1 of 2 tasks left out, the first is rule_0: with fewer than 10 items\n"
+    )
+    with pytest.raises(AbmllError, match="the largest has 9, of which half are asked; give at most 4 shots"):
+        tell_of_small([small], (5, 16))
 
 
 def test_whatever_is_kept_can_be_asked_with_options_and_without(base: BaseModel) -> None:

@@ -71,6 +71,7 @@ def bench_command(
     from training.progress import track
     from training.settings import checked, numbers
 
+    results = _results_in(out)
     own = [name for name in (*QUICK, "seeds") if quick and is_typed(ctx, name)]
     if own:
         raise AbmllError(f"--quick has {own[0]} of its own; leave --{own[0].replace('_', '-')} out", field=own[0])
@@ -94,7 +95,7 @@ def bench_command(
         parts,
         resolve(model),
         config,
-        out / "results.jsonl.gz",
+        results,
         world=world,
         device=device,
         jobs=jobs,
@@ -113,6 +114,20 @@ def bench_command(
         return
     for picture in pictures:
         typer.echo(f"drew {picture}")
+
+
+def _results_in(out: Path) -> Path:
+    """Makes the folder, and returns where the results go or are."""
+    from abmll.errors import AbmllError
+
+    results = out / "results.jsonl.gz"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not results.is_file() and any(out.iterdir()):
+            raise AbmllError(f"{out} holds other things than results; name a new folder, or an empty one", field="out")
+    except OSError as error:
+        raise AbmllError(f"{out} cannot be a folder of results: {error.strerror}; name another", field="out") from error
+    return results
 
 
 def _measures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import os
 import random
 import resource
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, NonNegativeInt
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from abmll.calibration import conformal_scores, conformal_threshold, fit_temperature_prior
+from abmll.errors import AbmllError
 from abmll.examples import Example
 from abmll.metrics import negative_log_likelihood
 from abmll.predictive import Predictive, predictive
@@ -49,8 +51,8 @@ class BenchConfig(BaseModel, frozen=True):
     What came later is left out of it where it changes nothing, so that earlier results keep theirs.
     """
 
-    shots: tuple[int, ...] = (1, 4, 16, 64)
-    episode_shots: tuple[int, ...] | None = Field(
+    shots: tuple[NonNegativeInt, ...] = (1, 4, 16, 64)
+    episode_shots: tuple[NonNegativeInt, ...] | None = Field(
         default=None,
         exclude_if=lambda value: value is None,
         description="shots of the episodes to meta-learn from; those measured by default",
@@ -439,11 +441,20 @@ def _measure(job: _Job) -> list[dict[str, Any]]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Reads result rows; none where there is no file."""
+    """Reads result rows; none where there is no file.
+
+    Raises:
+        AbmllError: The file is damaged.
+    """
     if not path.is_file():
         return []
-    with gzip.open(path, "rt", encoding="utf-8") as stream:
-        return [json.loads(line) for line in stream]
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as stream:
+            return [json.loads(line) for line in stream]
+    except (EOFError, ValueError, zlib.error, gzip.BadGzipFile) as error:
+        raise AbmllError(
+            f"{path} is damaged: {error}; move it away, and it is measured anew, or restore it", field="out"
+        ) from error
 
 
 def _measured(row: dict[str, Any]) -> tuple[str, int, str]:

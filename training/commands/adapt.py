@@ -20,30 +20,30 @@ def adapt_command(
     out: Annotated[Path, typer.Option(help="Posterior folder to make.")],
     model: Model = None,
     steps: Annotated[
-        int | None, typer.Option(help="Gradient steps; default: as in meta-training, more for many examples.")
+        int | None,
+        typer.Option(min=1, max=1000, help="Gradient steps; default: as in meta-training, more for many examples."),
     ] = None,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     dtype: Dtype = "float32",
     device: Device = None,
     shard_base: ShardBase = False,
     as_json: Json = False,
 ) -> None:
     """Adapt a global posterior to a task from labelled examples."""
-    from abmll.errors import AbmllError
+    from abmll.names import check_name
     from abmll.store import Record, check_replaceable, load_posterior, save_posterior
     from training.adaptation import AdaptConfig
     from training.progress import silent, track
     from training.task_calibration import adapt_and_calibrate
     from training.tasks import read_examples
 
-    check_replaceable(out)
+    check_name(task)
+    check_replaceable(out, task)
     support = read_examples(examples)
     stored = load_posterior(posterior)
     inner = AdaptConfig.from_record(stored.record.training)
     if steps is not None:
         inner = checked(AdaptConfig, inner.with_steps(steps).model_dump())
-    if task == "global":
-        raise AbmllError("the task name 'global' means the global posterior; choose another", field="task")
     ranks = join_ranks(device, shard_base)
     base, attached, theta = open_base(stored.posterior, model, dtype, device, ranks)
     with (track if ranks.main else silent)("adapt", total=1) as bar:

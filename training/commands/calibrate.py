@@ -10,7 +10,7 @@ import typer
 from training.commands.document import print_json
 from training.commands.opening import join_ranks, open_base
 from training.commands.options import Device, Dtype, Jobs, Json, Model, ShardBase, Tasks
-from training.commands.parts import tasks_of_part, within_context
+from training.commands.parts import tasks_of_part, tell_of_small, within_context
 from training.settings import checked, numbers
 
 
@@ -57,6 +57,7 @@ def calibrate_command(
     progress = track if ranks.main else silent
     inner = AdaptConfig.from_record(stored.record.training)
     validation = within_context(base, theta.config.template, validation, ranks.main)
+    tell_of_small(validation, config.shots, ranks.main)
     calibration, results, tables = calibrate_all(
         base, attached, theta, validation, training, inner, config, progress, jobs
     )

@@ -10,7 +10,7 @@ import typer
 from training.commands.document import print_json
 from training.commands.opening import join_ranks, open_base
 from training.commands.options import Device, Dtype, Jobs, Json, Model, ShardBase, Tasks
-from training.commands.parts import tasks_of_part, within_context
+from training.commands.parts import tasks_of_part, tell_of_small, within_context
 from training.settings import checked, numbers
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def eval_command(
     progress = track if ranks.main else silent
     inner = AdaptConfig.from_record(stored.record.training)
     loaded = within_context(base, theta.config.template, loaded, ranks.main)
+    tell_of_small(loaded, config.shots, ranks.main)
     rest = [task for task in loaded if free_text or task.is_free_text]
     asked = [] if free_text else [task for task in loaded if not task.is_free_text]
     predictions = predict_tasks(base, attached, theta, asked, inner, config, progress, jobs) if asked else []

@@ -88,6 +88,32 @@ def within_context(base: BaseModel, template: Template, tasks: Sequence[Task], m
     return kept
 
 
+def tell_of_small(tasks: Sequence[Task], shots: Sequence[int], main: bool = True) -> None:
+    """Has the main process tell which numbers of shots some tasks have too few examples for.
+
+    Raises:
+        AbmllError: No task has enough for any of the numbers.
+    """
+    from abmll.errors import AbmllError
+    from training.evaluation import has_enough
+
+    if not any(has_enough(task, count) for task in tasks for count in shots):
+        most = max(len(task.examples) for task in tasks)
+        raise AbmllError(
+            f"no task has examples enough for {min(shots)} shots: the largest has {most}, of which half are asked; "
+            f"give at most {most // 2} shots",
+            field="shots",
+        )
+    for count in shots:
+        small = [task for task in tasks if not has_enough(task, count)]
+        if small and main:
+            typer.echo(
+                f"abmll: {count} shots: {len(small)} of {len(tasks)} tasks left out, the first is {small[0].name}: "
+                f"with fewer than {2 * count} items",
+                err=True,
+            )
+
+
 def tasks_of_part(loaded: list[Task], split: Path | None, part: str, stored: StoredPosterior) -> list[Task]:
     """Returns the tasks of a part of the split; all of them for the part ``all``.
 
@@ -100,7 +126,7 @@ def tasks_of_part(loaded: list[Task], split: Path | None, part: str, stored: Sto
     if part != "all":
         own = stored.record.training.get("split")
         if split is None and own is None:
-            raise AbmllError("the posterior carries no split; give --split FILE or --part all", field="split")
+            raise AbmllError("the posterior carries no split; name one with --split FILE", field="split")
         chosen = read_split(split) if split is not None else Split.model_validate(own)
         parts = PARTS.get(part)
         if parts is None:

@@ -23,7 +23,7 @@ from training.commands.options import (
     Tasks,
     typed,
 )
-from training.commands.parts import chosen_split, within_context
+from training.commands.parts import chosen_split, tell_of_small, within_context
 from training.settings import checked, choose_device, read_toml
 
 
@@ -51,7 +51,9 @@ def train_command(
     books: Annotated[Path | None, typer.Option(help="Book shards to make pseudo-tasks from.")] = None,
     pseudo: Annotated[int, typer.Option("--pseudo-tasks", help="Pseudo-tasks of each kind.")] = 30,
     calibration_draws: Annotated[int, typer.Option(help="Draws in calibration.")] = 8,
-    context: Annotated[int | None, typer.Option(help="Longest prompt in tokens; the model's limit by default.")] = None,
+    context: Annotated[
+        int | None, typer.Option(min=16, help="Longest prompt in tokens; the model's limit by default.")
+    ] = None,
     jobs: Jobs = 1,
     dtype: Dtype = "float32",
     gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute activations to save memory.")] = False,
@@ -61,6 +63,7 @@ def train_command(
 ) -> None:
     """Meta-train a global posterior on training families and calibrate it on validation families."""
     from abmll.layers import attach
+    from abmll.names import GLOBAL
     from abmll.posterior import PosteriorConfig
     from abmll.store import Record, check_replaceable, save_posterior
     from training.adaptation import family_settings
@@ -82,7 +85,7 @@ def train_command(
     settings = checked(MetaConfig, values | typed(ctx, steps=steps, minutes=minutes, seed=seed) | {"inner": inner})
     seed = settings.seed
     evaluation = checked(EvalConfig, {"draws": calibration_draws, "seed": seed})
-    check_replaceable(out)
+    check_replaceable(out, GLOBAL)
     loaded = load_tasks(tasks)
     work = out.with_name(out.name + ".work")
     ranks = join_ranks(device, shard_base, jobs, share_tasks=True)
@@ -115,7 +118,9 @@ def train_command(
     from_books = pseudo_tasks(books, pseudo, seed) if books is not None else []
     made = [*familiar, *kind_tasks(familiar, pseudo, seed), *from_books]
     training_tasks = within_context(base, posterior_config.template, made, ranks.main)
-    validation = within_context(base, posterior_config.template, validation, ranks.main)
+    if validation:
+        validation = within_context(base, posterior_config.template, validation, ranks.main)
+        tell_of_small(validation, evaluation.shots, ranks.main)
     theta = meta_train(base, attached, training_tasks, posterior_config, settings, work, ranks=ranks)
     if not ranks.sharded:
         ranks.leave()
