@@ -147,7 +147,9 @@ def install(app: FastAPI) -> None:
     async def http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         message = str(error.detail)
-        if error.status_code == 404:
+        if error.status_code == 400 and error.__cause__ is not None:
+            message = f"the body cannot be read as JSON: {error.__cause__}"
+        elif error.status_code == 404:
             message = f"there is no {request.url.path[:200]}; GET /docs shows what there is"
         elif error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "another method")

@@ -140,7 +140,8 @@ def _answering(authority: str, address: str) -> Finding:
     try:
         info = httpx.get(f"http://{authority}/openapi.json", timeout=5).json()["info"]
         if info["title"] == "abmll":
-            return Finding("port", "ok", f"abmll {info['version']} answers at {address} already")
+            detail = f"abmll {info['version']} answers at {address} already"
+            return Finding("port", "warn", detail, "for another server choose another --port")
     except (httpx.HTTPError, ValueError, KeyError, TypeError):
         pass
     return Finding("port", "fail", f"another program has {address}", "end it, or choose another --port")

@@ -385,6 +385,18 @@ def test_examples_that_cannot_be_learnt_from(
 
 
 @pytest.mark.parametrize(
+    ("content", "why"),
+    [(b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "5000 digits"), (b"[" * 100_000, "recursion")],
+    ids=["digits", "depth"],
+)
+def test_why_json_cannot_be_read_is_told(server: Server, content: bytes, why: str) -> None:
+    response = server.http.post("/generate", content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith("the body cannot be read as JSON: ")
+    assert why in response.text
+
+
+@pytest.mark.parametrize(
     ("method", "path", "content", "status", "kind"),
     [
         ("POST", "/generate", b'{"prompt": ', 400, "MalformedJSON"),
