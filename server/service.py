@@ -102,6 +102,7 @@ class Service:
             self.store.check(self.prior.posterior)
         self.registry = JobRegistry(settings.store / "jobs.sqlite3")
         self._lock = _lock(settings.store)
+        self.store.sweep()
         self.store.refresh()
         self.up_to_date = True
         self.feedback = Feedback(settings.store / "feedback.sqlite3", settings.feedback_kept)

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -320,6 +320,19 @@ class TaskStore:
             self._damaged = {key: found for key, found in self._damaged.items() if key[0].parent != folder}
         shutil.rmtree(grave, ignore_errors=True)
         return [version.stored.digest for version in gone if version is not None and version.stored is not None]
+
+    def sweep(self) -> None:
+        """Removes what processes that were killed have left half written or half removed, where it can."""
+        with suppress(StoreFailure, OSError), self._changing():
+            for pattern in (".deleted.*", "*/.v*.*", f"*/.{SERVING}.*"):
+                for left in self.tasks.glob(pattern):
+                    if ".old." in left.name:  # perhaps the only copy of what was to be replaced
+                        continue
+                    logger.info("removing %s, which a killed process had left", left)
+                    if left.is_dir():
+                        shutil.rmtree(left, ignore_errors=True)
+                    else:
+                        left.unlink(missing_ok=True)
 
     @contextmanager
     def _changing(self) -> Generator[None]:

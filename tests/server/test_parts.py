@@ -64,6 +64,23 @@ def test_a_damaged_newest_version_leaves_the_one_before_it(
     assert not list((tmp_path / "tasks").iterdir())
 
 
+def test_what_killed_processes_left_is_removed_and_nothing_else(
+    tiny_model_folder: Path, global_posterior: tuple[Path, StoredPosterior], tmp_path: Path
+) -> None:
+    store = TaskStore(tmp_path, global_posterior[1])
+    kept = store.add("t", random_posterior(tiny_model_folder, 1), None, record)
+    tasks = tmp_path / "tasks"
+    left = [tasks / ".deleted.x1", tasks / "t" / ".v0002.ab", tasks / "t" / ".v0001.old.cd"]
+    for folder in left:
+        folder.mkdir()
+        (folder / "posterior.json").write_text("{}")
+    (tasks / "t" / ".serving.json.ef").write_text("{}")
+    store.sweep()
+    assert [folder.exists() for folder in left] == [False, False, True]
+    assert sorted(entry.name for entry in (tasks / "t").iterdir()) == [".v0001.old.cd", "v0001"]
+    assert store.current("t").digest == kept.digest
+
+
 def test_a_version_that_was_restored_is_served_again(
     tiny_model_folder: Path,
     global_posterior: tuple[Path, StoredPosterior],
