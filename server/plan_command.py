@@ -66,7 +66,7 @@ def plan_command(
     from abmll.posterior import PosteriorConfig
     from server.gpus import find_gpu
     from server.serving_plan import plan_serving
-    from training.base_model import weights_dtype
+    from training.base_model import context_of, weights_dtype
     from training.embedded import NAME, resolve
     from training.plan import EPISODE, plan_training, read_config
     from training.settings import checked
@@ -101,6 +101,8 @@ def plan_command(
         typer.echo(json.dumps(document, indent=2))
         return
     _print(name, posterior, training, serving, gpu, seconds, steps)
+    if tokens > context_of(config):
+        typer.echo(f"{name} reads {context_of(config):,} tokens at most, not {tokens:,}: plan with fewer --tokens")
     if training.peak > chosen.memory:
         where = f"one {gpu}" if shards == 1 else f"each {gpu}"
         typer.echo(

@@ -55,6 +55,11 @@ def weights_dtype(name: str) -> WeightsDtype:
     return NF4 if name == NF4 else getattr(torch, name)
 
 
+def context_of(config: Any) -> int:
+    """The most tokens that a model of this configuration takes."""
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048
+
+
 def load_base(
     name: str,
     *,
@@ -105,7 +110,7 @@ def load_base(
             "the model again",
             field="model",
         )
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048
+    limit = context_of(config)
     if context is not None and context > limit:
         raise AbmllError(f"context {context} exceeds the {limit} positions of {name}", field="context")
     model.eval()

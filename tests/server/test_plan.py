@@ -165,6 +165,7 @@ def test_the_command_tells_the_plan_and_what_is_wrong(abmll: CommandLine, tmp_pa
     # Weights and draws would fit on the whole of it, but not a question beside them in the part that vLLM takes.
     small = abmll("plan", "--rows", 1, "--tokens", 1_000_000, "--utilization", 0.05, "--gpu", "l4").out
     assert "serving does not fit on one l4 (1.1 GiB of it)" in small
+    assert "abmll-small reads 1,024 tokens at most, not 1,000,000" in small
     assert told["training"]["objective"] > told["training"]["step"]  # 32 examples, as train has
     alone = abmll("plan", "--rows", 2, "--tokens", 16, "--episode", 2, "--json").json["training"]
     assert alone["peak"] < told["training"]["peak"]
