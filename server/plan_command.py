@@ -60,6 +60,9 @@ def plan_command(
     shards: Annotated[
         int, typer.Option(min=1, help="GPUs that hold the base model together in training (train's --shard-base).")
     ] = 1,
+    parallel: Annotated[
+        int, typer.Option("--tensor-parallel", min=1, help="GPUs that hold the model together in serving.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON document.")] = False,
 ) -> None:
     """Say what training and serving take, from the model's configuration alone: memory, operations, time."""
@@ -84,10 +87,17 @@ def plan_command(
     )  # fmt: skip
     # In bf16, whatever adaptation holds the base weights in: vLLM is told nothing of that.
     serving = plan_serving(
-        config, posterior, draws=draws, slots=slots, tokens=tokens, memory=chosen.memory, utilization=utilization
+        config,
+        posterior,
+        draws=draws,
+        slots=slots,
+        tokens=tokens,
+        memory=chosen.memory,
+        utilization=utilization,
+        parallel=parallel,
     )
     seconds = training.step_flops / (reached * (chosen.flops_float32 if dtype == "float32" else chosen.flops))
-    commands = _commands(posterior, draws, slots, utilization, dtype, checkpointing, shards)
+    commands = _commands(posterior, draws, slots, utilization, dtype, checkpointing, shards, parallel)
     if as_json:
         document = {
             "model": name,
@@ -111,7 +121,9 @@ def plan_command(
         )
     if serving.kv_tokens < tokens:
         taken = _size(utilization * chosen.memory)
-        typer.echo(f"serving does not fit on one {gpu} ({taken} of it): there is no room for a question's tokens")
+        where = f"one {gpu} ({taken} of it)" if parallel == 1 else f"{parallel} {gpu} ({taken} of each)"
+        more = "" if parallel > 1 else ": plan it on several with --tensor-parallel"
+        typer.echo(f"serving does not fit on {where}: there is no room for a question's tokens{more}")
     typer.echo("\n".join(commands))
 
 
@@ -128,7 +140,8 @@ def _print(
     from rich.table import Table
 
     table = Table(title=f"{name}, {posterior.family} posterior over {', '.join(posterior.targets)}, one {gpu}"
-                  + (f"; training on each of {training.shards}" if training.shards > 1 else ""),
+                  + (f"; training on each of {training.shards}" if training.shards > 1 else "")
+                  + (f"; serving on each of {serving.parallel}" if serving.parallel > 1 else ""),
                   title_justify="left")  # fmt: skip
     table.add_column("what")
     table.add_column("takes", justify="right")
@@ -176,6 +189,7 @@ def _commands(
     dtype: str,
     checkpointing: bool,
     shards: int,
+    parallel: int,
 ) -> list[str]:
     from server.settings import Settings
 
@@ -191,6 +205,7 @@ def _commands(
     serve += ["--max-draws", str(draws)] if draws > Settings().max_draws else []
     options = [] if utilization == _UTILIZATION else [f"gpu_memory_utilization={utilization}"]
     options += [] if slots == _SLOTS else [f"max_loras={slots}", f"max_cpu_loras={4 * slots}"]
+    options += [] if parallel == 1 else [f"tensor_parallel_size={parallel}"]
     serve += ["--engine", "vllm"] if options else []
     for option in options:
         serve += ["--vllm-option", option]

@@ -182,6 +182,12 @@ def test_the_command_tells_the_plan_and_what_is_wrong(abmll: CommandLine, tmp_pa
     assert shared["training"]["step_flops"] == told["training"]["step_flops"]  # two rows in each process
     assert shared["commands"][0].startswith("torchrun --nproc-per-node 2 -m server.cli train")
     assert shared["commands"][0].split()[-3:] == ["--shard-base", "--out", "posterior"]
+    apart = abmll("plan", "--rows", 2, "--tokens", 16, "--tensor-parallel", 2, "--json").json
+    assert apart["serving"]["weights"] == -(-told["serving"]["weights"] // 2)
+    assert told["serving"]["slots"] / 2 < apart["serving"]["slots"] < told["serving"]["slots"]
+    assert apart["serving"]["kv_token"] in (told["serving"]["kv_token"] // 2, told["serving"]["kv_token"])
+    assert apart["commands"][1].endswith("--engine vllm --vllm-option tensor_parallel_size=2")
+    assert "attention heads cannot be divided among 5" in abmll("plan", "--tensor-parallel", 5).refusal
     LlamaConfig(hidden_size=16384, intermediate_size=53248, num_hidden_layers=12, vocab_size=4096).save_pretrained(
         tmp_path
     )
