@@ -72,6 +72,8 @@ bench: $(SERVING) ## measure the speed of answers, of free text, and of training
 	@$(BIN)/python -m training.bench
 
 bench-llama: $(SERVING) ## on a GPU: training steps, and draws beside vLLM alone, with random weights in Llama-3-8B's shape
+	@test ! -e '$(LLAMA)/base' -a ! -e '$(LLAMA)/posterior' || { \
+		echo "$(LLAMA) has a base or a posterior: name another folder with LLAMA" >&2; exit 2; }
 	@trap "rm -rf '$(LLAMA)/base' '$(LLAMA)/posterior'" EXIT; trap 'exit 130' INT TERM; \
 	$(BIN)/python -m training.random_model '$(LLAMA)' && \
 	$(BIN)/python -m training.bench --model '$(LLAMA)/base' --device cuda --dtype bfloat16 && \

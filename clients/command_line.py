@@ -84,7 +84,15 @@ def client_of(settings: ClientSettings) -> Client:
 @contextmanager
 def connected(url: str | None, timeout: float | None, config: Path | None) -> Generator[Client]:
     """Gives a client; its errors become one line and exit status 2 (the input is wrong) or 1 (all else)."""
-    from clients.errors import AccessDenied, ClientError, InvalidFile, NotFound, RequestRejected, ServerUnreachable
+    from clients.errors import (
+        AccessDenied,
+        ClientError,
+        InvalidArgument,
+        InvalidFile,
+        NotFound,
+        RequestRejected,
+        ServerUnreachable,
+    )
 
     begun = False
     try:
@@ -100,5 +108,5 @@ def connected(url: str | None, timeout: float | None, config: Path | None) -> Ge
         elif isinstance(error, NotFound) and error.type == "TaskNotFound":
             hint = "; `abmll tasks` lists what there is"
         typer.echo(f"abmll: {error}{hint}", err=True)
-        wrong_input = not begun or isinstance(error, InvalidFile | NotFound | RequestRejected)
+        wrong_input = not begun or isinstance(error, InvalidArgument | InvalidFile | NotFound | RequestRejected)
         raise typer.Exit(2 if wrong_input else 1) from None

@@ -233,7 +233,7 @@ class Answerer:
         try:
             question = await self._encode(stored, request.prompt, [request.answer], room)
         except PromptTooLong as error:
-            longer = "answer" if len(request.answer) > len(request.prompt) else "prompt"
+            longer = "answer" if error.field == "options" else "prompt"
             raise PromptTooLong(
                 f"prompt and answer together exceed the {room} tokens that can be scored: shorten the {longer}",
                 field=longer,

@@ -56,7 +56,7 @@ def read_examples(given: Sequence[ExampleIn], tokenizer: Any, template: Template
             # A free text needs room for its end.
             tokenize_apart(tokenizer, template, example.prompt, options, context - (example.options is None))
         except PromptTooLong as error:
-            if example.options is None and len(options[0]) > len(example.prompt):
+            if example.options is None and error.field == "options":
                 message = f"{where}: prompt and answer exceed the model's {context} tokens; shorten the answer"
                 raise PromptTooLong(message, field=f"{where}.answer") from error
             raise PromptTooLong(f"{where}: {error.message}", field=f"{where}.{error.field}") from error

@@ -115,9 +115,10 @@ def plan_command(
         typer.echo(f"{name} reads {context_of(config):,} tokens at most, not {tokens:,}: plan with fewer --tokens")
     if training.peak > chosen.memory:
         where = f"one {gpu}" if shards == 1 else f"each {gpu}"
+        fewer = "--episode (train's episodes.shots and episodes.queries)" if training.objective_leads else "--rows"
         typer.echo(
             f"training does not fit on {where} ({_size(chosen.memory)}): plan it with --gradient-checkpointing, with "
-            f"fewer --rows, or with the base model on more GPUs (--shards {2 * shards})"
+            f"fewer {fewer}, or with the base model on more GPUs (--shards {2 * shards})"
         )
     if serving.kv_tokens < tokens:
         taken = _size(utilization * chosen.memory)

@@ -12,7 +12,7 @@ from abmll.posterior import Posterior
 from abmll.text_calibration import TextCalibration
 from training.adaptation import AdaptConfig
 from training.base_model import BaseModel as Base
-from training.evaluation import EvalConfig, calibrate_anew, score
+from training.evaluation import EvalConfig, calibrate_anew, has_enough, score
 from training.progress import Progress
 from training.report import grouped, markdown
 from training.tasks import Task
@@ -52,7 +52,9 @@ def calibrate_all(
     names = sorted(task.name for task in validation)
     tables: list[str] = []
     results: dict[str, Any] = {}
-    choices = [task for task in validation if not task.is_free_text]
+    choices = [
+        task for task in validation if not task.is_free_text and any(has_enough(task, shots) for shots in config.shots)
+    ]
     texts: list[TextCalibration] = []
     answers: list[TextPredictions] = []
     if base.tokenizer.eos_token_id is not None:  # else no text ever comes to its end

@@ -348,7 +348,7 @@ def calibrate(
     Args:
         predictions: On validation tasks.
         config: Their settings.
-        familiar: On tasks of the training families; none for validation tasks alone.
+        familiar: On tasks of the training families; for numbers of shots without any, validation tasks count alone.
     """
     entries: list[ShotCalibration] = []
     for shots in sorted({item.shots for item in predictions}):

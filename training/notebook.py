@@ -26,6 +26,7 @@ from training.decoded_texts import answer_texts
 from training.embedded import POSTERIOR
 from training.predictions import Prediction, Predictions
 from training.ranks import ALONE
+from training.settings import MAX_SEED
 from training.task_calibration import adapt_and_calibrate
 from training.tasks import examples_of
 
@@ -101,8 +102,8 @@ class LoadedPosterior:
         if self.record.shots:
             raise AbmllError(f"this is the posterior of task {self.record.task!r}; adapt the one that `load` gave")
         check_name(task)
-        if seed < 0:
-            raise InvalidRequest(f"seed is {seed}; give 0 or more", field="seed")
+        if not 0 <= seed <= MAX_SEED:
+            raise InvalidRequest(f"seed is {seed}; give 0 to {MAX_SEED}", field="seed")
         support = examples_of(_records(examples))
         inner = AdaptConfig.from_record(self.record.training)
         if steps is not None:

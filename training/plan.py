@@ -68,6 +68,11 @@ class TrainingPlan(BaseModel, frozen=True):
         return self.base + self.gathered + self.theta + self.phi + max(self.step, self.objective)
 
     @property
+    def objective_leads(self) -> bool:
+        """Whether it is the objective that takes the most."""
+        return self.objective > self.step
+
+    @property
     def adaptation(self) -> int:
         """Bytes at the peak of adaptation."""
         return self.base + self.gathered + self.prior + self.phi + self.step

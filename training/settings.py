@@ -13,6 +13,8 @@ from pydantic import BaseModel, ValidationError
 from abmll.errors import AbmllError
 
 M = TypeVar("M", bound=BaseModel)
+# Of adaptation, as over HTTP: what a JSON number holds exactly.
+MAX_SEED = 2**53 - 1
 
 
 def read_toml(path: Path | None) -> dict[str, Any]:

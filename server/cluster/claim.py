@@ -7,13 +7,14 @@ import socket
 import time
 from typing import Any
 
-from abmll.errors import AbmllError
+from abmll.errors import AbmllError, EngineFailure
 from server.cluster.ray_process import NAMESPACE
 from server.settings import Settings
 
 # A server that was killed is forgotten by Ray within a second or two; one that ends takes its replicas with it first.
-_PATIENCE_SECONDS = 15.0
+_PATIENCE_SECONDS = 30.0
 _LOOK_SECONDS = 0.5
+_START_SECONDS = 60.0
 _ANSWER_SECONDS = 10.0
 
 
@@ -40,9 +41,10 @@ def claim(settings: Settings) -> Any:
 
     Raises:
         AbmllError: Another server that lives has it.
+        EngineFailure: Ray cannot hold the claim.
     """
     import ray
-    from ray.exceptions import GetTimeoutError, RayActorError
+    from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     name = f"owner of {settings.ray_application}"
@@ -54,18 +56,29 @@ def claim(settings: Settings) -> Any:
     end = time.monotonic() + _PATIENCE_SECONDS
     while True:
         try:
-            return owner.remote(f"{socket.gethostname()}, process {os.getpid()}")
-        except ValueError:  # the name is taken
+            claimed = owner.remote(f"{socket.gethostname()}, process {os.getpid()}")
+            break
+        except ValueError as error:  # the name is taken
             if time.monotonic() > end:
-                break
+                raise AbmllError(
+                    f"the engines {settings.ray_application!r} in this Ray cluster belong to a server that runs "
+                    f"({_owner_of(name)}): end it, or give this one a name of its own with --ray-application",
+                    field="ray_application",
+                ) from error
         time.sleep(_LOOK_SECONDS)
     try:
+        ray.get(claimed.server.remote(), timeout=_START_SECONDS)  # only one that lives keeps others away
+    except RayError as error:
+        raise EngineFailure(f"Ray does not hold this server's claim on its engines: {error}") from error
+    return claimed
+
+
+def _owner_of(name: str) -> str:
+    import ray
+    from ray.exceptions import GetTimeoutError, RayActorError
+
+    try:
         other: Any = ray.get_actor(name, namespace=NAMESPACE)
-        where = ray.get(other.server.remote(), timeout=_ANSWER_SECONDS)
+        return ray.get(other.server.remote(), timeout=_ANSWER_SECONDS)
     except (ValueError, RayActorError, GetTimeoutError):
-        where = "a place that it does not tell"
-    raise AbmllError(
-        f"the engines {settings.ray_application!r} in this Ray cluster belong to a server that runs ({where}): end it, "
-        "or give this one a name of its own with --ray-application",
-        field="ray_application",
-    )
+        return "where, it does not say"

@@ -121,6 +121,9 @@ class ClusterEngine:
         target = serve.RunTarget(
             cast(Any, deployment).bind(text, kind), name=settings.ray_application, route_prefix=None
         )
+        if settings.ray_application in serve.status().applications:
+            # Of a server that is dead: were they replaced one by one, its model would go on answering meanwhile.
+            serve.delete(settings.ray_application)
         # Not until they run: a stop must not have to wait for a large model.
         return serve.run_many([target], wait_for_applications_running=False)[0]
 

@@ -351,7 +351,10 @@ def test_a_task_outlives_the_disk_and_is_seen_by_other_servers(
     one.process.wait(30)
     assert_ended(processes, 30)
     shutil.rmtree(tmp_path / "one")
+    left = tmp_path / "one" / "tasks" / ".deleted.left"
+    left.mkdir(parents=True)
     anew = start_server(store=tmp_path / "one", objects=bucket)
+    assert not left.exists()
     assert probabilities(anew, "t") == expected
 
     s3.down()

@@ -146,7 +146,7 @@ def test_servers_of_one_cluster_do_not_take_each_others_engines(
         expected = ask(first, QUESTION)
         second, beside = start(**own), start(**own, ray_application="beside")
         beside.wait_ready(READY)
-        assert second.process.wait(60) == 1
+        assert second.process.wait(READY) == 1
         last = second.log.read_text().strip().splitlines()[-1]
         assert f"process {first.process.pid}" in last
         assert "--ray-application" in last
@@ -155,6 +155,9 @@ def test_servers_of_one_cluster_do_not_take_each_others_engines(
         assert ask(first, QUESTION) == expected
 
         first.process.kill()
-        heir = start(**own)
+        heir = start(**own, context=48)
         heir.wait_ready(READY)
         assert ask(heir, QUESTION) == expected
+        # By what it refuses it is seen that none of the dead server's engines answers.
+        room = heir.http.post("/generate", json={"prompt": "a " * 60, "max_tokens": 1})
+        assert (room.status_code, "room for 4" in room.text) == (413, True), room.text

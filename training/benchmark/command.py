@@ -71,7 +71,6 @@ def bench_command(
     from training.progress import track
     from training.settings import checked, numbers
 
-    results = _results_in(out)
     own = [name for name in (*QUICK, "seeds") if quick and is_typed(ctx, name)]
     if own:
         raise AbmllError(f"--quick has {own[0]} of its own; leave --{own[0].replace('_', '-')} out", field=own[0])
@@ -84,6 +83,7 @@ def bench_command(
         "test_tasks": test_tasks,
     }
     config: BenchConfig = checked(BenchConfig, values | (QUICK if quick else {}))
+    results = _results_in(out)
     wanted = (0,) if quick else numbers(seeds, "seeds")
     world = World() if tasks is None else None
     if world is not None:
@@ -123,7 +123,8 @@ def _results_in(out: Path) -> Path:
     results = out / "results.jsonl.gz"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not results.is_file() and any(out.iterdir()):
+        # A file that a killed run had begun is none of the user's.
+        if not results.is_file() and any(not entry.name.startswith(f".{results.name}.") for entry in out.iterdir()):
             raise AbmllError(f"{out} holds other things than results; name a new folder, or an empty one", field="out")
     except OSError as error:
         raise AbmllError(f"{out} cannot be a folder of results: {error.strerror}; name another", field="out") from error

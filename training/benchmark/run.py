@@ -82,7 +82,10 @@ class BenchConfig(BaseModel, frozen=True):
 
 
 def _support(task: Task, shots: int, config: BenchConfig, seed: int) -> tuple[list[Example], list[Example]]:
-    """Support and query examples; the queries are the same for every number of shots."""
+    """Support and query examples; the queries are the same for every number of shots.
+
+    A task with fewer examples gives those that it has besides the queries.
+    """
     rng = random.Random(f"{seed}:{task.name}")
     largest = min(max(config.shots), len(task.examples) - config.queries)
     pool, rest = draw_support(task, largest, rng)
@@ -453,7 +456,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             return [json.loads(line) for line in stream]
     except (EOFError, ValueError, zlib.error, gzip.BadGzipFile) as error:
         raise AbmllError(
-            f"{path} is damaged: {error}; move it away, and it is measured anew, or restore it", field="out"
+            f"{path} is damaged: {error}; restore it, or measure anew in another folder", field="out"
         ) from error
 
 

@@ -16,9 +16,9 @@ from training.benchmark import bayesian
 from training.benchmark.bayesian import Blob
 from training.benchmark.catalogue import catalogue, choose, compared
 from training.benchmark.lora import LoraNet
-from training.benchmark.meta_learned import descend, loss_of
+from training.benchmark.meta_learned import FirstOrderMaml, Maml, Reptile, descend, loss_of
 from training.benchmark.method import META_RATE, Budget, Load, Method
-from training.benchmark.point import Lora, in_context, label_in_context
+from training.benchmark.point import Adapted, Lora, MultiTask, in_context, label_in_context
 from training.benchmark.world import World
 from training.episodes import EpisodeConfig
 
@@ -127,6 +127,24 @@ def test_rates_over_tasks_warm_up_and_fall_alike_for_any_number_of_gradients() -
     assert max(rates) == max(rates[15:25]) > 0.9 * META_RATE
     assert rates[-1] < 0.06 * META_RATE
     assert [budget.meta_rate(13 * step, 13) for step in range(20, 100)] == pytest.approx(rates[20:])
+
+
+@pytest.mark.parametrize("method", [MultiTask(), Reptile(), FirstOrderMaml(), Maml()], ids=lambda method: method.name)
+def test_learning_over_tasks_takes_its_rate_from_the_budget(
+    method: Method, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start() -> dict[str, torch.Tensor]:
+        learner = method.learn(load, TASKS, method.trials[0], BUDGET, seed=0)
+        assert isinstance(learner, Adapted)
+        return learner.start
+
+    def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+        return all(torch.equal(one[name], other[name]) for name in other)
+
+    untrained = LoraNet(load(), BUDGET, seed=0).state()
+    assert not same(start(), untrained)
+    monkeypatch.setattr(Budget, "meta_rate", lambda *_: 0.0)
+    assert same(start(), untrained)
 
 
 @pytest.fixture
