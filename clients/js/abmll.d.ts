@@ -1,4 +1,4 @@
-// Made by types.mjs from what has the hash 09f74a6379714320e86adb041d00ead7c424cac0bd3ff5644a2523d107d1acdf
+// Made by types.mjs from what has the hash 0d8310a8aa8cf4fb412fcd8776fd8ce399c306ad1687c050535c8209cd9a3bbf
 /**
  * Whether nothing more will happen to a job.
  *

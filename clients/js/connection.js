@@ -1,6 +1,6 @@
 /** Requests to one server: address, key, times, what to try again, and whose fault an error is. */
 
-import { ClientError, InvalidReply, ReplyTimeout, ServerUnreachable, apiError } from "./errors.js";
+import { ClientError, InvalidArgument, InvalidReply, ReplyTimeout, ServerUnreachable, apiError } from "./errors.js";
 
 const DEFAULT_URL = "http://127.0.0.1:8000";
 const PAUSES = [0.2, 0.8]; // seconds before a GET whose connection failed is sent again
@@ -120,7 +120,7 @@ export class Connection {
     const headers = { Accept: "application/json" };
     if (this.key) headers["Authorization"] = `Bearer ${this.key}`;
     if (sent.body !== undefined) headers["Content-Type"] = "application/json";
-    const body = sent.body === undefined ? null : JSON.stringify(sent.body);
+    const body = sent.body === undefined ? null : toJson(`${method} ${path}`, sent.body);
     const reply = await fetch(this.url + path, { method, headers, body, signal: watch.controller.signal });
     if (!reply.ok) throw apiError(reply.status, await reply.text(), reply.headers.get("Retry-After"));
     return reply;
@@ -139,6 +139,24 @@ export class Connection {
     const { cause } = /** @type {Error} */ (error);
     const reason = cause instanceof Error && cause.message ? ` (${cause.message})` : ""; // a browser tells none
     return new ServerUnreachable(`no server answers at ${this.url}${reason}`, { cause: error });
+  }
+}
+
+/**
+ * Unlike JSON.stringify, which makes null of NaN, it lets no number become nothing.
+ *
+ * @param {string} request
+ * @param {unknown} body
+ */
+function toJson(request, body) {
+  try {
+    return JSON.stringify(body, (name, value) => {
+      if (typeof value === "number" && !Number.isFinite(value)) throw new TypeError(`${name} is ${value}`);
+      return value;
+    });
+  } catch (error) {
+    const reason = /** @type {Error} */ (error).message;
+    throw new InvalidArgument(`${request}: an argument has no form in JSON: ${reason}`, { cause: error });
   }
 }
 

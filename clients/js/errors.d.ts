@@ -17,6 +17,9 @@ export class ClientError extends Error {
      */
     constructor(message: string, options?: ErrorOptions);
 }
+/** An argument that no request can hold. */
+export class InvalidArgument extends ClientError {
+}
 /** No connection to the server, or one that broke before the reply. */
 export class ServerUnreachable extends ClientError {
 }

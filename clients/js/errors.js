@@ -14,6 +14,9 @@ export class ClientError extends Error {
   }
 }
 
+/** An argument that no request can hold. */
+export class InvalidArgument extends ClientError {}
+
 /** No connection to the server, or one that broke before the reply. */
 export class ServerUnreachable extends ClientError {}
 

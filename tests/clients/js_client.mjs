@@ -92,6 +92,7 @@ seen.errors = {
   aborted: await errorOf(() => client.generate("tell me a story", endless)),
   late: await errorOf(() => new Client({ url, key: owner, timeout: 0.02 }).generate("a story", { max_tokens: 512 })),
   dead: await errorOf(() => new Client({ url: deadUrl }).generate("x")),
+  noNumber: await errorOf(() => client.generate("x", { options, abstain_below: NaN })),
   noUrl: await errorOf(async () => new Client({ url: "nonsense" })),
 };
 await client.deleteTask("lights");

@@ -112,6 +112,8 @@ def test_an_error_says_when_to_ask_again(seen: dict[str, Any]) -> None:
 def test_an_error_without_a_reply_says_why(seen: dict[str, Any]) -> None:
     said = seen["errors"]
     assert (said["late"]["name"], said["aborted"]["name"]) == ("ReplyTimeout", "AbortError")
+    assert said["noNumber"]["name"] == "InvalidArgument"
+    assert said["noNumber"]["message"].endswith("an argument has no form in JSON: abstain_below is NaN")
     assert said["dead"]["name"] == said["noUrl"]["name"] == "ServerUnreachable"
     assert "http://127.0.0.1:8000" in said["noUrl"]["message"]
 
