@@ -52,7 +52,6 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     )
     ray_application: str = Field(
         default="abmll-engines",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$",
         description="name of this server's engines in the Ray cluster; servers that share one each need their own",
     )
     device: str = Field(
@@ -122,6 +121,13 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
         if address is not None and address != "auto" and not re.fullmatch(r"[^\s:/]+:\d+", address):
             raise ValueError("give auto, or HOST:PORT of the cluster's head, such as 10.0.0.5:6379")
         return address
+
+    @field_validator("ray_application")
+    @classmethod
+    def _is_application(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
+            raise ValueError("give 1 to 63 letters, digits, '.', '_' and '-', such as team-b")
+        return name
 
     @model_validator(mode="after")
     def _replicas_in_range(self) -> Settings:

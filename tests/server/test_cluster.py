@@ -243,7 +243,7 @@ def test_settings_that_contradict_each_other_are_told(abmll: CommandLine) -> Non
     assert "below replicas 3" in abmll("serve", "--replicas", "3", "--max-replicas", "2").refusal
     assert "give auto, or HOST:PORT" in abmll("serve", "--ray-address", "ray://head:10001").refusal
     assert "Ray chooses the GPU" in abmll("serve", "--replicas", "2", "--adapt-device", "cuda:1").refusal
-    assert "ray_application" in abmll("serve", "--ray-application", "my engines").refusal
+    assert "such as team-b" in abmll("serve", "--ray-application", "my engines").refusal
     assert "--adapt-resource GPU is not NAME=VALUE" in abmll("serve", "--replicas", "1", "--adapt-resource", "GPU").err
 
 
