@@ -72,11 +72,9 @@ def tokenize(tokenizer: Tokenizer, template: Template, prompt: str, options: Seq
     encoded = tuple(tuple(tokenizer.encode(template.option(o), add_special_tokens=False)) for o in options)
     question = Question(ids, encoded)
     if question.longest > context:
-        what, mend, field = "the prompt is", "the prompt", "prompt"
-        if options:
-            what = f"prompt ({len(ids)}) and longest option ({question.longest - len(ids)}) are"
-            if question.longest - len(ids) > len(ids):
-                mend, field = "the option", "options"
+        option = question.longest - len(ids)
+        what = f"prompt ({len(ids)}) and longest option ({option}) are" if options else "the prompt is"
+        mend, field = ("the option", "options") if option > len(ids) else ("the prompt", "prompt")
         raise PromptTooLong(
             f"{what} {question.longest} tokens; there is room for {context}: shorten {mend}", field=field
         )

@@ -207,12 +207,10 @@ def check_replaceable(folder: Path, task: str) -> None:
     """
     held = _task_of(folder)
     if held is not None and (held == GLOBAL) != (task == GLOBAL):
-        what = (
-            ("the global posterior", "a task's") if held == GLOBAL else (f"the posterior of task {held!r}", "a global")
-        )
-        raise AbmllError(
-            f"{folder} holds {what[0]}, which {what[1]} one does not replace: name a new folder", field="out"
-        )
+        there, new = "the global posterior", "a task's"
+        if held != GLOBAL:
+            there, new = f"the posterior of task {held!r}", "a global"
+        raise AbmllError(f"{folder} holds {there}, which {new} one does not replace: name a new folder", field="out")
     if folder.exists() and not (folder / "posterior.json").is_file() and (folder.is_file() or any(folder.iterdir())):
         raise AbmllError(
             f"{folder} is there and holds no posterior; it is not replaced: name a new folder, or an empty one",

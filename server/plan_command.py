@@ -158,7 +158,7 @@ def _print(
         None,
         *base,
         ("training: global posterior, gradient, optimizer", _size(training.theta)),
-        ("training: task posterior, optimizer", _size(training.phi)),
+        ("training: task posterior, gradient, optimizer", _size(training.phi)),
         ("training: activations, gradients and KL of a step", _size(training.step)),
         ("training: the same of the objective, support and query", _size(training.objective)),
         ("training: together, at its peak", _size(training.peak)),

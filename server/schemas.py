@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from abmll.adaptive import TOLERANCE
 from abmll.examples import MAX_OPTIONS
 from abmll.names import GLOBAL
+from training.settings import SEED_LIMIT
 
 MAX_EXAMPLES = 64
 MAX_TOKENS = 512
@@ -52,7 +53,7 @@ class GenerateRequest(Request):
         description="With `draws: auto`: what further draws may move the confidence by, at 95 %. 0: all draws.",
     )
     seed: int = Field(
-        0, ge=0, lt=2**53, description="Seed of draws and of free text: the same request gives the same reply."
+        0, ge=0, lt=SEED_LIMIT, description="Seed of draws and of free text: the same request gives the same reply."
     )
     timeout: float | None = Field(
         None,
@@ -141,7 +142,7 @@ class ScoreRequest(Request):
     task: str = Field(GLOBAL, description="Which posterior scores: `global`, or a task made by `POST /adapt`.")
     version: int | None = Field(None, ge=1, description="Which version of the task; null: as the task is served.")
     draws: int | Literal["auto"] = Field("auto", description="Draws from the posterior; `auto`: the server's default.")
-    seed: int = Field(0, ge=0, lt=2**53, description="Seed of the draws: the same request gives the same reply.")
+    seed: int = Field(0, ge=0, lt=SEED_LIMIT, description="Seed of the draws: the same request gives the same reply.")
     timeout: float | None = Field(None, gt=0, allow_inf_nan=False, description="As for `POST /generate`.")
 
 

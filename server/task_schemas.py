@@ -10,6 +10,7 @@ from abmll.calibration import Calibration
 from abmll.curves import Curves
 from server.jobs import Job, Status
 from server.schemas import MAX_EXAMPLES, PosteriorId, Request, Text
+from training.settings import MAX_STEPS, SEED_LIMIT
 
 
 class ExampleIn(Request):
@@ -33,9 +34,9 @@ class AdaptRequest(Request):
     task: str = Field(description="Name of the task to make, or to make anew.", examples=["film-reviews"])
     examples: list[ExampleIn] = Field(description=f"1 to {MAX_EXAMPLES} labelled examples.")
     steps: int | None = Field(
-        None, ge=1, le=1000, description="Gradient steps; null: as in meta-training, more for many examples."
+        None, ge=1, le=MAX_STEPS, description="Gradient steps; null: as in meta-training, more for many examples."
     )
-    seed: int = Field(0, ge=0, lt=2**53, description="The same seed and examples give the same posterior.")
+    seed: int = Field(0, ge=0, lt=SEED_LIMIT, description="The same seed and examples give the same posterior.")
 
 
 class JobReply(BaseModel):

@@ -16,16 +16,17 @@ from abmll.objective import Labelled, task_gradient
 from abmll.posterior import Family, Posterior
 from training.base_model import BaseModel as Base
 from training.episodes import label, minibatch
+from training.settings import MAX_STEPS
 
 
 class AdaptConfig(BaseModel, frozen=True):
     """Settings of the inner loop, the same in meta-training and in adaptation."""
 
     steps: int = Field(
-        default=10, ge=0, le=1000, description="K, gradient steps on as many examples as a batch, or fewer"
+        default=10, ge=0, le=MAX_STEPS, description="K, gradient steps on as many examples as a batch, or fewer"
     )
     text_steps: int | None = Field(
-        default=None, ge=0, le=1000, description="K on examples without options; as many by default"
+        default=None, ge=0, le=MAX_STEPS, description="K on examples without options; as many by default"
     )
     optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: float = Field(default=5e-3, gt=0, description="alpha of the means")

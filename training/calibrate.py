@@ -52,9 +52,7 @@ def calibrate_all(
     names = sorted(task.name for task in validation)
     tables: list[str] = []
     results: dict[str, Any] = {}
-    choices = [
-        task for task in validation if not task.is_free_text and any(has_enough(task, shots) for shots in config.shots)
-    ]
+    choices = [task for task in validation if not task.is_free_text and has_enough(task, min(config.shots))]
     texts: list[TextCalibration] = []
     answers: list[TextPredictions] = []
     if base.tokenizer.eos_token_id is not None:  # else no text ever comes to its end

@@ -26,7 +26,7 @@ from training.decoded_texts import answer_texts
 from training.embedded import POSTERIOR
 from training.predictions import Prediction, Predictions
 from training.ranks import ALONE
-from training.settings import MAX_SEED
+from training.settings import MAX_STEPS, SEED_LIMIT
 from training.task_calibration import adapt_and_calibrate
 from training.tasks import examples_of
 
@@ -102,13 +102,13 @@ class LoadedPosterior:
         if self.record.shots:
             raise AbmllError(f"this is the posterior of task {self.record.task!r}; adapt the one that `load` gave")
         check_name(task)
-        if not 0 <= seed <= MAX_SEED:
-            raise InvalidRequest(f"seed is {seed}; give 0 to {MAX_SEED}", field="seed")
+        if not 0 <= seed < SEED_LIMIT:
+            raise InvalidRequest(f"seed is {seed}; give 0 to {SEED_LIMIT - 1}", field="seed")
         support = examples_of(_records(examples))
         inner = AdaptConfig.from_record(self.record.training)
         if steps is not None:
-            if not 1 <= steps <= 1000:
-                raise InvalidRequest(f"steps is {steps}; give 1 to 1000", field="steps")
+            if not 1 <= steps <= MAX_STEPS:
+                raise InvalidRequest(f"steps is {steps}; give 1 to {MAX_STEPS}", field="steps")
             inner = inner.with_steps(steps)
         phi, calibration = adapt_and_calibrate(
             self.base, self.attached, self.posterior, support, inner, self.calibration, seed=seed

@@ -13,8 +13,10 @@ from pydantic import BaseModel, ValidationError
 from abmll.errors import AbmllError
 
 M = TypeVar("M", bound=BaseModel)
-# Of adaptation, as over HTTP: what a JSON number holds exactly.
-MAX_SEED = 2**53 - 1
+# Seeds lie below it: what a JSON number holds exactly.
+SEED_LIMIT = 2**53
+# Gradient steps of an adaptation, at most.
+MAX_STEPS = 1000
 
 
 def read_toml(path: Path | None) -> dict[str, Any]:

@@ -75,10 +75,10 @@ def claim(settings: Settings) -> Any:
 
 def _owner_of(name: str) -> str:
     import ray
-    from ray.exceptions import GetTimeoutError, RayActorError
+    from ray.exceptions import RayError
 
     try:
         other: Any = ray.get_actor(name, namespace=NAMESPACE)
         return ray.get(other.server.remote(), timeout=_ANSWER_SECONDS)
-    except (ValueError, RayActorError, GetTimeoutError):
+    except (ValueError, RayError):
         return "where, it does not say"

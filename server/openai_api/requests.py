@@ -10,6 +10,7 @@ from abmll.adaptive import TOLERANCE
 from abmll.errors import InvalidRequest
 from abmll.examples import MAX_OPTIONS
 from server.schemas import MAX_TOKENS, Text
+from training.settings import SEED_LIMIT
 
 MAX_CHOICES = 16
 # OpenAI's own default.
@@ -43,7 +44,7 @@ class OpenAIRequest(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1, description="null: 1.")
     n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="Choices, each with a seed of its own.")
     stop: _Stop | list[_Stop] | None = Field(None, description="At most 8 strings that end the text.")
-    seed: int | None = Field(None, ge=0, lt=2**53, description="null: 0. The same request gives the same reply.")
+    seed: int | None = Field(None, ge=0, lt=SEED_LIMIT, description="null: 0. The same request gives the same reply.")
     stream: bool | None = Field(None, description="Whether the reply is a stream of server-sent events.")
     stream_options: StreamOptions | None = None
     presence_penalty: float | None = Field(None, description="0 alone is possible.")

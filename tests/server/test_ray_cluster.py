@@ -21,7 +21,7 @@ from server import service_checks
 from server.findings import Finding
 from server.settings import Settings
 from tests.server.collector import Collector, told
-from tests.server.conftest import free_port, servers, wait_for
+from tests.server.conftest import Server, free_port, servers, wait_for
 from tests.server.test_cluster import READY, ask
 from tests.server.test_http import QUESTION, adapt
 
@@ -84,6 +84,18 @@ def begin(tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> Iter
             machine.kill()
 
 
+@pytest.fixture
+def start(
+    begin: Callable[[], Machine],
+    tiny_model_folder: Path,
+    global_posterior: tuple[Path, StoredPosterior],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., Server]]:
+    """Servers, which end before the machines."""
+    with servers(tiny_model_folder, global_posterior, tmp_path_factory) as start_one:
+        yield start_one
+
+
 def looked_at(**options: object) -> Finding:
     settings = Settings.model_validate({"engine": "torch", "threads": 1, **options})
     (finding,) = service_checks.cluster(settings, service_checks.start_cluster(settings))
@@ -91,11 +103,7 @@ def looked_at(**options: object) -> Finding:
 
 
 def test_a_cluster_that_loses_a_machine_answers_on_and_teaches_once_there_is_room(
-    address: str,
-    begin: Callable[[], Machine],
-    tiny_model_folder: Path,
-    global_posterior: tuple[Path, StoredPosterior],
-    tmp_path_factory: pytest.TempPathFactory,
+    address: str, begin: Callable[[], Machine], start: Callable[..., Server]
 ) -> None:
     begin()
     resources = {"CPU": 0.0, "teach": 1.0}
@@ -106,10 +114,7 @@ def test_a_cluster_that_loses_a_machine_answers_on_and_teaches_once_there_is_roo
     both = looked_at(**wanted)
     assert (both.status, both.detail.startswith("2 machines")) == ("ok", True)
 
-    with (
-        servers(tiny_model_folder, global_posterior, tmp_path_factory) as start,
-        closing(Collector()) as collector,
-    ):
+    with closing(Collector()) as collector:
         server = start(wait=False, threads=1, otlp_endpoint=collector.endpoint, **wanted)
         server.wait_ready(READY)
         questions = [QUESTION | {"prompt": f"film {number}", "draws": 4, "seed": number} for number in range(150)]
@@ -131,33 +136,28 @@ def test_a_cluster_that_loses_a_machine_answers_on_and_teaches_once_there_is_roo
 
 
 def test_servers_of_one_cluster_do_not_take_each_others_engines(
-    address: str,
-    begin: Callable[[], Machine],
-    tiny_model_folder: Path,
-    global_posterior: tuple[Path, StoredPosterior],
-    tmp_path_factory: pytest.TempPathFactory,
+    address: str, begin: Callable[[], Machine], start: Callable[..., Server]
 ) -> None:
     begin()
     begin()
     own = {"wait": False, "threads": 1, "replicas": 1, "ray_address": address}
-    with servers(tiny_model_folder, global_posterior, tmp_path_factory) as start:
-        first = start(**own)
-        first.wait_ready(READY)
-        expected = ask(first, QUESTION)
-        second, beside = start(**own), start(**own, ray_application="beside")
-        beside.wait_ready(READY)
-        assert second.process.wait(READY) == 1
-        last = second.log.read_text().strip().splitlines()[-1]
-        assert f"process {first.process.pid}" in last
-        assert "--ray-application" in last
-        assert ask(first, QUESTION) == ask(beside, QUESTION) == expected
-        assert beside.stop() == 0
-        assert ask(first, QUESTION) == expected
+    first = start(**own)
+    first.wait_ready(READY)
+    expected = ask(first, QUESTION)
+    second, beside = start(**own), start(**own, ray_application="beside")
+    beside.wait_ready(READY)
+    assert second.process.wait(READY) == 1
+    last = second.log.read_text().strip().splitlines()[-1]
+    assert f"process {first.process.pid}" in last
+    assert "--ray-application" in last
+    assert ask(first, QUESTION) == ask(beside, QUESTION) == expected
+    assert beside.stop() == 0
+    assert ask(first, QUESTION) == expected
 
-        first.process.kill()
-        heir = start(**own, context=48)
-        heir.wait_ready(READY)
-        assert ask(heir, QUESTION) == expected
-        # By what it refuses it is seen that none of the dead server's engines answers.
-        room = heir.http.post("/generate", json={"prompt": "a " * 60, "max_tokens": 1})
-        assert (room.status_code, "room for 4" in room.text) == (413, True), room.text
+    first.process.kill()
+    heir = start(**own, context=48)
+    heir.wait_ready(READY)
+    assert ask(heir, QUESTION) == expected
+    # By what it refuses it is seen that none of the dead server's engines answers.
+    room = heir.http.post("/generate", json={"prompt": "a " * 60, "max_tokens": 1})
+    assert (room.status_code, "room for 4" in room.text) == (413, True), room.text

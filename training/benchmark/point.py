@@ -60,11 +60,10 @@ class _InContext:
 def label_in_context(base: BaseModel, support: Sequence[Example], query: Sequence[Example]) -> list[Labelled]:
     """Tokenizes questions with labelled examples before them; the first are left out where they do not fit."""
     shots = [in_context(base, example) for example in support]
+    opening = len(base.tokenizer.encode("", add_special_tokens=True))  # tokens that every text begins with
     questions: list[Labelled] = []
     for example in query:
         own = tokenize(base.tokenizer, TEMPLATE, example.prompt, example.options, base.context)
-        plain = base.tokenizer.encode(TEMPLATE.prompt(example.prompt), add_special_tokens=False)
-        opening = len(own.prompt) - len(plain)  # what a text begins with, if anything
         room = base.context - own.longest
         before: list[int] = []
         for shot in reversed(shots):

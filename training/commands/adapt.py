@@ -10,7 +10,7 @@ import typer
 from training.commands.document import print_json
 from training.commands.opening import join_ranks, open_base
 from training.commands.options import Device, Dtype, Json, Model, ShardBase
-from training.settings import MAX_SEED, checked
+from training.settings import MAX_STEPS, SEED_LIMIT, checked
 
 
 def adapt_command(
@@ -21,9 +21,11 @@ def adapt_command(
     model: Model = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, max=1000, help="Gradient steps; default: as in meta-training, more for many examples."),
+        typer.Option(
+            min=1, max=MAX_STEPS, help="Gradient steps; default: as in meta-training, more for many examples."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEED_LIMIT - 1)] = 0,
     dtype: Dtype = "float32",
     device: Device = None,
     shard_base: ShardBase = False,

@@ -97,7 +97,7 @@ def tell_of_small(tasks: Sequence[Task], shots: Sequence[int], main: bool = True
     from abmll.errors import AbmllError
     from training.evaluation import has_enough
 
-    if not any(has_enough(task, count) for task in tasks for count in shots):
+    if not any(has_enough(task, min(shots)) for task in tasks):
         most = max(len(task.examples) for task in tasks)
         raise AbmllError(
             f"no task has examples enough for {min(shots)} shots: the largest has {most}, of which half are asked; "
