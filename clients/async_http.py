@@ -13,7 +13,17 @@ from httpx_sse import EventSource, SSEError
 
 from clients import calls
 from clients.calls import Call, Normalize
-from clients.connection import BROKEN, check_deadline, pauses, settings_of, translate
+from clients.connection import (
+    BROKEN,
+    DEFAULT_TIMEOUT,
+    PASSING,
+    Patience,
+    check_deadline,
+    pauses,
+    sent,
+    settings_of,
+    translate,
+)
 from clients.errors import ApiError, ReplyTimeout, ServerUnreachable
 from clients.examples import LabelledExample
 from clients.replies import Answer, Feedback, Job, Recalibration, Reliability, StreamedToken, TaskInfo
@@ -29,7 +39,7 @@ class AsyncClient:
         self,
         url: str | None = None,
         *,
-        timeout: float = 60.0,
+        timeout: float = DEFAULT_TIMEOUT,
         key: str | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
@@ -67,6 +77,7 @@ class AsyncClient:
         meaning: Literal["normalized", "entailment"] = "normalized",
         tokens: bool = False,
         normalize: Normalize | None = None,
+        timeout: float | None = None,
     ) -> Answer:
         """Asks a question: which of ``options``, or free text without them.
 
@@ -74,7 +85,7 @@ class AsyncClient:
         ``abstain_below``, or one by which at most ``target_risk`` of questions get a wrong answer on average, there is
         none. A free text takes the likeliest tokens, or at a ``temperature`` above 0 chooses them by ``seed``;
         ``samples`` more of them tell how far the model agrees with itself; ``tokens``: whether the answer tells it
-        token by token.
+        token by token. ``timeout``: seconds until the server gives the question up, at most its own.
         """
         return await self._send(
             calls.generate(
@@ -95,6 +106,7 @@ class AsyncClient:
                 meaning=meaning,
                 tokens=tokens,
                 normalize=normalize,
+                timeout=timeout,
             )
         )
 
@@ -113,6 +125,7 @@ class AsyncClient:
         samples: int = 0,
         meaning: Literal["normalized", "entailment"] = "normalized",
         tokens: bool = False,
+        timeout: float | None = None,
     ) -> AsyncIterator[StreamedToken | Answer]:
         """Asks for a free text, see ``generate``, and gives its tokens as they come, then the answer."""
         call = calls.stream(
@@ -128,12 +141,14 @@ class AsyncClient:
             samples=samples,
             meaning=meaning,
             tokens=tokens,
+            timeout=timeout,
         )
         item: StreamedToken | Answer | None = None
         try:
-            async with self._http.stream(**calls.request_of(call)) as reply:
+            async with self._http.stream(**sent(call, self._http.timeout)) as reply:
                 if reply.status_code != 200:
-                    calls.read(call, reply.status_code, (await reply.aread()).decode())
+                    text = (await reply.aread()).decode()
+                    calls.read(call, reply.status_code, text, reply.headers.get("Retry-After"))
                 async for event in EventSource(reply).aiter_sse():
                     item = read_event(event)
                     yield item
@@ -152,10 +167,11 @@ class AsyncClient:
         draws: int | Literal["auto"] = "auto",
         seed: int = 0,
         end: bool = True,
+        timeout: float | None = None,
     ) -> Answer:
         """Has a finished answer scored, from another model or a person: whole and token by token."""
         return await self._send(
-            calls.score(prompt, answer, task=task, version=version, draws=draws, seed=seed, end=end)
+            calls.score(prompt, answer, task=task, version=version, draws=draws, seed=seed, end=end, timeout=timeout)
         )
 
     async def adapt(
@@ -168,6 +184,10 @@ class AsyncClient:
     ) -> Job:
         """Starts to teach a task from labelled examples; ``wait`` for the job."""
         return await self._send(calls.adapt(task, examples, steps=steps, seed=seed))
+
+    async def jobs(self) -> list[Job]:
+        """Lists the newest hundred adaptation jobs, newest first."""
+        return await self._send(calls.jobs())
 
     async def job(self, id: str) -> Job:
         """Tells how an adaptation job stands."""
@@ -187,7 +207,7 @@ class AsyncClient:
                 return
             check_deadline(current, deadline)
             await asyncio.sleep(poll)
-            current = await self.job(current.job)
+            current = await self._look(current, deadline, poll)
 
     async def wait(self, job: Job | str, timeout: float | None = None, poll: float = 0.5) -> Job:
         """Returns the job once it is done; raises as ``Client.wait``."""
@@ -233,6 +253,14 @@ class AsyncClient:
         """Says whether the server answers questions now; False where none can be reached."""
         return await self._check("/readyz")
 
+    async def _look(self, job: Job, deadline: float | None, poll: float) -> Job:
+        patience = Patience(job, deadline, poll)
+        while True:
+            try:
+                return await self.job(job.job)
+            except PASSING as error:
+                await asyncio.sleep(patience.pause(error))
+
     async def _check(self, path: Literal["/healthz", "/readyz"]) -> bool:
         try:
             await self._send(calls.check(path))
@@ -243,11 +271,11 @@ class AsyncClient:
     async def _send(self, call: Call[T]) -> T:
         for pause in pauses(call):
             try:
-                reply = await self._http.request(**calls.request_of(call))
+                reply = await self._http.request(**sent(call, self._http.timeout))
             except httpx.HTTPError as error:
                 if pause is None or not isinstance(error, BROKEN):
                     raise translate(error, self._http.base_url) from error
                 await asyncio.sleep(pause)
             else:
-                return calls.read(call, reply.status_code, reply.text)
+                return calls.read(call, reply.status_code, reply.text, reply.headers.get("Retry-After"))
         raise AssertionError("the last attempt returns or raises")

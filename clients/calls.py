@@ -27,12 +27,14 @@ class Call(Generic[T]):
         path: Path on the server, escaped.
         read: From the reply's JSON (None without a body) to its value.
         body: JSON to send.
+        timeout: Seconds that the server may take, where the caller says them.
     """
 
     method: Literal["GET", "POST", "PUT", "DELETE"]
     path: str
     read: Callable[[Any], T]
     body: dict[str, Any] | None = None
+    timeout: float | None = None
 
 
 def generate(
@@ -54,6 +56,7 @@ def generate(
     meaning: Literal["normalized", "entailment"],
     tokens: bool,
     normalize: Normalize | None,
+    timeout: float | None,
 ) -> Call[Answer]:
     """Asks a question."""
     body = {
@@ -74,8 +77,9 @@ def generate(
         "meaning": meaning,
         "tokens": tokens,
         "normalize": normalize,
+        "timeout": timeout,
     }
-    return Call("POST", "/generate", _reader(Answer), body)
+    return Call("POST", "/generate", _reader(Answer), body, timeout)
 
 
 def stream(prompt: str, **settings: Any) -> Call[Answer]:
@@ -88,11 +92,22 @@ def stream(prompt: str, **settings: Any) -> Call[Answer]:
 
 
 def score(
-    prompt: str, answer: str, *, task: str, version: int | None, draws: int | Literal["auto"], seed: int, end: bool
+    prompt: str,
+    answer: str,
+    *,
+    task: str,
+    version: int | None,
+    draws: int | Literal["auto"],
+    seed: int,
+    end: bool,
+    timeout: float | None,
 ) -> Call[Answer]:
     """Has a finished answer scored."""
-    body = {"prompt": prompt, "answer": answer, "task": task, "version": version, "draws": draws, "seed": seed}
-    return Call("POST", "/score", _reader(Answer), body | {"end": end})
+    body = {
+        "prompt": prompt, "answer": answer, "task": task, "version": version, "draws": draws, "seed": seed, "end": end,
+        "timeout": timeout,
+    }  # fmt: skip
+    return Call("POST", "/score", _reader(Answer), body, timeout)
 
 
 def adapt(
@@ -101,6 +116,11 @@ def adapt(
     """Starts to teach a task."""
     rows = [row.model_dump() if isinstance(row, LabelledExample) else dict(row) for row in examples]
     return Call("POST", "/adapt", _reader(Job), {"task": task, "examples": rows, "steps": steps, "seed": seed})
+
+
+def jobs() -> Call[list[Job]]:
+    """Lists the newest jobs."""
+    return Call("GET", "/adapt", _reader(list[Job]))
 
 
 def job(id: str) -> Call[Job]:
@@ -174,8 +194,8 @@ def request_of(call: Call[T]) -> dict[str, Any]:
     return wanted | {"content": body, "headers": {"Content-Type": "application/json"}}
 
 
-def read(call: Call[T], status: int, text: str) -> T:
-    """Reads a reply.
+def read(call: Call[T], status: int, text: str, retry_after: str | None = None) -> T:
+    """Reads a reply; ``retry_after`` is its header, where there is one.
 
     Raises:
         ApiError: The status is not one of success.
@@ -185,10 +205,10 @@ def read(call: Call[T], status: int, text: str) -> T:
         content = TypeAdapter(Any).validate_json(text) if text else None
     except ValidationError as error:
         if status >= 400:
-            raise api_error(status, text) from error
+            raise api_error(status, text, retry_after) from error
         raise InvalidReply(f"{call.method} {call.path}: the reply is not JSON; is this an abmll server?") from error
     if not 200 <= status < 300:
-        raise api_error(status, content if content is not None else "")
+        raise api_error(status, content if content is not None else "", retry_after)
     try:
         return call.read(content)
     except ValidationError as error:

@@ -59,6 +59,7 @@ def teach_command(
     """Teach a task from labelled examples and follow the job."""
     from clients import render
     from clients.calls import require_done
+    from clients.errors import ClientError
     from clients.examples import read_examples
 
     with connected(url, timeout, config) as client:
@@ -66,7 +67,7 @@ def teach_command(
         job = client.adapt(task, examples, steps=steps, seed=seed)
         try:
             job = _follow(client, job)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, ClientError) as error:
             address = f"{settings_of(url, timeout, config).url.rstrip('/')}/adapt/{job.job}"
             console(stderr=True).print(
                 f"not watching any more; job {job.job} runs on at the server\n"
@@ -75,6 +76,8 @@ def teach_command(
                 highlight=False,
                 soft_wrap=True,
             )
+            if isinstance(error, ClientError):
+                raise
             raise typer.Exit(130) from None
         require_done(job)
     if as_json:

@@ -22,7 +22,7 @@ Url = Annotated[
 Timeout = Annotated[
     float | None,
     typer.Option(
-        min=0.1, envvar="ABMLL_CLIENT_TIMEOUT", show_default="60", help="Longest wait for a reply, in seconds."
+        min=0.1, envvar="ABMLL_CLIENT_TIMEOUT", show_default="70", help="Longest wait for a reply, in seconds."
     ),
 ]
 ConfigFile = Annotated[

@@ -8,14 +8,20 @@ from typing import Any
 
 import httpx
 
-from clients.calls import Call
-from clients.errors import ClientError, JobTimeout, ReplyTimeout, ServerUnreachable
+from clients.calls import Call, request_of
+from clients.errors import ApiError, ClientError, JobTimeout, ReplyTimeout, ServerUnavailable, ServerUnreachable
 from clients.replies import Job
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+# More than the server's own, so that it is the server that says what took too long.
+DEFAULT_TIMEOUT = 70.0
+_MORE_SECONDS = 10.0
 _CONNECT_SECONDS = 5.0
 _PAUSES = (0.2, 0.8)  # seconds before a GET whose connection failed is sent again
 BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
+# A job goes on through these.
+PASSING = (ServerUnreachable, ServerUnavailable, ReplyTimeout)
+_PATIENCE_SECONDS = 120.0
 
 
 def settings_of(url: str | None, timeout: float, key: str | None) -> dict[str, Any]:
@@ -42,6 +48,18 @@ def settings_of(url: str | None, timeout: float, key: str | None) -> dict[str, A
     }
 
 
+def sent(call: Call[Any], usual: httpx.Timeout) -> dict[str, Any]:
+    """Returns what httpx takes for a call: a question with a time of its own may take that, and be replied to.
+
+    Raises:
+        InvalidArgument: Something in the body has no form in JSON.
+    """
+    wanted = request_of(call)
+    if call.timeout is None or usual.read is None:
+        return wanted
+    return wanted | {"timeout": httpx.Timeout(max(usual.read, call.timeout + _MORE_SECONDS), connect=usual.connect)}
+
+
 def pauses(call: Call[Any]) -> tuple[float | None, ...]:
     """Seconds to wait after each failed attempt; None: give up."""
     return (*_PAUSES, None) if call.method == "GET" else (None,)
@@ -64,3 +82,31 @@ def check_deadline(job: Job, deadline: float | None) -> None:
     """
     if deadline is not None and time.monotonic() >= deadline:
         raise JobTimeout(f"job {job.job} was still {job.status} when the waiting ended; it runs on", job)
+
+
+class Patience:
+    """How long a job is asked after while the server does not tell of it: it may be starting anew, or overloaded.
+
+    Args:
+        job: The job as last seen.
+        deadline: Until when the caller waits, by ``time.monotonic``; None for as long as it takes.
+        poll: Seconds between looks.
+    """
+
+    def __init__(self, job: Job, deadline: float | None, poll: float) -> None:
+        self._job, self._deadline, self._poll = job, deadline, poll
+        self._end = time.monotonic() + _PATIENCE_SECONDS
+
+    def pause(self, error: ClientError) -> float:
+        """Returns the seconds until the next look, after one that ended with an error.
+
+        Raises:
+            JobTimeout: The caller's time is up.
+            ClientError: The error itself: it does not pass.
+        """
+        check_deadline(self._job, self._deadline)
+        asked = error.retry_after if isinstance(error, ApiError) else None
+        pause, now = asked or self._poll, time.monotonic()
+        if now + pause > self._end:
+            raise error
+        return pause if self._deadline is None else min(pause, self._deadline - now)

@@ -40,14 +40,18 @@ class ApiError(ClientError):
         type: The server's kind of error, such as ``TaskNotFound``.
         message: What was wrong and what would be right.
         field: The input at fault, where there is one.
+        retry_after: Seconds after which to ask again, where the server says them.
     """
 
-    def __init__(self, status: int, type: str, message: str, field: str | None = None) -> None:
+    def __init__(
+        self, status: int, type: str, message: str, field: str | None = None, retry_after: int | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.type = type
         self.message = message
         self.field = field
+        self.retry_after = retry_after
 
 
 class RequestRejected(ApiError):
@@ -67,7 +71,7 @@ class Conflict(ApiError):
 
 
 class ServerUnavailable(ApiError):
-    """429, 503 or 504: starting, overloaded or broken; later may help."""
+    """429, 503 or 504: starting, overloaded or broken; later may help, see ``retry_after``."""
 
 
 class JobError(ClientError):
@@ -108,12 +112,20 @@ _KINDS: dict[int, type[ApiError]] = {
 }
 
 
-def api_error(status: int, body: object) -> ApiError:
-    """Returns the error that a reply tells of; ``body`` is its parsed JSON, or its text."""
+def api_error(status: int, body: object, retry_after: str | None = None) -> ApiError:
+    """Returns the error that a reply tells of.
+
+    Args:
+        status: The reply's.
+        body: Its parsed JSON, or its text.
+        retry_after: The header, where there is one.
+    """
     kind = _KINDS.get(status, ApiError)
+    seconds = int(retry_after) if retry_after is not None and retry_after.isascii() and retry_after.isdigit() else None
     match body:
         case {"error": {"type": str(name), "message": str(message), **rest}}:
             field = rest.get("field")
-            return kind(status, name, message, field if isinstance(field, str) else None)
+            return kind(status, name, message, field if isinstance(field, str) else None, seconds)
         case _:
-            return kind(status, "HTTPError", f"the server replied {status}: {str(body)[:200] or 'no text'}")
+            message = f"the server replied {status}: {str(body)[:200] or 'no text'}"
+            return kind(status, "HTTPError", message, None, seconds)

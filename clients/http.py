@@ -12,7 +12,17 @@ from httpx_sse import EventSource, SSEError
 
 from clients import calls
 from clients.calls import Call, Normalize
-from clients.connection import BROKEN, check_deadline, pauses, settings_of, translate
+from clients.connection import (
+    BROKEN,
+    DEFAULT_TIMEOUT,
+    PASSING,
+    Patience,
+    check_deadline,
+    pauses,
+    sent,
+    settings_of,
+    translate,
+)
 from clients.errors import ApiError, ReplyTimeout, ServerUnreachable
 from clients.examples import LabelledExample
 from clients.replies import Answer, Feedback, Job, Recalibration, Reliability, StreamedToken, TaskInfo
@@ -38,7 +48,7 @@ class Client:
         self,
         url: str | None = None,
         *,
-        timeout: float = 60.0,
+        timeout: float = DEFAULT_TIMEOUT,
         key: str | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
@@ -76,6 +86,7 @@ class Client:
         meaning: Literal["normalized", "entailment"] = "normalized",
         tokens: bool = False,
         normalize: Normalize | None = None,
+        timeout: float | None = None,
     ) -> Answer:
         """Asks a question: which of ``options``, or free text without them.
 
@@ -83,7 +94,7 @@ class Client:
         ``abstain_below``, or one by which at most ``target_risk`` of questions get a wrong answer on average, there is
         none. A free text takes the likeliest tokens, or at a ``temperature`` above 0 chooses them by ``seed``;
         ``samples`` more of them tell how far the model agrees with itself; ``tokens``: whether the answer tells it
-        token by token.
+        token by token. ``timeout``: seconds until the server gives the question up, at most its own.
         """
         return self._send(
             calls.generate(
@@ -104,6 +115,7 @@ class Client:
                 meaning=meaning,
                 tokens=tokens,
                 normalize=normalize,
+                timeout=timeout,
             )
         )
 
@@ -122,6 +134,7 @@ class Client:
         samples: int = 0,
         meaning: Literal["normalized", "entailment"] = "normalized",
         tokens: bool = False,
+        timeout: float | None = None,
     ) -> Iterator[StreamedToken | Answer]:
         """Asks for a free text, see ``generate``, and gives its tokens as they come, then the answer."""
         call = calls.stream(
@@ -137,12 +150,13 @@ class Client:
             samples=samples,
             meaning=meaning,
             tokens=tokens,
+            timeout=timeout,
         )
         item: StreamedToken | Answer | None = None
         try:
-            with self._http.stream(**calls.request_of(call)) as reply:
+            with self._http.stream(**sent(call, self._http.timeout)) as reply:
                 if reply.status_code != 200:
-                    calls.read(call, reply.status_code, reply.read().decode())
+                    calls.read(call, reply.status_code, reply.read().decode(), reply.headers.get("Retry-After"))
                 for event in EventSource(reply).iter_sse():
                     item = read_event(event)
                     yield item
@@ -161,9 +175,12 @@ class Client:
         draws: int | Literal["auto"] = "auto",
         seed: int = 0,
         end: bool = True,
+        timeout: float | None = None,
     ) -> Answer:
         """Has a finished answer scored, from another model or a person: whole and token by token."""
-        return self._send(calls.score(prompt, answer, task=task, version=version, draws=draws, seed=seed, end=end))
+        return self._send(
+            calls.score(prompt, answer, task=task, version=version, draws=draws, seed=seed, end=end, timeout=timeout)
+        )
 
     def adapt(
         self,
@@ -176,6 +193,10 @@ class Client:
         """Starts to teach a task from labelled examples; ``wait`` for the job."""
         return self._send(calls.adapt(task, examples, steps=steps, seed=seed))
 
+    def jobs(self) -> list[Job]:
+        """Lists the newest hundred adaptation jobs, newest first."""
+        return self._send(calls.jobs())
+
     def job(self, id: str) -> Job:
         """Tells how an adaptation job stands."""
         return self._send(calls.job(id))
@@ -186,6 +207,8 @@ class Client:
 
     def follow(self, job: Job | str, *, timeout: float | None = None, poll: float = 0.5) -> Iterator[Job]:
         """Yields the job every ``poll`` seconds, the last time when it has ended.
+
+        It goes on while the server starts anew or is overloaded, for two minutes at most.
 
         Raises:
             JobTimeout: It was still under way after ``timeout`` seconds.
@@ -198,7 +221,7 @@ class Client:
                 return
             check_deadline(current, deadline)
             time.sleep(poll)
-            current = self.job(current.job)
+            current = self._look(current, deadline, poll)
 
     def wait(self, job: Job | str, timeout: float | None = None, poll: float = 0.5) -> Job:
         """Returns the job once it is done.
@@ -250,6 +273,14 @@ class Client:
         """Says whether the server answers questions now; False where none can be reached."""
         return self._check("/readyz")
 
+    def _look(self, job: Job, deadline: float | None, poll: float) -> Job:
+        patience = Patience(job, deadline, poll)
+        while True:
+            try:
+                return self.job(job.job)
+            except PASSING as error:
+                time.sleep(patience.pause(error))
+
     def _check(self, path: Literal["/healthz", "/readyz"]) -> bool:
         try:
             self._send(calls.check(path))
@@ -260,11 +291,11 @@ class Client:
     def _send(self, call: Call[T]) -> T:
         for pause in pauses(call):
             try:
-                reply = self._http.request(**calls.request_of(call))
+                reply = self._http.request(**sent(call, self._http.timeout))
             except httpx.HTTPError as error:
                 if pause is None or not isinstance(error, BROKEN):
                     raise translate(error, self._http.base_url) from error
                 time.sleep(pause)
             else:
-                return calls.read(call, reply.status_code, reply.text)
+                return calls.read(call, reply.status_code, reply.text, reply.headers.get("Retry-After"))
         raise AssertionError("the last attempt returns or raises")

@@ -21,6 +21,13 @@ class PosteriorId(Reply):
     task: str | None = None
 
 
+class Usage(Reply):
+    """Tokens of a question and its answer, each counted once whatever the number of draws."""
+
+    prompt_tokens: int
+    answer_tokens: int
+
+
 class Uncertainty(Reply):
     """Entropies in nats; of free text, in nats per token.
 
@@ -131,6 +138,7 @@ class Answer(Reply):
         standard_error: Monte Carlo standard error of the answer's probability.
         standard_errors: Those of ``probabilities``; None for free text.
         prediction_set: Options that together hold the right one at the server's coverage, if it says.
+        finish: What ended a free text; ``length``: it was cut short.
         tokens: Of a free text, where they were asked for.
         semantics: Of a free text, where samples were asked for.
     """
@@ -139,6 +147,7 @@ class Answer(Reply):
     task: str
     posterior: PosteriorId
     answer: str | None
+    answer_index: int | None = None
     abstained: Abstained | None = None
     options: list[str] | None = None
     probabilities: list[float] | None = None
@@ -150,13 +159,15 @@ class Answer(Reply):
     standard_error: float
     standard_errors: list[float] | None = None
     draws: int
+    finish: Literal["end", "stop", "length"] | None = None
+    usage: Usage | None = None
     tokens: list[Token] | None = None
     semantics: Semantics | None = None
     timing: Timing
 
 
 class Job(Reply):
-    """An adaptation job; ``progress`` goes from 0 to 1."""
+    """An adaptation job; ``progress`` goes from 0 to 1, times are UTC in ISO 8601."""
 
     job: str
     task: str
@@ -164,6 +175,9 @@ class Job(Reply):
     progress: float = 0.0
     error: str | None = None
     posterior: PosteriorId | None = None
+    created: str | None = None
+    started: str | None = None
+    finished: str | None = None
 
     @property
     def ended(self) -> bool:
@@ -175,6 +189,8 @@ class TaskVersion(Reply):
     """One version of a task."""
 
     version: int
+    status: Literal["ready", "damaged"] = "ready"
+    error: str | None = None
     id: str | None = None
     parent: str | None = None
     shots: int | None = None
@@ -189,7 +205,7 @@ class TaskInfo(Reply):
     status: str = "ready"
     error: str | None = None
     version: int | None = None
-    id: str | None = None
+    posterior: PosteriorId | None = None
     shots: int | None = None
     created: str | None = None
     calibrated: bool | None = None

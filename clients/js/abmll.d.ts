@@ -1,4 +1,4 @@
-// Made by types.mjs from what has the hash 0d8310a8aa8cf4fb412fcd8776fd8ce399c306ad1687c050535c8209cd9a3bbf
+// Made by types.mjs from what has the hash ec304e1e28e39da3564332d2ab6f4e36a6fd2d446253cf3f60ec9a711404d1d0
 /**
  * Whether nothing more will happen to a job.
  *
@@ -69,6 +69,13 @@ export class Client {
         seed?: number;
     } & Aborted): Promise<Job>;
     /**
+     * Lists the newest hundred adaptation jobs, newest first.
+     *
+     * @param {Aborted} [settings]
+     * @returns {Promise<Job[]>}
+     */
+    jobs({ signal }?: Aborted): Promise<Job[]>;
+    /**
      * Tells how an adaptation job stands.
      *
      * @param {string} id
@@ -85,8 +92,8 @@ export class Client {
      */
     cancel(id: string, { signal }?: Aborted): Promise<Job>;
     /**
-     * Gives the job every `poll` seconds, the last time when it has ended. Throws `JobTimeout` if it is still under way
-     * after `timeout` seconds.
+     * Gives the job every `poll` seconds, the last time when it has ended. Goes on while the server starts anew or is
+     * overloaded, for two minutes at most. Throws `JobTimeout` if it is still under way after `timeout` seconds.
      *
      * @param {Job | string} job
      * @param {{timeout?: number | null, poll?: number} & Aborted} [settings]

@@ -16,12 +16,15 @@ import {
   JobFailed,
   JobTimeout,
   ReplyTimeout,
+  ServerUnavailable,
   ServerUnreachable,
   apiError,
 } from "./errors.js";
 import { readEvents } from "./events.js";
 
 export * from "./errors.js";
+
+const PATIENCE = 120; // seconds that a job is asked after while the server does not tell of it
 
 /** @typedef {import("./schema.d.ts").components["schemas"]} Schemas */
 /** @typedef {Schemas["GenerateReply"]} Answer */
@@ -110,6 +113,16 @@ export class Client {
   }
 
   /**
+   * Lists the newest hundred adaptation jobs, newest first.
+   *
+   * @param {Aborted} [settings]
+   * @returns {Promise<Job[]>}
+   */
+  jobs({ signal } = {}) {
+    return this.#connection.json("GET", "/adapt", { signal });
+  }
+
+  /**
    * Tells how an adaptation job stands.
    *
    * @param {string} id
@@ -132,25 +145,46 @@ export class Client {
   }
 
   /**
-   * Gives the job every `poll` seconds, the last time when it has ended. Throws `JobTimeout` if it is still under way
-   * after `timeout` seconds.
+   * Gives the job every `poll` seconds, the last time when it has ended. Goes on while the server starts anew or is
+   * overloaded, for two minutes at most. Throws `JobTimeout` if it is still under way after `timeout` seconds.
    *
    * @param {Job | string} job
    * @param {{timeout?: number | null, poll?: number} & Aborted} [settings]
    * @returns {AsyncGenerator<Job, void, undefined>}
    */
   async *follow(job, { timeout = null, poll = 0.5, signal } = {}) {
-    const begun = performance.now();
+    const end = timeout === null ? Infinity : performance.now() + 1000 * timeout;
     let current = typeof job === "string" ? await this.job(job, { signal }) : job;
     for (;;) {
       yield current;
       if (ended(current)) return;
-      if (timeout !== null && performance.now() - begun >= 1000 * timeout) {
-        const standing = `job ${current.job} was still ${current.status}`;
-        throw new JobTimeout(`${standing} when the waiting ended; it runs on`, current);
-      }
+      checkDeadline(current, end);
       await pause(poll, signal);
-      current = await this.job(current.job, { signal });
+      current = await this.#look(current, end, poll, signal);
+    }
+  }
+
+  /**
+   * The job as it stands, though the server does not tell at once.
+   *
+   * @param {Job} job
+   * @param {number} end
+   * @param {number} poll
+   * @param {AbortSignal} [signal]
+   * @returns {Promise<Job>}
+   */
+  async #look(job, end, poll, signal) {
+    const patient = performance.now() + 1000 * PATIENCE;
+    for (;;) {
+      try {
+        return await this.job(job.job, { signal });
+      } catch (error) {
+        if (![ServerUnreachable, ServerUnavailable, ReplyTimeout].some((kind) => error instanceof kind)) throw error;
+        checkDeadline(job, end);
+        const seconds = (error instanceof ApiError && error.retryAfter) || poll;
+        if (performance.now() + 1000 * seconds > patient) throw error;
+        await pause(Math.min(seconds, (end - performance.now()) / 1000), signal);
+      }
     }
   }
 
@@ -302,6 +336,15 @@ export class Client {
  */
 export function ended(job) {
   return ["done", "failed", "cancelled"].includes(job.status);
+}
+
+/**
+ * @param {Job} job
+ * @param {number} end By `performance.now`.
+ */
+function checkDeadline(job, end) {
+  if (performance.now() < end) return;
+  throw new JobTimeout(`job ${job.job} was still ${job.status} when the waiting ended; it runs on`, job);
 }
 
 /** @param {Job} job */

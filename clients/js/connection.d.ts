@@ -10,12 +10,12 @@ export function pause(seconds: number, signal?: AbortSignal): Promise<void>;
  * @typedef {object} Settings
  * @property {string | URL} [url] The server's address; in Node `$ABMLL_URL`, else `http://127.0.0.1:8000`.
  * @property {string | null} [key] API key, where the server asks for one; in Node `$ABMLL_KEY`.
- * @property {number} [timeout] Longest wait for a reply, and for each further part of a stream, in seconds; 60.
+ * @property {number} [timeout] Longest wait for a reply, and for each further part of a stream, in seconds; 70.
  *   `Infinity`: as long as it takes.
  */
 /**
  * @typedef {object} Sent
- * @property {unknown} [body] JSON to send.
+ * @property {any} [body] JSON to send; what has a `timeout` of its own may take that, and be replied to.
  * @property {AbortSignal} [signal] Gives the request up; what the caller aborted it with is thrown.
  */
 /** One server. */
@@ -64,16 +64,16 @@ export type Settings = {
      */
     key?: string | null | undefined;
     /**
-     * Longest wait for a reply, and for each further part of a stream, in seconds; 60.
+     * Longest wait for a reply, and for each further part of a stream, in seconds; 70.
      * `Infinity`: as long as it takes.
      */
     timeout?: number | undefined;
 };
 export type Sent = {
     /**
-     * JSON to send.
+     * JSON to send; what has a `timeout` of its own may take that, and be replied to.
      */
-    body?: unknown;
+    body?: any;
     /**
      * Gives the request up; what the caller aborted it with is thrown.
      */

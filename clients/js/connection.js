@@ -3,6 +3,8 @@
 import { ClientError, InvalidArgument, InvalidReply, ReplyTimeout, ServerUnreachable, apiError } from "./errors.js";
 
 const DEFAULT_URL = "http://127.0.0.1:8000";
+const TIMEOUT = 70; // more than the server's own, so that it is the server that says what took too long
+const MORE = 10; // seconds that a question may take beyond those that it was given
 const PAUSES = [0.2, 0.8]; // seconds before a GET whose connection failed is sent again
 const LONGEST = 2 ** 31 - 1; // milliseconds that a timer can wait; one that is given more goes off at once
 
@@ -10,13 +12,13 @@ const LONGEST = 2 ** 31 - 1; // milliseconds that a timer can wait; one that is 
  * @typedef {object} Settings
  * @property {string | URL} [url] The server's address; in Node `$ABMLL_URL`, else `http://127.0.0.1:8000`.
  * @property {string | null} [key] API key, where the server asks for one; in Node `$ABMLL_KEY`.
- * @property {number} [timeout] Longest wait for a reply, and for each further part of a stream, in seconds; 60.
+ * @property {number} [timeout] Longest wait for a reply, and for each further part of a stream, in seconds; 70.
  *   `Infinity`: as long as it takes.
  */
 
 /**
  * @typedef {object} Sent
- * @property {unknown} [body] JSON to send.
+ * @property {any} [body] JSON to send; what has a `timeout` of its own may take that, and be replied to.
  * @property {AbortSignal} [signal] Gives the request up; what the caller aborted it with is thrown.
  */
 
@@ -33,7 +35,7 @@ export class Connection {
     if (key !== null && !/^[\x20-\x7e]*$/.test(key)) {
       throw new ClientError("the API key holds characters that no key has; give it as `abmll keys add` printed it");
     }
-    const timeout = settings.timeout ?? 60;
+    const timeout = settings.timeout ?? TIMEOUT;
     if (!(timeout > 0)) throw new ClientError(`timeout is ${timeout}; give seconds above 0`);
     this.url = url.replace(/\/+$/, "");
     this.key = key;
@@ -51,7 +53,7 @@ export class Connection {
   async text(method, path, sent = {}) {
     const pauses = method === "GET" ? PAUSES : [];
     for (let attempt = 0; ; attempt++) {
-      const watch = new Watch(this.timeout, sent.signal);
+      const watch = new Watch(this.#seconds(sent), sent.signal);
       try {
         const reply = await this.#open(method, path, sent, watch);
         return await reply.text();
@@ -91,7 +93,7 @@ export class Connection {
    * @returns {AsyncGenerator<Uint8Array, void, undefined>}
    */
   async *chunks(method, path, sent) {
-    const watch = new Watch(this.timeout, sent.signal);
+    const watch = new Watch(this.#seconds(sent), sent.signal);
     try {
       const reply = await this.#open(method, path, sent, watch);
       const reader = /** @type {ReadableStream<Uint8Array>} */ (reply.body).getReader();
@@ -99,6 +101,7 @@ export class Connection {
         watch.renew();
         const { done, value } = await reader.read();
         if (done) return;
+        watch.rest(); // the caller's time is not the server's
         yield value;
       }
     } catch (error) {
@@ -107,6 +110,12 @@ export class Connection {
       watch.end();
       watch.controller.abort();
     }
+  }
+
+  /** @param {Sent} sent */
+  #seconds(sent) {
+    const own = sent.body?.timeout;
+    return typeof own === "number" ? Math.max(this.timeout, own + MORE) : this.timeout;
   }
 
   /**
@@ -132,7 +141,7 @@ export class Connection {
    */
   #translate(error, watch) {
     if (watch.late) {
-      const late = `${this.url} did not reply in ${this.timeout} s`;
+      const late = `${this.url} did not reply in ${watch.seconds} s`;
       return new ReplyTimeout(`${late}; give a longer timeout, or ask again later`);
     }
     if (error instanceof ClientError || watch.controller.signal.aborted) return error;
@@ -181,15 +190,20 @@ class Watch {
 
   /** Begins the time anew. */
   renew() {
-    clearTimeout(this.timer);
+    this.rest();
     this.timer = after(this.seconds, () => {
       this.late = true;
       this.controller.abort();
     });
   }
 
-  end() {
+  /** Lets the time stand still, until `renew`. */
+  rest() {
     clearTimeout(this.timer);
+  }
+
+  end() {
+    this.rest();
     this.signal?.removeEventListener("abort", this.given);
   }
 }

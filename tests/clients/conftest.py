@@ -44,17 +44,18 @@ class Scripted:
     """Replies in turn, the last one for ever, and keeps what it was asked."""
 
     url: str
-    replies: list[tuple[int, bytes]] = field(default_factory=lambda: list[tuple[int, bytes]]())
+    replies: list[tuple[int, bytes, dict[str, str]]] = field(default_factory=list[tuple[int, bytes, dict[str, str]]])
     asked: list[tuple[str, str, bytes]] = field(default_factory=lambda: list[tuple[str, str, bytes]]())
 
-    def reply(self, status: int, body: bytes) -> Scripted:
-        self.replies.append((status, body))
+    def reply(self, status: int, body: bytes, **headers: str) -> Scripted:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.replies.append((status, body, named))
         return self
 
     async def handle(self, request: Request) -> Response:
         self.asked.append((request.method, request.scope["raw_path"].decode(), await request.body()))
-        status, body = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
-        return Response(body, status, media_type="application/json")
+        status, body, headers = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+        return Response(body, status, headers, media_type="application/json")
 
 
 @pytest.fixture

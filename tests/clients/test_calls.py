@@ -41,20 +41,22 @@ def test_a_question_is_sent_with_every_field_of_the_contract():
         meaning="entailment",
         tokens=True,
         normalize="mean",
+        timeout=9.0,
     )
     assert (call.method, call.path) == ("POST", "/generate")
     assert call.body == {
         "prompt": "p", "task": "t", "version": 2, "options": ["a", "b"], "draws": "auto", "tolerance": 0.1, "seed": 3,
         "abstain_below": 0.4, "target_risk": None, "max_tokens": 5, "stop": ["\n"], "temperature": 0.7, "top_p": 0.9,
-        "samples": 6, "meaning": "entailment", "tokens": True, "normalize": "mean",
+        "samples": 6, "meaning": "entailment", "tokens": True, "normalize": "mean", "timeout": 9.0,
     }  # fmt: skip
 
 
 def test_a_finished_answer_is_sent_with_every_field_of_the_contract():
-    call = calls.score("p", "a", task="t", version=None, draws=4, seed=2, end=False)
+    call = calls.score("p", "a", task="t", version=None, draws=4, seed=2, end=False, timeout=None)
     assert (call.method, call.path) == ("POST", "/score")
     assert call.body == {
         "prompt": "p", "answer": "a", "task": "t", "version": None, "draws": 4, "seed": 2, "end": False,
+        "timeout": None,
     }  # fmt: skip
 
 
@@ -67,7 +69,7 @@ def test_examples_given_as_models_and_as_mappings_are_sent_alike():
 
 @pytest.mark.parametrize(("name", "value"), [("tolerance", float("nan")), ("prompt", "\ud800"), ("seed", {1})])
 def test_what_has_no_form_in_json_is_told(name: str, value: object):
-    call = calls.score("p", "a", task="t", version=None, draws=4, seed=2, end=False)
+    call = calls.score("p", "a", task="t", version=None, draws=4, seed=2, end=False, timeout=None)
     with pytest.raises(InvalidArgument, match="POST /score: an argument has no form in JSON"):
         calls.request_of(replace(call, body={name: value}))
 
@@ -107,6 +109,7 @@ def test_fields_that_a_newer_server_adds_are_kept():
             meaning="normalized",
             tokens=False,
             normalize="sum",
+            timeout=None,
         ),
         200,
         json.dumps(ANSWER | {"novelty": 7}),
@@ -134,6 +137,7 @@ def test_a_status_becomes_its_kind_of_error_with_the_servers_words(status: int, 
         calls.read(calls.tasks(), status, body)
     assert type(caught.value) is kind
     assert (caught.value.status, caught.value.type, caught.value.field) == (status, "Kind", "options")
+    assert caught.value.retry_after is None
 
 
 @pytest.mark.parametrize("body", ["<html>Bad gateway</html>", "", "[]", '{"detail": "no"}', '{"error": "no"}'])
@@ -151,3 +155,11 @@ def test_a_reply_that_breaks_the_contract_is_an_invalid_reply(body: str):
 
 def test_a_deletion_has_no_content():
     assert calls.read(calls.delete_task("t"), 204, "") is None
+
+
+@pytest.mark.parametrize(("header", "seconds"), [("7", 7), ("soon", None), (None, None)])
+def test_an_error_says_when_to_ask_again(header: str | None, seconds: int | None):
+    for body in ('{"error": {"type": "Overloaded", "message": "busy"}}', "<html>busy</html>"):
+        with pytest.raises(ServerUnavailable) as caught:
+            calls.read(calls.tasks(), 429, body, header)
+        assert caught.value.retry_after == seconds

@@ -262,3 +262,12 @@ def test_every_command_has_help(command: str):
     assert result.exit_code == 0
     assert command in result.output
     assert ("[client]" in result.output) == (command in ("ask", "tasks", "teach"))
+
+
+def test_teach_names_the_job_when_the_server_is_gone(scripted: Scripted, examples_file: Path):
+    scripted.reply(202, _body(job("queued")))
+    scripted.reply(404, _body({"error": {"type": "JobNotFound", "message": "there is no such job", "field": "job"}}))
+    result = _run("teach", "films", str(examples_file), "--url", scripted.url)
+    assert result.exit_code == 2
+    assert f"look:   curl {scripted.url}/adapt/j1" in result.output
+    assert "abmll: there is no such job" in result.output

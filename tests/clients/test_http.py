@@ -5,13 +5,24 @@ import inspect
 import json
 import socket
 import threading
+import time
 
 import pytest
 
+from clients import connection, replies
 from clients.async_http import AsyncClient
-from clients.errors import InvalidReply, JobCancelled, JobFailed, JobTimeout, NotFound, ReplyTimeout, ServerUnreachable
+from clients.errors import (
+    InvalidReply,
+    JobCancelled,
+    JobFailed,
+    JobTimeout,
+    NotFound,
+    ReplyTimeout,
+    ServerUnavailable,
+    ServerUnreachable,
+)
 from clients.http import Client
-from tests.clients.conftest import ANSWER, Scripted, job
+from tests.clients.conftest import ANSWER, Keyed, Scripted, job
 
 
 def _body(content: object) -> bytes:
@@ -152,8 +163,8 @@ class _Breaking:
         self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
         self._thread.join(timeout=5)
-        for connection in self._held:
-            connection.close()
+        for held in self._held:
+            held.close()
 
 
 def test_a_broken_connection_is_tried_again_for_a_get_and_never_for_a_post():
@@ -178,3 +189,68 @@ def test_a_silent_server_is_given_up_after_the_timeout_without_a_second_try():
         assert server.count == 1
     finally:
         server.close()
+
+
+def test_a_job_is_followed_through_passing_trouble(scripted: Scripted, monkeypatch: pytest.MonkeyPatch):
+    busy = _body({"error": {"type": "Overloaded", "message": "busy", "field": None}})
+    done = job("done", 1.0, posterior={"id": "5f", "version": 1, "task": "films"})
+    scripted.reply(200, _body(job("running", 0.5))).reply(503, busy).reply(429, busy, Retry_After="1")
+    scripted.reply(200, _body(done))
+    begun = time.monotonic()
+    with Client(scripted.url) as client:
+        assert client.wait("j1", poll=0.01).status == "done"
+    assert time.monotonic() - begun >= 1
+    monkeypatch.setattr(connection, "_PATIENCE_SECONDS", 0.05)
+    scripted.replies.clear()
+    scripted.reply(200, _body(job("running", 0.5))).reply(503, busy)
+    with Client(scripted.url) as client:
+        with pytest.raises(ServerUnavailable, match="busy"):
+            client.wait("j1", poll=0.01)
+        with pytest.raises(JobTimeout, match="still running"):
+            client.wait(replies.Job.model_validate(job("running")), timeout=0.02, poll=0.01)
+
+    async def wait():
+        async with AsyncClient(scripted.url) as client:
+            await client.wait(replies.Job.model_validate(job("running")), poll=0.01)
+
+    with pytest.raises(ServerUnavailable, match="busy"):
+        asyncio.run(wait())
+
+
+def test_a_question_with_a_time_of_its_own_may_take_that(scripted: Scripted):
+    server = _Breaking(silent=True)
+    try:
+        begun = time.monotonic()
+        with pytest.MonkeyPatch.context() as patch, Client(server.url, timeout=0.1) as client:
+            patch.setattr(connection, "_MORE_SECONDS", 0.3)
+            with pytest.raises(ReplyTimeout):
+                client.generate("p", timeout=0.5)
+        assert time.monotonic() - begun >= 0.8
+    finally:
+        server.close()
+    scripted.reply(200, _body(ANSWER))
+    with Client(scripted.url) as client:
+        client.generate("p", timeout=2.5)
+        client.score("p", "a")
+    assert [json.loads(body)["timeout"] for _, _, body in scripted.asked] == [2.5, None]
+
+
+def test_replies_have_the_fields_that_the_server_says(keyed: Keyed):
+    schemas = keyed.server.http.get("/openapi.json").json()["components"]["schemas"]
+    other = {
+        "Answer": "GenerateReply", "Job": "JobReply", "TaskInfo": "TaskReply", "TaskVersion": "VersionReply",
+        "Feedback": "FeedbackReply", "Recalibration": "RecalibrationReply", "Reliability": "ReliabilityReply",
+        "Token": "TokenReply", "ReliabilityBin": "Bin",
+    }  # fmt: skip
+    kinds = [kind for kind in vars(replies).values() if isinstance(kind, type) and issubclass(kind, replies.Reply)]
+    told = {kind.__name__: set(kind.model_fields) for kind in kinds if kind is not replies.Reply}
+    # Of a stream, whose events are not in OpenAPI's page.
+    assert told.pop("StreamedToken") == {"text", "probability"}
+    assert told == {name: set(schemas[other.get(name, name)]["properties"]) for name in told}
+
+
+def test_the_newest_jobs_are_listed(scripted: Scripted):
+    scripted.reply(200, _body([job("running", 0.5), job("done", 1.0)]))
+    with Client(scripted.url) as client:
+        assert [found.status for found in client.jobs()] == ["running", "done"]
+    assert scripted.asked == [("GET", "/adapt", b"")]

@@ -13,7 +13,7 @@ import pytest
 
 from clients import errors
 from clients.http import Client
-from tests.clients.conftest import Keyed
+from tests.clients.conftest import Keyed, Scripted, job
 
 ROOT = Path(__file__).parents[2]
 JS = ROOT / "clients" / "js"
@@ -53,10 +53,12 @@ def test_a_stream_gives_the_tokens_and_then_the_answer(seen: dict[str, Any]) -> 
     assert "".join(token["text"] for token in tokens).strip() == answer["answer"].strip()
     assert len(answer["tokens"]) >= len(tokens) - 1
     assert seen["left"]["text"]
+    assert seen["unhurried"][-1]
 
 
 def test_a_job_is_followed_to_its_end(seen: dict[str, Any]) -> None:
     assert seen["early"]["name"] == "JobTimeout"
+    assert seen["jobs"]
     assert seen["statuses"][-1] == seen["job"]["status"] == seen["cancelled"] == "done"
     assert seen["job"]["posterior"]["version"] == 1
     assert seen["stopped"]["name"] == "JobCancelled"
@@ -132,3 +134,14 @@ def test_both_clients_have_the_same_methods_and_errors() -> None:
 def test_the_declared_types_are_those_of_this_server_and_client(keyed: Keyed) -> None:
     ran = node(str(JS / "types.mjs"), "--check", keyed.url)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_a_job_is_followed_through_passing_trouble(scripted: Scripted) -> None:
+    busy = b'{"error": {"type": "Overloaded", "message": "busy"}}'
+    scripted.reply(200, json.dumps(job("running", 0.5)).encode()).reply(503, busy).reply(429, busy, Retry_After="1")
+    scripted.reply(200, json.dumps(job("done", 1.0)).encode())
+    ran = node("--input-type=module", "-e", f"const {{ Client }} = await import('{JS}/abmll.js'); "
+               f"const client = new Client({{ url: '{scripted.url}' }}); "
+               f"console.log((await client.wait('j1', {{ poll: 0.01 }})).status)")  # fmt: skip
+    assert ran.stdout.strip() == "done", ran.stderr
+    assert len(scripted.asked) == 4
