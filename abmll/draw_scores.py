@@ -79,11 +79,11 @@ def score_draws(
     stacked = stack_signs([draw_signs(posterior, seed, index) for index in draws]) if draws else None
     times = max(1, len(draws))
     result = torch.full((times, len(questions), width), float("-inf"))
-    order = sorted(range(len(questions)), key=lambda i: questions[i].longest)
+    order = sorted(range(len(questions)), key=lambda i: questions[i].packed)
     start = 0
     while start < len(order):
         stop = start + 1
-        while stop < len(order) and (stop + 1 - start) * times * questions[order[stop]].longest <= max_tokens:
+        while stop < len(order) and (stop + 1 - start) * times * questions[order[stop]].packed <= max_tokens:
             stop += 1
         chosen = order[start:stop]
         batch = pack([questions[i] for i in chosen]).to(device)

@@ -47,7 +47,7 @@ class Labelled:
     @property
     def tokens(self) -> int:
         """Tokens of its packed row."""
-        return len(self.question.prompt) + sum(len(option) - 1 for option in self.question.options)
+        return self.question.packed
 
 
 def micro_batches(data: Sequence[Labelled], max_tokens: int) -> list[list[Labelled]]:

@@ -54,6 +54,11 @@ class Question:
         """Tokens of the prompt with its longest option."""
         return len(self.prompt) + max((len(option) for option in self.options), default=0)
 
+    @property
+    def packed(self) -> int:
+        """Tokens of its row in a pass: the prompt, and each option but its last token."""
+        return len(self.prompt) + sum(max(0, len(option) - 1) for option in self.options)
+
 
 def tokenize(tokenizer: Tokenizer, template: Template, prompt: str, options: Sequence[str], context: int) -> Question:
     """Tokenizes a question; prompt and options apart, so that an option is always the same tokens.

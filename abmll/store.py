@@ -347,6 +347,22 @@ def _expected_shapes(config: PosteriorConfig, shape: LayerShape) -> dict[str, tu
     return shapes | {"scale.a": (config.scale_rank, shape.d_in), "scale.b": (shape.d_out, config.scale_rank)}
 
 
+def load_global(folder: Path) -> StoredPosterior:
+    """Reads the folder of a global posterior, see ``load_posterior``.
+
+    Raises:
+        InvalidPosterior: See ``load_posterior``.
+        AbmllError: It is a task's.
+    """
+    stored = load_posterior(folder)
+    if stored.record.task != GLOBAL:
+        raise AbmllError(
+            f"{folder} holds the posterior of task {stored.record.task!r}; give the global one that it was made from",
+            field="posterior",
+        )
+    return stored
+
+
 def load_posterior(folder: Path) -> StoredPosterior:
     """Reads a posterior folder and checks names, shapes, dtypes, finiteness and the contents' hashes.
 

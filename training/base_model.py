@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from abmll.errors import AbmllError
@@ -113,6 +113,12 @@ def load_base(
     limit = context_of(config)
     if context is not None and context > limit:
         raise AbmllError(f"context {context} exceeds the {limit} positions of {name}", field="context")
+    # Of the maker's advice on decoding only what ends a text: a penalty on repetition, say, makes other probabilities
+    # than the model's, and vLLM is told of none.
+    advice = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=advice.bos_token_id, eos_token_id=advice.eos_token_id, pad_token_id=advice.pad_token_id
+    )
     model.eval()
     if gradient_checkpointing:
         recompute_activations(model)

@@ -343,7 +343,10 @@ def calibrate(
 
     Tasks to come lie between those of a kind that meta-training knew and those that are like none of them: the
     two kinds count the same in the spread of temperatures. Thresholds come from the validation tasks alone.
-    ``ece_after`` is honest: each family's answers are tempered by a fit to the other families.
+    They were tempered with the spread that was fitted to their answers, two numbers for all of them, so that what split
+    conformal prediction and risk control promise holds nearly, not exactly. ``ece_after`` is of answers that were not
+    fitted to: each family's are tempered by a fit to the other families (of a single family, see
+    ``held_out_families``).
 
     Args:
         predictions: On validation tasks.
@@ -420,10 +423,15 @@ def _fit_prior(group: Sequence[TaskPredictions], familiar: Sequence[TaskPredicti
 
 
 def held_out_families(group: Sequence[_OfTask]) -> Iterator[tuple[list[_OfTask], list[_OfTask]]]:
-    """Gives each family's predictions, and those of all other families; of a single family its own."""
-    for family in sorted({item.task.family for item in group}):
-        inside = [item for item in group if item.task.family == family]
-        yield inside, [item for item in group if item.task.family != family] or inside
+    """Gives each family's predictions, and those of all other families.
+
+    Of a single family it is each task's, and those of the others; of a single task its own.
+    """
+    several = len({item.task.family for item in group}) > 1
+    parts = [item.task.family if several else item.task.name for item in group]
+    for part in sorted(set(parts)):
+        inside = [item for item, own in zip(group, parts, strict=True) if own == part]
+        yield inside, [item for item, own in zip(group, parts, strict=True) if own != part] or inside
 
 
 def _held_out_answers(group: Sequence[TaskPredictions], familiar: Sequence[TaskPredictions]) -> tuple[Tensor, Tensor]:

@@ -29,8 +29,22 @@ def read_toml(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # not TOML, or not UTF-8
         raise AbmllError(f"cannot read settings from {path}: {error}", field="config") from error
+
+
+def pop_table(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """Takes a table out of settings that were read from a file; empty where there is none.
+
+    Raises:
+        AbmllError: It is no table.
+    """
+    table = values.pop(name, {})
+    if not isinstance(table, dict):
+        raise AbmllError(
+            f"setting {name} is {table!r}; make it a table, [{name}], with settings of its own", field=name
+        )
+    return table
 
 
 def checked(model: type[M], values: Mapping[str, Any]) -> M:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from abmll.errors import AbmllError
 from training.tasks import Task
@@ -113,5 +113,5 @@ def read_split(path: Path) -> Split:
     """
     try:
         return Split.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, json.JSONDecodeError, ValidationError) as error:
+    except (OSError, ValueError) as error:  # pydantic's and JSON's errors are ValueErrors
         raise AbmllError(f"{path} is not a split file: {error}", field="split") from error

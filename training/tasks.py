@@ -13,6 +13,7 @@ from typing import Any
 
 from abmll.errors import AbmllError, InvalidExamples
 from abmll.examples import Example, check_one_kind, check_options, resolve_answer
+from training.hub import brief
 
 _HALF = re.compile("[\ud800-\udfff]")
 
@@ -173,7 +174,7 @@ def load_tasks(folder: Path) -> list[Task]:
         try:
             entries = json.loads(manifest.read_text(encoding="utf-8"))["tasks"]
             tasks = [_of_manifest(entry, folder) for entry in entries]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise InvalidExamples(
                 f'{manifest} must be {{"tasks": [{{"name", "file", "family", "category"}}, ...]}}: {error!r}',
                 field=str(manifest),
@@ -231,11 +232,16 @@ def load_hub_task(
         revision: Commit or tag on the hub.
 
     Raises:
-        InvalidExamples: A named column is missing or holds no usable labels.
+        InvalidExamples: It cannot be had, or a named column is missing or holds no usable labels.
     """
     import datasets
 
-    data = datasets.load_dataset(path, config, split=split, revision=revision)
+    try:
+        data = datasets.load_dataset(path, config, split=split, revision=revision)
+    except (ValueError, OSError) as error:  # those of its own for what is missing are OSErrors
+        raise InvalidExamples(
+            f"the data set {path} cannot be loaded ({brief(error)}); check its name, config and split", field=path
+        ) from error
     if not isinstance(data, datasets.Dataset):
         raise InvalidExamples(f"{path} split {split!r} is not a map-style dataset", field="split")
     wanted = [*columns.text, columns.label, *([columns.options] if columns.options else [])]

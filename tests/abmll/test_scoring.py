@@ -139,3 +139,17 @@ def test_prompt_and_longest_option_must_fit_the_context() -> None:
     with pytest.raises(PromptTooLong, match=r"prompt \(3\) and longest option \(7\).*shorten the option") as caught:
         tokenize(_Letters(), template, "a", ["d", "efghij"], 8)
     assert caught.value.field == "options"
+
+
+def test_passes_are_as_large_as_they_may_be(llama: Attached) -> None:
+    options = tuple(tuple(range(10 + number, 16 + number)) for number in range(12))
+    few, many = Question((1, 2, 3), ((4,), (5,))), Question((1, 2, 3), options)
+    assert (few.packed, many.packed, many.longest) == (3, 63, 9)
+    posterior = random_posterior(llama, "kronecker", ("q_proj", "v_proj"), 1)
+    sizes: list[int] = []
+    embedding = llama.model.get_input_embeddings()
+    hook = embedding.register_forward_pre_hook(lambda _, given: sizes.append(given[0].numel()))
+    with hook:
+        score_draws(llama, posterior, [many, few, many, few, many], [0, 1], 0, max_tokens=140)
+    assert sizes
+    assert max(sizes) <= 140

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from abmll.store import StoredPosterior, load_posterior
+from abmll.store import Record, StoredPosterior, load_posterior, save_posterior
 from tests.command_line import CommandLine
 from tests.training.conftest import rule_task, write_tasks
 
@@ -115,6 +115,11 @@ def test_wrong_input_is_one_line(trained: tuple[Path, Path, str], tmp_path: Path
     data, theta, _ = trained
     out = ["--out", tmp_path / "out"]
     examples = ["--examples", data / "tasks" / "rule_4.jsonl"]
+    (tmp_path / "flat.toml").write_text("posterior = 3\n")
+    (tmp_path / "utf16.toml").write_text("steps = 3\n", encoding="utf-16")
+    (tmp_path / "wrong").mkdir()
+    (tmp_path / "wrong" / "manifest.json").write_text('{"tasks": []}', encoding="utf-16")
+    save_posterior(tmp_path / "one", load_posterior(theta).posterior, Record(task="one"), None)
     cases: dict[str, list[object]] = {
         "--part 'exam' must be": ["eval", theta, "--tasks", data, "--part", "exam"],
         "neither a manifest.json": ["eval", theta, "--tasks", tmp_path],
@@ -130,6 +135,13 @@ def test_wrong_input_is_one_line(trained: tuple[Path, Path, str], tmp_path: Path
         "greater than or equal to 0": ["bench", "--out", tmp_path / "results", "--shots", "-1"],
         "--shard-base needs several processes": ["eval", theta, "--tasks", data, "--shard-base"],
         "--jobs 2 would load the whole base model": ["eval", theta, "--tasks", data, "--shard-base", "--jobs", 2],
+        "setting posterior is 3; make it a table": ["train", "--tasks", data, "--config", tmp_path / "flat.toml", *out],
+        "cannot read settings from": ["train", "--tasks", data, "--config", tmp_path / "utf16.toml", *out],
+        "is not a split file": ["train", "--tasks", data, "--split", tmp_path / "utf16.toml", *out],
+        "manifest.json must be": ["train", "--tasks", tmp_path / "wrong", *out],
+        "setting layers": ["train", "--tasks", data, "--layers", "bottom", "--model", "/nowhere", *out],
+        "of task 'one'; give the global": ["adapt", tmp_path / "one", *examples, "--task", "a", *out],
+        "give the global one that it": ["calibrate", tmp_path / "one", "--tasks", data],
         "serve it with its own base model": ["adapt", theta, *examples, "--task", "a", "--model", "abmll-small", *out],
     }
     for message, arguments in cases.items():

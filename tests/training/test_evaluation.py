@@ -13,7 +13,7 @@ from abmll.posterior import PosteriorConfig
 from tests.training.conftest import TARGETS, rule_task
 from training.adaptation import AdaptConfig
 from training.base_model import BaseModel
-from training.evaluation import EvalConfig, TaskPredictions, calibrate, predict_tasks, score
+from training.evaluation import EvalConfig, TaskPredictions, calibrate, held_out_families, predict_tasks, score
 from training.report import grouped, markdown
 
 CONFIG = EvalConfig(shots=(0, 4), queries=10, draws=3, supports=2)
@@ -96,3 +96,14 @@ def test_the_table_has_a_row_for_each_group_and_shots(predictions: list[TaskPred
     assert [line.split("|")[1].strip() for line in lines[2:]] == [
         *(f"family_{n}" for n in range(3) for _ in range(2)), "all", "all",
     ]  # fmt: skip
+
+
+def test_of_one_family_each_task_is_held_out(predictions: list[TaskPredictions]) -> None:
+    several = [(sorted({i.task.name for i in own}), len(others)) for own, others in held_out_families(predictions)]
+    assert several == [([f"rule_{number}"], 8) for number in range(3)]
+    one = [replace(item, task=replace(item.task, family="rules")) for item in predictions]
+    assert [({i.task.name for i in own}, len(others)) for own, others in held_out_families(one)] == [
+        ({f"rule_{number}"}, 8) for number in range(3)
+    ]
+    alone = [item for item in one if item.task.name == "rule_0"]
+    assert [(own, others) for own, others in held_out_families(alone)] == [(alone, alone)]

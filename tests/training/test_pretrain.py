@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from abmll.errors import AbmllError
 from tests.training.conftest import rule_task
 from training.base.corpus import in_pretraining, unseen_items
 from training.base.pretrain import PretrainConfig, pretrain
@@ -45,6 +46,10 @@ def test_a_model_is_made_and_gone_on_with(books: Path, tmp_path: Path) -> None:
         assert "| someone/rules | CC0 | rule_0, rule_1 |" in card
         assert f"run {runs}:" in card
     assert (first / "tokenizer.json").read_text() == (second / "tokenizer.json").read_text()
+    other = Split(seed=0, families={**SPLIT.families, "family_1": "test"})
+    with pytest.raises(AbmllError, match=r"has read 1 tasks that are not among .* such as rule_1"):
+        pretrain(books, TASKS, other, tmp_path / "three", CONFIG, start=first)
+    assert not (tmp_path / "three").exists()
 
 
 def test_meta_training_is_left_the_other_half(tmp_path: Path) -> None:

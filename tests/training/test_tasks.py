@@ -112,3 +112,11 @@ def test_a_manifest_may_name_a_dataset(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps({"tasks": [entry]}))
     (task,) = load_tasks(tmp_path)
     assert (task.name, task.family, len(task.examples)) == ("n", "f", 2)
+
+
+def test_a_dataset_that_cannot_be_had_is_told(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"text": ["a b", "c d"], "label": ["x", "y"]})
+    with pytest.raises(InvalidExamples, match=r"cannot be loaded .* check its name, config and split"):
+        load_hub_task(path, DatasetColumns(["text"], "label"), split="tset")
+    with pytest.raises(InvalidExamples, match="cannot be loaded"):
+        load_hub_task(str(tmp_path / "nothing"), DatasetColumns(["text"], "label"))

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from abmll.errors import AbmllError
 from abmll.examples import Template
+from abmll.store import replace_file, replaced
 from training.base.card import model_card
 from training.base.corpus import (
     corpus_digest,
@@ -253,11 +256,25 @@ def _loss(
     return (nll * weight).sum() / weight.sum(), parts
 
 
-def _earlier_runs(start: Path | None) -> list[dict[str, Any]]:
-    record = None if start is None else start / "training.json"
-    if record is None or not record.is_file():
+def _earlier_runs(start: Path | None, chosen: Sequence[Task]) -> list[dict[str, Any]]:
+    """Runs that made the model to go on from.
+
+    Raises:
+        AbmllError: It has read tasks that are not read now: their items would pass for unread, and the card would not
+            name their licences.
+    """
+    path = None if start is None else start / "training.json"
+    if path is None or not path.is_file():
         return []
-    return json.loads(record.read_text(encoding="utf-8"))["runs"]
+    record = json.loads(path.read_text(encoding="utf-8"))
+    lacking = sorted(set(record["tasks"]) - {task.name for task in chosen})
+    if lacking:
+        raise AbmllError(
+            f"{start} has read {len(lacking)} tasks that are not among the training families' here, such as "
+            f"{lacking[0]}; go on with tasks and a split that have them",
+            field="start",
+        )
+    return record["runs"]
 
 
 def _tokenizer(
@@ -267,7 +284,7 @@ def _tokenizer(
         return Tokenizer.from_file(str(cache))
     texts = tokenizer_texts(books, tasks, template, book_limit=config.book_limit or 1_000_000)
     tokenizer = train_tokenizer(texts, config.vocabulary)
-    tokenizer.save(str(cache))
+    replace_file(cache, tokenizer.to_str().encode())
     return tokenizer
 
 
@@ -287,7 +304,9 @@ def _embedding(
     extra = [np.asarray(encoding.ids, dtype=np.uint16) for encoding in encoded]
     counts = cooccurrence(np.concatenate([books, *extra]), config.vocabulary, config.window)
     embedding = ppmi_embedding(counts, config.width, seed=config.seed)
-    torch.save(embedding, cache)
+    written = BytesIO()
+    torch.save(embedding, written)
+    replace_file(cache, written.getvalue())
     return embedding
 
 
@@ -328,6 +347,7 @@ def pretrain(
     """
     template = Template()
     chosen = pretraining_tasks(tasks, split)
+    earlier = _earlier_runs(start, chosen)
     read = keep_items(chosen, in_pretraining)
     work = out.with_name(out.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
@@ -406,9 +426,10 @@ def pretrain(
                 log.append(row)
             if elapsed > snapshot * SNAPSHOT_SECONDS:
                 snapshot += 1
-                _save(model, tokenizer, config, work / "snapshot")
+                with replaced(work / "snapshot") as snapshot_folder:
+                    _save(model, tokenizer, config, snapshot_folder)
     _save(model, tokenizer, config, out)
-    runs = [*_earlier_runs(start), {"config": config.model_dump(), "log": log}]
+    runs = [*earlier, {"config": config.model_dump(), "log": log}]
     record = {"tasks": [task.name for task in chosen], "runs": runs}
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -69,7 +69,7 @@ def bench_command(
     from training.benchmark.world import World
     from training.embedded import resolve
     from training.progress import track
-    from training.settings import checked, numbers
+    from training.settings import SEED_LIMIT, checked, numbers
 
     own = [name for name in (*QUICK, "seeds") if quick and is_typed(ctx, name)]
     if own:
@@ -85,13 +85,16 @@ def bench_command(
     config: BenchConfig = checked(BenchConfig, values | (QUICK if quick else {}))
     results = _results_in(out)
     wanted = (0,) if quick else numbers(seeds, "seeds")
+    if not all(0 <= seed < SEED_LIMIT for seed in wanted):
+        raise AbmllError(f"--seeds {seeds} must be whole numbers from 0 to {SEED_LIMIT - 1}", field="seeds")
     world = World() if tasks is None else None
     if world is not None:
         parts = {seed: _generated(world, config, seed) for seed in wanted}
     else:
         parts = _real(tasks, resolve(model), config, wanted)
+    chosen = compared(world, methods, betas, layers)
     rows = run(
-        compared(world, methods, betas, layers),
+        chosen,
         parts,
         resolve(model),
         config,
@@ -107,7 +110,7 @@ def bench_command(
         typer.echo(text)
     pictures = draw_all(rows, out)
     if betas is not None:
-        pictures.append(against_beta(rows, out))
+        pictures.append(against_beta(rows, [method.name for method in chosen], out))
     if as_json:
         files = {"report": out / "report.md", "pictures": pictures}
         print_json(files | {"settings": config, "rows": _measures(rows)})
@@ -196,7 +199,7 @@ def _real(tasks: Path | None, model: str, config: BenchConfig, seeds: tuple[int,
 
 def _report(rows: list[dict[str, Any]], config: BenchConfig) -> str:
     from training.benchmark.catalogue import OURS
-    from training.benchmark.report import BOUND, cost_table, names, ood_table, paired_table, quality_table
+    from training.benchmark.report import baselines_of, cost_table, names, ood_table, paired_table, quality_table
 
     present = names(rows)
     ours = [name for name in OURS if name in present]
@@ -207,7 +210,7 @@ def _report(rows: list[dict[str, Any]], config: BenchConfig) -> str:
         for shots in config.shots:
             kind = "calibrated on the validation tasks" if calibrated else "not calibrated"
             parts.append(f"## {shots} shots, {kind}\n\n{quality_table(rows, shots, calibrated)}\n")
-            if calibrated and ours and set(present) - set(ours) - {BOUND}:
+            if calibrated and ours and baselines_of(rows):
                 parts.append(f"Paired differences, below 0 is better:\n\n{paired_table(rows, shots, True, ours)}\n")
     parts.append(f"## Out of distribution, calibrated\n\n{ood_table(rows)}\n")
     parts.append(f"## Cost\n\n{cost_table(rows)}\n")

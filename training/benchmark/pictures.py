@@ -10,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from torch import Tensor
 
+from abmll import metrics
 from abmll.metrics import calibration_bins, expected_calibration_error
 from training.benchmark.report import BOUND, Row, names, pooled_answers, select
 
@@ -109,9 +110,8 @@ def risk_coverage(rows: Sequence[Row], folder: Path) -> Path:
     axis.set_title(f"after {shots} examples", fontsize=10)
     for method in methods:
         confidence, correct = pooled_answers(select(chosen, method=method))
-        error = 1 - correct[confidence.argsort(descending=True)].double().numpy()
-        covered = np.arange(1, len(error) + 1)
-        axis.plot(covered / len(error), error.cumsum() / covered, **_line(method, colours))
+        risk = metrics.risk_coverage(confidence, correct)
+        axis.plot(np.linspace(1 / len(risk), 1, len(risk)), risk, **_line(method, colours))
     axis.set_xlabel("coverage: share of answers kept, the surest first")
     axis.set_ylabel("risk: error rate among them")
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -169,14 +169,15 @@ def against_draws(rows: Sequence[Row], folder: Path) -> Path:
     return _save(figure, folder, "ece-against-draws")
 
 
-def against_beta(rows: Sequence[Row], folder: Path) -> Path:
+def against_beta(rows: Sequence[Row], methods: Sequence[str], folder: Path) -> Path:
     """Accuracy, ECE and NLL against the weight of KL, with KL in nats per data point; calibrated.
 
     Args:
-        rows: Of an ablation: each row's settings name its ``beta``.
+        rows: The results.
+        methods: Those of the ablation, whose rows' settings name their ``beta``.
         folder: Where to draw.
     """
-    chosen = [row for row in select(rows, calibrated=True) if "kl_nats" in row]
+    chosen = [row for row in select(rows, calibrated=True) if row["method"] in methods]
     betas = sorted({row["settings"]["beta"] for row in chosen})
     panels: list[tuple[str, Callable[[Sequence[Row]], float]]] = [
         ("accuracy", _mean("accuracy")),

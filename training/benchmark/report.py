@@ -40,6 +40,11 @@ def names(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row["method"] for row in rows))
 
 
+def baselines_of(rows: Sequence[Row]) -> list[str]:
+    """Methods that ABMLL is compared with: neither variants of it, nor the exact predictive."""
+    return [name for name in names(rows) if not name.startswith("abmll") and name != BOUND]
+
+
 def _task_names(rows: Sequence[Row]) -> list[str]:
     """The task of each row, which may be in several seeds."""
     return [row["task"] for row in rows]
@@ -49,7 +54,8 @@ def _mean(rows: Sequence[Row], measure: str) -> tuple[float, float, float]:
     return bootstrap([row.get(measure, math.nan) for row in rows], _task_names(rows))
 
 
-def _interval(value: tuple[float, float, float]) -> str:
+def interval_text(value: tuple[float, float, float]) -> str:
+    """A value with the interval around it, as tables have it."""
     mean, low, high = value
     return "–" if math.isnan(mean) else f"{mean:.3f} ({low:.3f} to {high:.3f})"
 
@@ -65,8 +71,8 @@ def quality_table(rows: Sequence[Row], shots: int, calibrated: bool) -> str:
     lines: list[list[str]] = []
     for method in names(chosen):
         own = select(chosen, method=method)
-        cells = [_interval(pooled_interval(answers(own), measure, _task_names(own))) for measure in POOLED.values()]
-        cells += [_interval(_mean(own, name)) for name in means]
+        cells = [interval_text(pooled_interval(answers(own), measure, _task_names(own))) for measure in POOLED.values()]
+        cells += [interval_text(_mean(own, name)) for name in means]
         lines.append([method, *cells])
     return table(heads, lines)
 
@@ -78,7 +84,7 @@ def paired_table(rows: Sequence[Row], shots: int, calibrated: bool, ours: Sequen
     """
     chosen = select(rows, shots=shots, calibrated=calibrated)
     means = [name for name in LESS_IS_BETTER if any(name in row for row in chosen)]
-    baselines = [name for name in names(chosen) if name not in ours and name != BOUND]
+    baselines = baselines_of(chosen)
     lines: list[list[str]] = []
     for measure in means:
         sign = 1 if LESS_IS_BETTER[measure] else -1
@@ -89,7 +95,7 @@ def paired_table(rows: Sequence[Row], shots: int, calibrated: bool, ours: Sequen
 
         best = min(baselines, key=lambda name: _last_if_nan(bootstrap(list(values(name).values()))[0]))
         theirs = values(best)
-        cells = [_interval(_difference(values(name), theirs)) for name in ours]
+        cells = [interval_text(_difference(values(name), theirs)) for name in ours]
         lines.append([measure.replace("_", " "), best, *cells])
     return table(["measure", "best baseline", *ours], lines)
 
@@ -115,7 +121,7 @@ def ood_table(rows: Sequence[Row]) -> str:
     lines: list[list[str]] = []
     for method in names(chosen):
         own = select(chosen, method=method)
-        cells = [_interval(_mean(own, name)) for name in present]
+        cells = [interval_text(_mean(own, name)) for name in present]
         lines.append([method, *cells])
     return table(heads, lines)
 

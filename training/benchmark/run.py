@@ -371,7 +371,7 @@ class _Processes:
 def _peak_memory(device: str) -> int:
     """Peak memory of this process so far in MiB: the GPU's where it runs on one, else what is resident."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() >> 20
+        return torch.cuda.max_memory_allocated(device) >> 20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 

@@ -38,11 +38,13 @@ from abmll.text_calibration import JudgedTexts, fit_texts, text_logits
 from training.adaptation import AdaptConfig
 from training.base_model import BaseModel as Base
 from training.base_model import load_base
+from training.benchmark.measures import bootstrap, pooled_interval
 from training.benchmark.pictures import reliability_panels
+from training.benchmark.report import interval_text
 from training.benchmark.world import OPTIONS, World
 from training.decoded_texts import MAX_TOKENS, decode_texts
 from training.embedded import NAME, POSTERIOR, resolve
-from training.evaluation import EvalConfig, each_task, family_weights, mean_of_known, support_and_query
+from training.evaluation import EvalConfig, each_task, family_weights, support_and_query
 from training.progress import track
 from training.report import table
 from training.splits import Split
@@ -275,10 +277,10 @@ def markdown(rows: Sequence[dict[str, Any]], resamples: int = 2000) -> str:
         lines.append(
             [
                 name,
-                interval(of, lambda some: mean_of_known([row["auroc"] for row in some])),
-                interval(of, lambda some: mean_of_known([row["prr"] for row in some])),
+                interval_text(bootstrap([row["auroc"] for row in of], samples=resamples)),
+                interval_text(bootstrap([row["prr"] for row in of], samples=resamples)),
                 interval(of, lambda some: metrics.confidence_auroc(*_together(some))),
-                interval(of, lambda some: metrics.expected_calibration_error(*_together(some))),
+                interval_text(pooled_interval([_together([row]) for row in of])),
                 interval(of, _log_loss),
             ]
         )

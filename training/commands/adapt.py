@@ -33,7 +33,7 @@ def adapt_command(
 ) -> None:
     """Adapt a global posterior to a task from labelled examples."""
     from abmll.names import check_name
-    from abmll.store import Record, check_replaceable, load_posterior, save_posterior
+    from abmll.store import Record, check_replaceable, load_global, save_posterior
     from training.adaptation import AdaptConfig
     from training.progress import silent, track
     from training.task_calibration import adapt_and_calibrate
@@ -42,7 +42,7 @@ def adapt_command(
     check_name(task)
     check_replaceable(out, task)
     support = read_examples(examples)
-    stored = load_posterior(posterior)
+    stored = load_global(posterior)
     inner = AdaptConfig.from_record(stored.record.training)
     if steps is not None:
         inner = checked(AdaptConfig, inner.with_steps(steps).model_dump())

@@ -11,7 +11,7 @@ from training.commands.document import print_json
 from training.commands.opening import join_ranks, open_base
 from training.commands.options import Device, Dtype, Jobs, Json, Model, ShardBase, Tasks
 from training.commands.parts import tasks_of_part, tell_of_small, within_context
-from training.settings import checked, numbers
+from training.settings import SEED_LIMIT, checked, numbers
 
 
 def calibrate_command(
@@ -23,7 +23,7 @@ def calibrate_command(
     draws: Annotated[int, typer.Option(help="Draws.")] = 8,
     queries: Annotated[int, typer.Option(help="Items predicted in each task, at most.")] = 100,
     supports: Annotated[int, typer.Option(help="Support sets of each task and number of shots.")] = 1,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEED_LIMIT - 1)] = 0,
     jobs: Jobs = 1,
     dtype: Dtype = "float32",
     device: Device = None,
@@ -31,7 +31,7 @@ def calibrate_command(
     as_json: Json = False,
 ) -> None:
     """Calibrate a global posterior anew, on validation families and tasks of the training families."""
-    from abmll.store import load_posterior, save_posterior
+    from abmll.store import load_global, save_posterior
     from training.adaptation import AdaptConfig
     from training.base.corpus import unseen_items
     from training.calibrate import calibrate_all
@@ -41,7 +41,7 @@ def calibrate_command(
     from training.splits import read_split
     from training.tasks import load_tasks
 
-    stored = load_posterior(posterior)
+    stored = load_global(posterior)
     loaded = load_tasks(tasks)
     own = {} if split is None else {"split": read_split(split).model_dump()}
     validation = tasks_of_part(loaded, split, "validation", stored)
@@ -57,6 +57,7 @@ def calibrate_command(
     progress = track if ranks.main else silent
     inner = AdaptConfig.from_record(stored.record.training)
     validation = within_context(base, theta.config.template, validation, ranks.main)
+    training = within_context(base, theta.config.template, training, ranks.main)
     tell_of_small(validation, config.shots, ranks.main)
     calibration, results, tables = calibrate_all(
         base, attached, theta, validation, training, inner, config, progress, jobs

@@ -10,7 +10,7 @@ import typer
 from training.commands.document import print_json
 from training.commands.options import ConfigFile, Device, Json, Pins, SplitFile, Tasks, typed
 from training.commands.parts import chosen_split
-from training.settings import checked, choose_device, read_toml
+from training.settings import SEED_LIMIT, checked, choose_device, read_toml
 
 
 def pretrain_command(
@@ -19,7 +19,7 @@ def pretrain_command(
     tasks: Tasks,
     out: Annotated[Path, typer.Option(help="Model folder to make.")],
     split: SplitFile = None,
-    seed: Annotated[int, typer.Option(help="Seed of the split and of training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEED_LIMIT - 1, help="Seed of the split and of training.")] = 0,
     pin: Pins = None,
     minutes: Annotated[float, typer.Option(help="Wall-clock budget.")] = 60.0,
     start: Annotated[Path | None, typer.Option(help="Go on from this folder, which pretrain made.")] = None,

@@ -24,7 +24,7 @@ from training.commands.options import (
     typed,
 )
 from training.commands.parts import chosen_split, tell_of_small, within_context
-from training.settings import checked, choose_device, read_toml
+from training.settings import SEED_LIMIT, checked, choose_device, pop_table, read_toml
 
 
 def train_command(
@@ -34,7 +34,7 @@ def train_command(
     model: Model = None,
     revision: Revision = None,
     split: SplitFile = None,
-    seed: Annotated[int, typer.Option(help="Seed of split and training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEED_LIMIT - 1, help="Seed of split and training.")] = 0,
     pin: Pins = None,
     family: Annotated[str, typer.Option(help="Scale family: kronecker, lowrank or subspace.")] = "kronecker",
     targets: Annotated[str, typer.Option(help="Names of the targeted modules, joined by commas.")] = "q_proj,v_proj",
@@ -79,11 +79,14 @@ def train_command(
 
     values, names = read_toml(config), tuple(targets.split(","))
     posterior_values: dict[str, Any] = {"family": family, "layers": layers, "targets": names}
-    posterior_values |= values.pop("posterior", {}) | typed(ctx, family=family, layers=layers, targets=names, rank=rank)
-    inner = family_settings(posterior_values["family"]) | values.pop("inner", {}) | typed(ctx, beta=beta)
+    posterior_values |= pop_table(values, "posterior") | typed(
+        ctx, family=family, layers=layers, targets=names, rank=rank
+    )
+    inner = family_settings(posterior_values["family"]) | pop_table(values, "inner") | typed(ctx, beta=beta)
     values = {"steps": steps, "minutes": minutes, "seed": seed} | values
     settings = checked(MetaConfig, values | typed(ctx, steps=steps, minutes=minutes, seed=seed) | {"inner": inner})
     seed = settings.seed
+    posterior_config = checked(PosteriorConfig, {"base_model": model or NAME} | posterior_values)
     evaluation = checked(EvalConfig, {"draws": calibration_draws, "seed": seed})
     check_replaceable(out, GLOBAL)
     loaded = load_tasks(tasks)
@@ -109,12 +112,11 @@ def train_command(
         gradient_checkpointing=gradient_checkpointing,
         shards=ranks.shards,
     )
-    posterior_config = checked(
-        PosteriorConfig,
-        {"base_model": model or NAME, "base_revision": base.revision} | posterior_values,
-    )
+    posterior_config = posterior_config.model_copy(update={"base_revision": base.revision})
     attached = attach(base.model, posterior_config.targets, posterior_config.layers, ranks.together, base.weights)
-    familiar = unseen_items(Path(source), chosen.select(loaded, "train"))
+    familiar = within_context(
+        base, posterior_config.template, unseen_items(Path(source), chosen.select(loaded, "train")), ranks.main
+    )
     from_books = pseudo_tasks(books, pseudo, seed) if books is not None else []
     made = [*familiar, *kind_tasks(familiar, pseudo, seed), *from_books]
     training_tasks = within_context(base, posterior_config.template, made, ranks.main)

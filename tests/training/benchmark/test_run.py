@@ -22,7 +22,7 @@ from training.benchmark.method import Budget, Learner, Load, Settings
 from training.benchmark.ood import foreign, nonsense
 from training.benchmark.pictures import against_beta, draw_all
 from training.benchmark.point import McDropout, ZeroShot
-from training.benchmark.report import cost_table, ood_table, paired_table, quality_table
+from training.benchmark.report import baselines_of, cost_table, ood_table, paired_table, quality_table
 from training.benchmark.run import BenchConfig, Parts, read_rows, run
 from training.benchmark.world import World
 
@@ -157,7 +157,12 @@ def test_an_ablation_tells_kl_and_draws_it(tiny_model_folder: Path, tmp_path: Pa
     kl = {beta: [row["kl_nats"] for row in rows if row["settings"]["beta"] == beta] for beta in (0.0, 1.0)}
     assert min(kl[0.0]) > max(kl[1.0]) > 0  # a heavy KL holds the posterior to the prior
     assert all(row["beta_kl_nats"] == pytest.approx(row["settings"]["beta"] * row["kl_nats"]) for row in rows)
-    assert against_beta(rows, tmp_path).stat().st_size > 5_000
+    methods = sorted({row["method"] for row in rows})
+    assert baselines_of(rows) == []
+    # A run before it in the same folder: its settings name no weight of KL.
+    other = rows[0] | {"method": "zero-shot", "settings": {}}
+    assert baselines_of([*rows, other]) == ["zero-shot"]
+    assert against_beta([*rows, other], methods, tmp_path).stat().st_size > 5_000
     with pytest.raises(AbmllError, match="betas must be numbers"):
         compared(None, betas="1e-3,many")
     with pytest.raises(AbmllError, match="exclude each other"):
