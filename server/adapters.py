@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from abmll.draws import draw, save_adapter
-from abmll.errors import InvalidPosterior
+from abmll.errors import EngineFailure, InvalidPosterior
 from server.engine import Served
 
 
@@ -56,7 +56,7 @@ class AdapterCache:
         self.folder, self.rank, self.dtype, self.budget = folder, rank, dtype, budget
         self.loads = self.hits = self.evictions = 0
         self._adapters: OrderedDict[str, Adapter] = OrderedDict()
-        self._making: dict[str, asyncio.Future[Adapter]] = {}
+        self._making: dict[str, asyncio.Task[None]] = {}
         self._released: set[str] = set()
         self._next = 1
 
@@ -76,6 +76,7 @@ class AdapterCache:
 
         Raises:
             InvalidPosterior: A draw is not finite.
+            EngineFailure: One cannot be written.
         """
         held: list[Adapter] = []
         try:
@@ -97,23 +98,25 @@ class AdapterCache:
     async def _get(self, served: Served, seed: int, index: int | None) -> Adapter:
         name = f"{served.key}-mean" if index is None else f"{served.key}-{seed}-{index}"
         self._released.discard(served.key)
-        while name in self._making:
-            await asyncio.wait([self._making[name]])
-        if name in self._adapters:
-            self.hits += 1
-            self._adapters.move_to_end(name)
-            return self._adapters[name]
-        future: asyncio.Future[Adapter] = asyncio.get_running_loop().create_future()
-        self._making[name] = future
+        made = False
+        while name not in self._adapters:  # what was made may have been given up before this one's turn
+            if name not in self._making:
+                made = True
+                self._making[name] = asyncio.create_task(self._make(name, served, seed, index))
+            # It goes on though whoever asked is gone: all that lies in the folder is known here.
+            await asyncio.shield(self._making[name])
+        self.hits += not made
+        self._adapters.move_to_end(name)
+        return self._adapters[name]
+
+    async def _make(self, name: str, served: Served, seed: int, index: int | None) -> None:
         number, self._next = self._next, self._next + 1
         try:
-            adapter = await asyncio.to_thread(self._write, name, number, served, seed, index)
-            self._adapters[name] = adapter
+            self._adapters[name] = await asyncio.to_thread(self._write, name, number, served, seed, index)
             self.loads += 1
-            return adapter
         finally:
-            del self._making[name]
-            future.cancel()
+            # Nobody may be left to be told of an error.
+            self._making.pop(name).add_done_callback(lambda task: task.cancelled() or task.exception())
 
     def _write(self, name: str, number: int, served: Served, seed: int, index: int | None) -> Adapter:
         factors = draw(served.posterior, seed, index)
@@ -126,9 +129,13 @@ class AdapterCache:
                     f"draws of posterior {served.key} have rank {a.shape[0]}; this server was started for {self.rank}"
                 )
         path = self.folder / f"{number}-{name}"
-        path.mkdir()  # not its parents: an engine that has been closed has no folder any more
-        save_adapter(factors, served.posterior, path, rank=self.rank, dtype=self.dtype)
-        size = sum(file.stat().st_size for file in path.iterdir())
+        try:
+            path.mkdir()  # not its parents: an engine that has been closed has no folder any more
+            save_adapter(factors, served.posterior, path, rank=self.rank, dtype=self.dtype)
+            size = sum(file.stat().st_size for file in path.iterdir())
+        except OSError as error:
+            shutil.rmtree(path, ignore_errors=True)
+            raise EngineFailure(f"a draw cannot be written to {self.folder}: {error}; free memory there") from error
         return Adapter(name, number, path, served.key, size)
 
     async def _shrink(self) -> None:

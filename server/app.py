@@ -14,11 +14,11 @@ from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from abmll.errors import EngineFailure, TaskConflict, TaskNotFound
+from abmll.errors import EngineFailure, StoreFailure, TaskConflict, TaskNotFound
 from abmll.names import GLOBAL, check_name
 from server.access import ANY, Access
 from server.body_limit import BodyLimit
-from server.errors import install
+from server.errors import Told, install
 from server.inputs import read_examples
 from server.keys import Keys
 from server.logs import Logged, audit
@@ -79,6 +79,7 @@ def create_app(settings: Settings, on_failure: Callable[[Exception], None] = lam
     # The page's scripts come from here: where nothing can be downloaded, /docs would else stay blank.
     app = FastAPIOffline(title="abmll", version=installed_version("abmll"), description=_DESCRIPTION,
                          summary="Answers with a calibrated confidence", lifespan=lifespan)  # fmt: skip
+    app.add_middleware(Told)
     app.add_middleware(BodyLimit, limit=settings.max_body)
     app.add_middleware(Measured, metrics=metrics)
     if tracing is not None:
@@ -189,7 +190,7 @@ def _add_tasks(app: FastAPI, service: Service, access: Access) -> None:
         """Lists all tasks, `global` first."""
         store, found = service.store, list[TaskSummary]()
         for name in store.names():
-            with contextlib.suppress(TaskNotFound):  # deleted meanwhile
+            with contextlib.suppress(TaskNotFound, StoreFailure):  # deleted meanwhile, or not to be read
                 found.append(summarize(name, store.versions(name), store.serving(name)))
         return found
 

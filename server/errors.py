@@ -9,7 +9,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from abmll.errors import (
     AbmllError,
@@ -83,7 +85,10 @@ def body_of(error: Exception, request: str) -> ErrorReply:
     """
     if isinstance(error, AbmllError):
         return ErrorReply(error=ErrorBody(type=type(error).__name__, message=error.message, field=error.field))
-    logger.error("%s failed", request, exc_info=error)
+    if isinstance(error, ValidationError):  # its own text has what people asked
+        logger.error("%s failed: %s", request, error.errors(include_input=False, include_url=False))
+    else:
+        logger.error("%s failed", request, exc_info=error)
     message = "the server failed on this request; its log says why"
     return ErrorReply(error=ErrorBody(type="InternalError", message=message, field=None))
 
@@ -157,10 +162,36 @@ def install(app: FastAPI) -> None:
         kind = _NAMES.get(error.status_code, "HTTPError")
         return _reply(error.status_code, kind, message, headers=dict(error.headers or {}) or None)
 
-    async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(body_of(error, _named(request)).model_dump(), 500)
-
     app.add_exception_handler(AbmllError, abmll_error)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http_error)
-    app.add_exception_handler(Exception, unexpected)
+
+
+class Told:
+    """Innermost middleware: an error that is none of ours is a reply too, which the others count, name and log.
+
+    Starlette has a place for such a handler outside of all middleware, where the request's id is not known any more.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begun = False
+
+        async def sent(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sent)
+        except Exception as error:
+            if begun:
+                raise
+            body = body_of(error, f"{scope['method']} {scope['path'][:200]}").model_dump()
+            await JSONResponse(body, 500)(scope, receive, send)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
 import os
 import secrets
 import sqlite3
@@ -125,28 +124,27 @@ class Keys:
 
     def all(self) -> list[Key]:
         """All keys, in the order of their names."""
-        return sorted((key for _, key in self._rows()), key=lambda key: key.name)
+        return sorted(self._read(), key=lambda key: key.name)
 
     def find(self, secret: str) -> Key | None:
-        """Returns the key of a secret; takes as long for each that there is.
+        """Returns the key of a secret.
 
         Raises:
             StoreFailure: The file cannot be read.
         """
         try:
-            rows = self._rows()
+            # How long the look-up takes may tell of hashes, which lead to no secret.
+            found = self._read("WHERE hash = ?", _hash(secret))
         except AbmllError as error:
             raise StoreFailure(error.message) from error
-        digest = _hash(secret)
-        found = [key for stored, key in rows if hmac.compare_digest(stored, digest)]
         return found[0] if found else None
 
-    def _rows(self) -> list[tuple[str, Key]]:
+    def _read(self, which: str = "", *values: str) -> list[Key]:
         with self._open("ro") as db:
-            rows = db.execute("SELECT hash, name, rights, rate, created FROM keys").fetchall()
+            rows = db.execute(f"SELECT name, rights, rate, created FROM keys {which}", values).fetchall()
         return [
-            (digest, Key.model_validate({"name": name, "rights": rights.split(","), "rate": rate, "created": created}))
-            for digest, name, rights, rate, created in rows
+            Key.model_validate({"name": name, "rights": rights.split(","), "rate": rate, "created": created})
+            for name, rights, rate, created in rows
         ]
 
     @contextmanager

@@ -64,4 +64,4 @@ def teller(batch: Sequence[Item]) -> Callable[[int, int, float], None] | None:
 def row_tokens(question: Question, kind: Kind) -> int:
     """Tokens of a question's row, as packed; those that are kept count for what they take of memory."""
     kept = len(kind.beginning)
-    return len(question.prompt) - kept + kept // KEPT + sum(max(0, len(option) - 1) for option in question.options)
+    return question.packed - kept + kept // KEPT

@@ -8,9 +8,10 @@ import fcntl
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from abmll.errors import AbmllError, EngineFailure, StoreFailure, TaskConflict
 from abmll.names import GLOBAL
@@ -35,6 +36,8 @@ from server.task_schemas import RecalibrationReply, ReliabilityReply
 from server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 # How often the engine is looked at, and the longest wait between attempts to start it again; in seconds.
 _LOOK_SECONDS = 0.5
@@ -118,6 +121,8 @@ class Service:
         self._writing: asyncio.Task[None] | None = None
         self._refreshing: asyncio.Task[None] | None = None
         self._recalibrating = threading.Lock()
+        # Apart from the threads that questions need: who changes the store may wait for object storage.
+        self._changers = ThreadPoolExecutor(2, thread_name_prefix="store")
         self._reference: dict[tuple[str, int, str | None], tuple[float, float, float] | None] = {}
 
     @property
@@ -191,7 +196,9 @@ class Service:
         while True:
             await asyncio.sleep(REFRESH_SECONDS)
             try:
-                await asyncio.to_thread(self.store.refresh)
+                before = time.monotonic()
+                for task, digests in (await self._changing(self.store.refresh)).items():
+                    await self._forget(task, digests, before)
                 self.up_to_date = True
             except Exception as error:
                 if self.up_to_date:
@@ -359,6 +366,9 @@ class Service:
         made = self.store.add(task, stored.posterior, calibration, record, source=stored)
         return reply.model_copy(update={"applied": made.record.version})
 
+    async def _changing(self, change: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._changers, change)
+
     async def delete(self, task: str) -> None:
         """Removes a task: its versions, what the engine keeps of them, and what was said of its answers.
 
@@ -368,7 +378,10 @@ class Service:
             StoreFailure: The disk is full or not writable.
         """
         before = time.monotonic()
-        digests = await asyncio.to_thread(self.store.delete, task)
+        await self._forget(task, await self._changing(lambda: self.store.delete(task)), before)
+
+    async def _forget(self, task: str, digests: Sequence[str], before: float) -> None:
+        """Ends what engine, measures and feedback have of a task that is gone, but for answers after ``before``."""
         self._reference = {key: value for key, value in self._reference.copy().items() if key[0] != task}
         for digest in digests:
             if self.engine is not None:
@@ -388,4 +401,5 @@ class Service:
             await self.supervisor.close()
         if self.engine is not None:
             await self.engine.close()
+        self._changers.shutdown(wait=False)
         self._lock.close()

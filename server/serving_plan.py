@@ -50,7 +50,7 @@ def plan_serving(
     slots: int,
     tokens: int,
     memory: int,
-    utilization: float = 0.9,
+    utilization: float = 0.92,
     dtype: torch.dtype = torch.bfloat16,
     parallel: int = 1,
 ) -> ServingPlan:

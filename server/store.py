@@ -107,20 +107,39 @@ class TaskStore:
         except OSError as error:
             raise AbmllError(f"cannot make the store {root}: {error}; choose another folder", field="store") from error
         self._mirror = None if objects is None else Mirror(self.tasks, objects)
+        self._seen = set[str]()
 
-    def refresh(self) -> None:
+    def refresh(self) -> dict[str, list[str]]:
         """Brings the store up to date with its object storage.
+
+        Returns:
+            Tasks that are gone since the last time, deleted elsewhere, each with the digests of its posteriors that had
+            been loaded.
 
         Raises:
             StoreFailure: It does not answer, or the disk is full or not writable.
         """
-        if self._mirror is not None:
-            with self._changing():
-                self._mirror.refresh()
+        if self._mirror is None:
+            return {}
+        with self._changing():
+            self._mirror.refresh()
+            there = set(self._folders())
+        before, self._seen = self._seen, there
+        return {name: self._unload(name) for name in before - there}
 
     def names(self) -> list[str]:
-        """All tasks that can be asked, ``global`` first."""
-        return [GLOBAL, *(name for name in self._folders() if self._numbers(name))]
+        """All tasks, ``global`` first.
+
+        Raises:
+            StoreFailure: The store cannot be read.
+        """
+        return [GLOBAL, *filter(self._exists, self._folders())]
+
+    def _exists(self, name: str) -> bool:
+        try:
+            return bool(self._numbers(name))
+        except StoreFailure:
+            return True
 
     def current(self, name: str) -> StoredPosterior:
         """Returns the newest version of a task that is not damaged.
@@ -315,10 +334,16 @@ class TaskStore:
                 if grave is not None:
                     grave.rmdir()
                 raise StoreFailure(f"task {name!r} cannot be deleted: {error}; mend the store's disk") from error
+        gone = self._unload(name)
+        shutil.rmtree(grave, ignore_errors=True)
+        return gone
+
+    def _unload(self, name: str) -> list[str]:
+        """Forgets a task that is gone; gives the digests of its posteriors that had been loaded."""
+        folder = self.tasks / name
         with self._lock:
             gone = [self._loaded.pop(key) for key in self._loaded.present() if key[0].parent == folder]
             self._damaged = {key: found for key, found in self._damaged.items() if key[0].parent != folder}
-        shutil.rmtree(grave, ignore_errors=True)
         return [version.stored.digest for version in gone if version is not None and version.stored is not None]
 
     def sweep(self) -> None:
@@ -349,13 +374,21 @@ class TaskStore:
         """Loads every task's newest version; names those that cannot be used, with the reason."""
         found: dict[str, str] = {}
         for name in self.names()[1:]:
-            newest = self.versions(name)[-1]
-            if newest.error is not None:
-                found[name] = newest.error
+            try:
+                error = self._load(name, self._known(name)[-1]).error
+            except TaskNotFound:  # deleted meanwhile
+                continue
+            except StoreFailure as failure:
+                error = failure.message
+            if error is not None:
+                found[name] = error
         return found
 
     def _folders(self) -> Sequence[str]:
-        return sorted(entry.name for entry in self.tasks.iterdir() if is_name(entry.name))
+        try:
+            return sorted(entry.name for entry in self.tasks.iterdir() if is_name(entry.name))
+        except OSError as error:
+            raise StoreFailure(f"the store cannot be read: {error}; mend its disk") from error
 
     def _folder(self, name: str, number: int) -> Path:
         return self.tasks / name / version_name(number)
@@ -363,8 +396,10 @@ class TaskStore:
     def _numbers(self, name: str) -> list[int]:
         try:
             entries = [entry.name for entry in (self.tasks / name).iterdir()]
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
+        except OSError as error:  # it is there, and nobody may take it for deleted
+            raise StoreFailure(f"task {name!r} cannot be read: {error}; mend the store's disk") from error
         return sorted(number for number in map(version_number, entries) if number is not None)
 
     def _known(self, name: str) -> list[int]:

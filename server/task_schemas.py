@@ -66,8 +66,8 @@ class TaskSummary(BaseModel):
     """A task in the list."""
 
     task: str = Field(examples=["film-reviews"])
-    status: Literal["ready", "damaged"] = Field(description="damaged: no version of it can be used.")
-    error: str | None = Field(description="What is wrong with its newest version.")
+    status: Literal["ready", "damaged"] = Field(description="damaged: no version that may answer can be used.")
+    error: str | None = Field(description="What is wrong with its newest version, or the one that it is pinned to.")
     version: int = Field(description="The version that answers; of a damaged task, the newest.", examples=[2])
     posterior: PosteriorId | None
     shots: int | None = Field(description="Labelled examples that it was adapted with.", examples=[16])

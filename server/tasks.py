@@ -15,9 +15,11 @@ def summarize(name: str, versions: Sequence[Version], serving: dict[int, float] 
     current = _answering(versions, serving)
     error = UNKNOWN_SERVING if serving == {} else versions[-1].error
     if current is None or current.stored is None:
+        pinned = [version for version in versions if version.number in (serving or {})]
+        blamed = pinned[-1] if pinned else versions[-1]
         return TaskSummary(
-            task=name, status="damaged", error=error, version=versions[-1].number, posterior=None, shots=None,
-            created=None, calibrated=False,
+            task=name, status="damaged", error=blamed.error if pinned else error, version=blamed.number, posterior=None,
+            shots=None, created=None, calibrated=False,
         )  # fmt: skip
     stored = current.stored
     return TaskSummary(

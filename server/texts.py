@@ -71,12 +71,14 @@ def until_stop(tokenizer: Any, tokens: Sequence[int], stop: Sequence[str]) -> tu
     Returns:
         The tokens up to the one that ends the stop string, the text before it, and whether there was one.
     """
-    for count in range(1, len(tokens) + 1 if stop else 0):
-        text = tokenizer.decode(tokens[:count], skip_special_tokens=True)
-        places = [place for string in stop if (place := text.find(string)) >= 0]
-        if places:
-            return list(tokens[:count]), text[: min(places)], True
-    return list(tokens), tokenizer.decode(tokens, skip_special_tokens=True), False
+    whole = tokenizer.decode(tokens, skip_special_tokens=True)
+    if any(string in whole for string in stop):  # else it would be decoded once for each of its tokens
+        for count in range(1, len(tokens) + 1):
+            text = tokenizer.decode(tokens[:count], skip_special_tokens=True)
+            places = [place for string in stop if (place := text.find(string)) >= 0]
+            if places:
+                return list(tokens[:count]), text[: min(places)], True
+    return list(tokens), whole, False
 
 
 def _one(tokenizer: Any, token: int) -> str:

@@ -348,6 +348,8 @@ class VllmEngine:
             for task in tasks:
                 task.add_done_callback(lambda task: task.cancelled() or task.exception())  # one failure is told
                 task.cancel()
+            # An adapter's folder may go only when vLLM has been told that nobody waits for it.
+            await asyncio.wait(tasks, timeout=_LOOK_SECONDS)
         clock, metrics = current_clock(), outputs[0].metrics
         if clock is not None and metrics is not None:
             clock.queued += max(0.0, getattr(metrics, "scheduled_ts", 0.0) - getattr(metrics, "queued_ts", 0.0))

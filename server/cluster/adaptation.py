@@ -141,8 +141,7 @@ class ClusterAdaptation:
         try:
             async for reference in results:
                 item: float | _Made = await reference
-                if waiting.cancel():
-                    await _persist(lambda: self.registry.begin(job))
+                waiting.cancel()
                 if isinstance(item, tuple):
                     made = item
                 else:

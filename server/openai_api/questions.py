@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from abmll.errors import InvalidRequest
 from server.openai_api.requests import MAX_CHOICES, ChatMessage, ChatRequest, CompletionRequest, OpenAIRequest
 from server.schemas import MAX_CHARACTERS, GenerateRequest
+from training.settings import SEED_LIMIT
 
 _SPEAKERS = {"system": "", "developer": "", "user": "User: ", "assistant": "Assistant: "}
 
 
 def model_of(name: str) -> tuple[str, int | None]:
     """Splits a model's name into task and version: ``films:2`` into ("films", 2)."""
-    found = re.fullmatch(r"(.+):([0-9]{1,9})", name)
+    found = re.fullmatch(r"(.+):0*([1-9][0-9]{0,8})", name)
     return (name, None) if found is None else (found[1], int(found[2]))
 
 
@@ -45,7 +46,7 @@ def questions_of(request: CompletionRequest | ChatRequest) -> list[GenerateReque
             options=request.options,
             draws=request.draws,
             tolerance=request.tolerance,
-            seed=seed + choice,
+            seed=(seed + choice) % SEED_LIMIT,
             abstain_below=request.abstain_below,
             target_risk=request.target_risk,
             max_tokens=request.most_tokens,
@@ -75,10 +76,9 @@ def chat_prompt(messages: Sequence[ChatMessage]) -> str:
     """
     if messages[-1].role != "user":
         raise InvalidRequest(f"the last message is the {messages[-1].role}'s; end with a user's", field="messages")
-    if len(messages) == 1:
-        return messages[0].text
     lines = [f"{_SPEAKERS[message.role]}{message.text}" for message in messages]
-    prompt = "\n".join([*lines, _SPEAKERS["assistant"].rstrip()])
+    one = len(messages) == 1
+    prompt = messages[0].text if one else "\n".join([*lines, _SPEAKERS["assistant"].rstrip()])
     if len(prompt) > MAX_CHARACTERS:
         raise InvalidRequest(f"messages have {len(prompt)} characters; at most {MAX_CHARACTERS}", field="messages")
     return prompt

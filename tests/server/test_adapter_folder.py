@@ -6,17 +6,25 @@ import asyncio
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from abmll.draws import save_adapter
+from abmll.errors import EngineFailure
+from server import adapters
 from server.adapter_folder import AdapterFolder
 from server.adapters import AdapterCache
 from server.engine import Served
 from tests.server.conftest import random_posterior
 
 MAKE = """
+from abmll.draws import save_adapter
+from abmll.errors import EngineFailure
+from server import adapters
 from server.adapter_folder import AdapterFolder
 folder = AdapterFolder()
 (folder.path / "draw").mkdir()
@@ -67,6 +75,46 @@ def test_a_draw_that_comes_after_the_end_is_not_written(
     folder.remove()
     folder.remove()
     cache = AdapterCache(folder.path, 8, torch.float32, 1 << 20)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(EngineFailure, match="cannot be written"):
+        asyncio.run(ask())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_draw_whose_asker_is_gone_is_kept_count_of(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = AdapterCache(tmp_path, 8, torch.float32, 1 << 20)
+    posterior = Served("key", random_posterior(tiny_model_folder, 1))
+    writing, go_on = threading.Event(), threading.Event()
+
+    def slowly(*given: Any, **named: Any) -> None:
+        save_adapter(*given, **named)
+        writing.set()
+        go_on.wait(10)
+
+    monkeypatch.setattr(adapters, "save_adapter", slowly)
+
+    async def ask() -> None:
+        async with cache.holding(posterior, 0, [0]):
+            pass
+
+    async def leave() -> None:
+        asking = asyncio.create_task(ask())
+        await asyncio.to_thread(writing.wait, 10)
+        asking.cancel()
+        await asyncio.wait([asking])
+        go_on.set()
+        await ask()
+        assert (len(cache), cache.loads, len(list(tmp_path.iterdir()))) == (1, 1, 1)
+        await cache.release("key")
+        assert (len(cache), list(tmp_path.iterdir())) == (0, [])
+
+    asyncio.run(leave())
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(adapters, "save_adapter", full)
+    with pytest.raises(EngineFailure, match="No space left"):
         asyncio.run(ask())
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import random
 import signal
@@ -219,3 +220,18 @@ def test_a_stop_in_the_middle_of_vllms_start_is_quick_and_leaves_nothing(start_s
     assert server.stop() == 0
     assert time.monotonic() - begun < 15
     wait_for(lambda: not any(process.is_running() for process in started))
+
+
+def test_deletions_that_wait_for_the_store_hold_no_answer_up(
+    start_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    server = start_server(tmp_path / "store")
+    assert server.wait_job(adapt(server, "films", steps=1)["job"])["status"] == "done"
+    with (tmp_path / "store" / ".adding").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as who waits for object storage does
+        for _ in range(40):  # more than any pool of threads has
+            with pytest.raises(httpx.ReadTimeout):
+                server.http.delete("/tasks/films", timeout=0.1)
+        for _ in range(3):
+            assert server.http.post("/generate", json=QUESTION, timeout=10).status_code == 200
+    wait_for(lambda: server.http.get("/tasks/films").status_code == 404)

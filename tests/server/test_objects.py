@@ -95,9 +95,12 @@ def test_what_one_store_does_the_others_do_too(
     assert other.serving("t") is None
     third = other.add("t", random_posterior(tiny_model_folder, 3), None, record("t"))
     assert third.record.version == 3
+    other.current("t")
     one.delete("t")
     assert Objects(place).listing().versions == {}
-    other.refresh()
+    (gone,) = other.refresh().items()
+    assert (gone[0], set(gone[1])) == ("t", {made[0].digest, made[1].digest, third.digest})
+    assert other.refresh() == {}
     assert other.names() == ["global"]
     with pytest.raises(TaskNotFound):
         other.current("t")

@@ -14,9 +14,11 @@ from pydantic import SecretStr
 
 from tests.server.conftest import Server
 from tests.server.test_http import QUESTION, adapt
+from training.settings import SEED_LIMIT
 
 OPTIONS: Any = QUESTION["options"]
 ASKED: list[Any] = [{"role": "user", "content": QUESTION["prompt"]}]
+LONG: list[Any] = [{"role": "user", "content": 2 * [{"type": "text", "text": "a" * 150_000}]}]
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +178,7 @@ def test_a_conversation_is_one_question_of_lines(client: openai.OpenAI, server: 
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "text alone"),
         ({"extra_body": {"nonsense": 1}}, "nonsense: unknown field"),
         ({"extra_body": {"options": ["one"]}}, "options"),
+        ({"messages": LONG}, "300000 characters"),
     ],
 )
 def test_what_it_has_not_is_refused_with_what_would_be_right(
@@ -195,6 +198,15 @@ def test_an_unknown_model_and_token_ids_are_told(client: openai.OpenAI) -> None:
         }  # fmt: skip
     with pytest.raises(openai.UnprocessableEntityError, match="not token ids"):
         client.completions.create(model="global", prompt=[1, 2, 3])
+    with pytest.raises(openai.NotFoundError, match="global:0"):
+        client.chat.completions.create(model="global:0", messages=ASKED)
+
+
+def test_the_last_seed_has_choices_too(client: openai.OpenAI) -> None:
+    reply = client.completions.create(
+        model="global", prompt="a film", n=2, temperature=1, seed=SEED_LIMIT - 1, max_tokens=2
+    )
+    assert len(reply.choices) == 2
 
 
 def test_langchain_asks_and_streams(client: openai.OpenAI, server: Server) -> None:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
-from abmll.errors import InvalidPosterior, InvalidRequest, TaskConflict, TaskNotFound
+from abmll.errors import InvalidPosterior, InvalidRequest, StoreFailure, TaskConflict, TaskNotFound
 from abmll.examples import Example
 from abmll.names import check_name
 from abmll.posterior import Posterior
 from abmll.store import Record, StoredPosterior
+from server.errors import Told, install
 from server.jobs import ATTEMPTS, JobCancelled, JobRegistry
+from server.logs import Logged
 from server.store import TaskStore
+from server.task_schemas import AdaptRequest
+from server.tasks import summarize
 from tests.server.conftest import random_posterior
 
 
@@ -241,3 +249,72 @@ def test_a_job_that_is_being_saved_locks_nothing_and_cannot_be_cancelled(registr
 
     registry.complete(job.id, save)
     assert registry.get(job.id).status == "done"
+
+
+def test_a_task_or_store_whose_disk_fails_is_not_taken_for_deleted(
+    tiny_model_folder: Path,
+    global_posterior: tuple[Path, StoredPosterior],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = TaskStore(tmp_path, global_posterior[1])
+    store.add("t", random_posterior(tiny_model_folder, 1), None, record)
+    iterdir = Path.iterdir
+
+    def failing(path: Path) -> Any:
+        if path.name == "t":
+            raise OSError(116, "Stale file handle")
+        return iterdir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", failing)
+        _check_unreadable(store)
+    shutil.move(tmp_path / "tasks", tmp_path / "away")
+    for ask in (store.names, lambda: store.choose("t", None, 0.0)):
+        with pytest.raises(StoreFailure, match="cannot be read"):
+            ask()
+    assert store.choose("global", None, 0.0) == global_posterior[1]
+
+
+def _check_unreadable(store: TaskStore) -> None:
+    assert store.names() == ["global", "t"]
+    with pytest.raises(StoreFailure, match="task 't' cannot be read"):
+        store.choose("t", None, 0.0)
+    assert "cannot be read" in store.damaged()["t"]
+
+
+def test_a_task_pinned_to_a_damaged_version_says_what_is_wrong_with_it(
+    tiny_model_folder: Path, global_posterior: tuple[Path, StoredPosterior], tmp_path: Path
+) -> None:
+    store = TaskStore(tmp_path, global_posterior[1])
+    for seed in (1, 2):
+        store.add("t", random_posterior(tiny_model_folder, seed), None, record)
+    store.serve("t", {1: 1.0})
+    (tmp_path / "tasks" / "t" / "v0001" / "posterior.json").write_text("{}")
+    store = TaskStore(tmp_path, global_posterior[1])
+    told = summarize("t", store.versions("t"), store.serving("t"))
+    assert (told.status, told.version) == ("damaged", 1)
+    assert "damaged" in (told.error or "")
+
+
+def test_an_error_of_our_own_is_a_reply_with_the_requests_id_and_without_the_question(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app = FastAPI()
+    app.add_middleware(Told)
+    app.add_middleware(Logged)
+    install(app)
+
+    @app.get("/broken")
+    def broken(wrong: bool = False) -> None:  # pyright: ignore[reportUnusedFunction] -- a route
+        if wrong:
+            AdaptRequest.model_validate({"task": 7, "examples": "the secret question"})
+        raise RuntimeError("a bug")
+
+    with TestClient(app) as client:
+        for query in ("", "?wrong=true"):
+            reply = client.get(f"/broken{query}")
+            assert (reply.status_code, reply.json()["error"]["type"]) == (500, "InternalError")
+            assert len(reply.headers["X-Request-ID"]) == 16
+    assert "a bug" in caplog.text
+    assert "secret" not in caplog.text

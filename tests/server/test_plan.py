@@ -151,7 +151,7 @@ def test_a_draw_and_the_weights_take_what_was_planned(tmp_path: Path) -> None:
     assert plan.weights == sum(p.nbytes for p in base.model.parameters())
     cache = base.model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
     assert plan.kv_token == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // 3
-    assert plan.kv_tokens == (int(0.9 * 2**30) - plan.weights - plan.slots) // plan.kv_token
+    assert plan.kv_tokens == (int(0.92 * 2**30) - plan.weights - plan.slots) // plan.kv_token
     assert plan.questions == plan.kv_tokens // (64 * 8)
 
 

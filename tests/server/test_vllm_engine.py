@@ -314,3 +314,37 @@ def test_a_dead_engine_fails_its_requests_at_once_and_says_so(
     assert time.monotonic() - begin < 30
     assert not engine.state().healthy
     loop.run(engine.close())
+
+
+def test_a_question_that_is_given_up_keeps_its_adapters_until_vllm_knows(
+    loop: Loop,
+    engine: VllmEngine,
+    reference: tuple[BaseModel, Attached],
+    tiny_model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    posterior = served(random_posterior(tiny_model_folder, 31))
+    question = questions(reference[0], posterior.posterior)[1]
+    llm, cache = engine._llm, engine._adapters  # pyright: ignore[reportPrivateUsage]
+    told: list[bool] = []
+    abort = llm.abort
+
+    async def aborted(*given: Any, **named: Any) -> None:
+        await asyncio.sleep(0.05)
+        told.append(any(path.name.split("-", 1)[1].startswith(posterior.key) for path in cache.folder.iterdir()))
+        await abort(*given, **named)
+
+    async def leave() -> None:
+        monkeypatch.setattr(llm, "abort", aborted)
+        monkeypatch.setattr(cache, "budget", 0)
+        asking = asyncio.create_task(engine.score(posterior, question, range(3), 0))
+        while not engine._waiting:  # pyright: ignore[reportPrivateUsage]
+            await asyncio.sleep(0.001)
+        asking.cancel()
+        await asyncio.wait([asking])
+        assert asking.cancelled()
+
+    loop.run(leave())
+    assert told
+    assert all(told)
+    assert not [path for path in cache.folder.iterdir() if posterior.key in path.name]
