@@ -191,7 +191,7 @@ def _add_tasks(app: FastAPI, service: Service, access: Access) -> None:
         store, found = service.store, list[TaskSummary]()
         for name in store.names():
             with contextlib.suppress(TaskNotFound, StoreFailure):  # deleted meanwhile, or not to be read
-                found.append(summarize(name, store.versions(name), store.serving(name)))
+                found.append(summarize(name, store.answering(name), store.serving(name)))
         return found
 
     @app.get(

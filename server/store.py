@@ -169,6 +169,24 @@ class TaskStore:
             return [Version(self.global_posterior.record.version, self.global_posterior, None)]
         return [self._load(name, number) for number in self._known(name)]
 
+    def answering(self, name: str) -> list[Version]:
+        """The versions of a task that may answer, and the newest, oldest first; the weights of no others are read.
+
+        Raises:
+            TaskNotFound: There is no such task.
+        """
+        if name == GLOBAL:
+            return self.versions(name)
+        known, shares = self._known(name), self._shares(name)
+        if shares is not None:
+            return [self._load(name, number) for number in known if number in shares or number == known[-1]]
+        found: list[Version] = []
+        for number in reversed(known):
+            found.insert(0, self._load(name, number))
+            if found[0].stored is not None:
+                break
+        return found
+
     def choose(self, name: str, version: int | None, lot: float) -> StoredPosterior:
         """Returns the version that answers a question.
 

@@ -147,7 +147,8 @@ def test_passes_are_as_large_as_they_may_be(llama: Attached) -> None:
     assert (few.packed, many.packed, many.longest) == (3, 63, 9)
     posterior = random_posterior(llama, "kronecker", ("q_proj", "v_proj"), 1)
     sizes: list[int] = []
-    embedding = llama.model.get_input_embeddings()
+    model: Any = llama.model
+    embedding = model.get_input_embeddings()
     hook = embedding.register_forward_pre_hook(lambda _, given: sizes.append(given[0].numel()))
     with hook:
         score_draws(llama, posterior, [many, few, many, few, many], [0, 1], 0, max_tokens=140)

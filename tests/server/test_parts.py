@@ -318,3 +318,28 @@ def test_an_error_of_our_own_is_a_reply_with_the_requests_id_and_without_the_que
             assert len(reply.headers["X-Request-ID"]) == 16
     assert "a bug" in caplog.text
     assert "secret" not in caplog.text
+
+
+def test_a_list_reads_only_what_may_answer(
+    tiny_model_folder: Path, global_posterior: tuple[Path, StoredPosterior], tmp_path: Path
+) -> None:
+    made = TaskStore(tmp_path, global_posterior[1])
+    for seed in range(4):
+        made.add("t", random_posterior(tiny_model_folder, seed), None, record)
+
+    def told() -> tuple[Any, list[int], int]:
+        store = TaskStore(tmp_path, global_posterior[1])
+        read = store.answering("t")
+        summary = summarize("t", read, store.serving("t"))
+        assert summary == summarize("t", made.versions("t"), made.serving("t"))
+        return summary.version, [version.number for version in read], len(store._loaded)  # pyright: ignore[reportPrivateUsage]
+
+    assert told() == (4, [4], 1)
+    made.serve("t", {2: 1.0})
+    assert told() == (2, [2, 4], 2)
+    made.serve("t", None)
+    (tmp_path / "tasks" / "t" / "v0004" / "posterior.json").write_text("{}")
+    assert told() == (3, [3, 4], 1)
+    store = TaskStore(tmp_path, global_posterior[1])
+    assert list(store.damaged()) == ["t"]
+    assert len(store._loaded) == 0  # pyright: ignore[reportPrivateUsage]

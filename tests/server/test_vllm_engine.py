@@ -282,40 +282,6 @@ def test_tokens_are_told_as_they_come_with_their_probability_while_options_are_s
     assert sum(log_prob for _, log_prob in told) == pytest.approx(whole, abs=1e-3)
 
 
-def test_a_dead_engine_fails_its_requests_at_once_and_says_so(
-    loop: Loop, engine: VllmEngine, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The last here: it kills what the others ask, as another engine would be half a minute's start."""
-    posterior = random_posterior(tiny_model_folder, 1)
-    question = Question((1, 2, 3), ((4,), (5,)))
-    loop.run(engine.score(served(posterior), question, range(2), 0))
-
-    async def forgotten(*_: Any, **__: Any) -> AsyncIterator[Any]:
-        """What vLLM does with a request that it takes in while its engine dies."""
-        await asyncio.Event().wait()
-        yield
-
-    async def ask() -> Tensor:
-        return await engine.score(served(posterior), question, range(2), 0)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(engine._llm, "generate", forgotten)  # pyright: ignore[reportPrivateUsage]
-        waiting = asyncio.run_coroutine_threadsafe(ask(), loop.loop)
-        with pytest.raises(TimeoutError):
-            waiting.result(3)  # a living engine may take its time
-    for process in processes_below(os.getpid(), "VLLM::"):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    begin = time.monotonic()
-    with pytest.raises(EngineFailure):
-        loop.run(engine.score(served(posterior), question, range(2, 4), 0))
-    with pytest.raises(EngineFailure):
-        waiting.result(30)
-    assert time.monotonic() - begin < 30
-    assert not engine.state().healthy
-    loop.run(engine.close())
-
-
 def test_a_question_that_is_given_up_keeps_its_adapters_until_vllm_knows(
     loop: Loop,
     engine: VllmEngine,
@@ -348,3 +314,37 @@ def test_a_question_that_is_given_up_keeps_its_adapters_until_vllm_knows(
     assert told
     assert all(told)
     assert not [path for path in cache.folder.iterdir() if posterior.key in path.name]
+
+
+def test_a_dead_engine_fails_its_requests_at_once_and_says_so(
+    loop: Loop, engine: VllmEngine, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last here: it kills what the others ask, as another engine would be half a minute's start."""
+    posterior = random_posterior(tiny_model_folder, 1)
+    question = Question((1, 2, 3), ((4,), (5,)))
+    loop.run(engine.score(served(posterior), question, range(2), 0))
+
+    async def forgotten(*_: Any, **__: Any) -> AsyncIterator[Any]:
+        """What vLLM does with a request that it takes in while its engine dies."""
+        await asyncio.Event().wait()
+        yield
+
+    async def ask() -> Tensor:
+        return await engine.score(served(posterior), question, range(2), 0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._llm, "generate", forgotten)  # pyright: ignore[reportPrivateUsage]
+        waiting = asyncio.run_coroutine_threadsafe(ask(), loop.loop)
+        with pytest.raises(TimeoutError):
+            waiting.result(3)  # a living engine may take its time
+    for process in processes_below(os.getpid(), "VLLM::"):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    begin = time.monotonic()
+    with pytest.raises(EngineFailure):
+        loop.run(engine.score(served(posterior), question, range(2, 4), 0))
+    with pytest.raises(EngineFailure):
+        waiting.result(30)
+    assert time.monotonic() - begin < 30
+    assert not engine.state().healthy
+    loop.run(engine.close())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -184,3 +185,19 @@ def assert_close(found: StoredPosterior, expected: StoredPosterior) -> None:
     assert found.posterior.config == expected.posterior.config
     for key, tensor in expected.posterior.tensors().items():
         torch.testing.assert_close(found.posterior.tensors()[key], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_calibration_leaves_out_what_the_model_cannot_read(
+    trained: tuple[Path, Path, str], tmp_path: Path, abmll: CommandLine
+) -> None:
+    data, theta = tmp_path / "data", tmp_path / "theta"
+    shutil.copytree(trained[0], data)
+    shutil.copytree(trained[1], theta)
+    long = {"input": " ".join("abcdefghij" * 48), "options": ["yes", "no"], "answer": 0}
+    for number in range(3):  # of training families
+        path = data / "tasks" / f"rule_{number}.jsonl"
+        path.write_text("".join(json.dumps(long) + "\n" for _ in range(40)) + path.read_text())
+    ran = abmll("calibrate", theta, "--tasks", data, "--shots", "0", "--draws", 2, "--queries", 10)
+    assert ran.code == 0, ran
+    assert "task rule_0: 40 of 80 items left out, the first is number 1" in ran.err

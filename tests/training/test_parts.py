@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from abmll.decoding import decode, end_tokens, until_end
 from abmll.errors import AbmllError
 from abmll.examples import Example, Template
+from abmll.sampling import Sampling
 from tests.command_line import CommandLine
 from tests.training.conftest import rule_task, write_tasks
-from training.base_model import BaseModel
+from training.base_model import BaseModel, load_base
 from training.commands.parts import chosen_split, tell_of_small, within_context
 from training.embedded import POSTERIOR
 from training.episodes import label
@@ -70,3 +74,21 @@ def test_a_folder_of_other_things_is_not_replaced(abmll: CommandLine, tmp_path: 
     tasks = write_tasks(tmp_path / "tasks", TASKS)
     assert "holds no posterior" in abmll("train", "--tasks", tasks, "--out", tmp_path, "--steps", 1).refusal
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_decoding_takes_no_advice_of_the_models_maker_but_where_a_text_ends(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_folder, folder)
+    advice = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "do_sample": True, "temperature": 0.1, "top_k": 3}
+    (folder / "generation_config.json").write_text(json.dumps(advice | {"eos_token_id": [0, 7]}))
+    advised, plain = load_base(str(folder)), load_base(str(tiny_model_folder))
+    assert end_tokens(advised.model, advised.tokenizer) == [0, 7]
+    prompts = [[40, 41, 42], [50, 51, 50, 51]]
+    for sampling in (Sampling(12), Sampling(12, temperature=1.0, seed=3)):
+        texts = [
+            [until_end(text, [0, 7]) for text in decode(base.model, base.tokenizer, prompts, sampling, [None, 1])]
+            for base in (advised, plain)
+        ]
+        assert texts[0] == texts[1]

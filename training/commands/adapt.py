@@ -9,7 +9,7 @@ import typer
 
 from training.commands.document import print_json
 from training.commands.opening import join_ranks, open_base
-from training.commands.options import Device, Dtype, Json, Model, ShardBase
+from training.commands.options import Device, Dtype, Json, OwnModel, ShardBase
 from training.settings import MAX_STEPS, SEED_LIMIT, checked
 
 
@@ -18,7 +18,7 @@ def adapt_command(
     examples: Annotated[Path, typer.Option(help="JSON Lines file of labelled examples.")],
     task: Annotated[str, typer.Option(help="Name of the new task.")],
     out: Annotated[Path, typer.Option(help="Posterior folder to make.")],
-    model: Model = None,
+    model: OwnModel = None,
     steps: Annotated[
         int | None,
         typer.Option(

@@ -9,7 +9,7 @@ import typer
 
 from training.commands.document import print_json
 from training.commands.opening import join_ranks, open_base
-from training.commands.options import Device, Dtype, Jobs, Json, Model, ShardBase, Tasks
+from training.commands.options import Device, Dtype, Jobs, Json, OwnModel, ShardBase, Tasks
 from training.commands.parts import tasks_of_part, tell_of_small, within_context
 from training.settings import SEED_LIMIT, checked, numbers
 
@@ -17,7 +17,7 @@ from training.settings import SEED_LIMIT, checked, numbers
 def calibrate_command(
     posterior: Annotated[Path, typer.Argument(help="Folder of the global posterior; its calibration is replaced.")],
     tasks: Tasks,
-    model: Model = None,
+    model: OwnModel = None,
     split: Annotated[Path | None, typer.Option(help="Split file; default: the posterior's own.")] = None,
     shots: Annotated[str, typer.Option(help="Numbers of shots, joined by commas.")] = "0,4,16",
     draws: Annotated[int, typer.Option(help="Draws.")] = 8,

@@ -9,7 +9,7 @@ import typer
 
 from training.commands.document import print_json
 from training.commands.opening import join_ranks, open_base
-from training.commands.options import Device, Dtype, Jobs, Json, Model, ShardBase, Tasks
+from training.commands.options import Device, Dtype, Jobs, Json, OwnModel, ShardBase, Tasks
 from training.commands.parts import tasks_of_part, tell_of_small, within_context
 from training.settings import SEED_LIMIT, checked, numbers
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def eval_command(
     tasks: Tasks,
     posterior: Annotated[Path | None, typer.Argument(help="Folder of a global posterior; default: embedded.")] = None,
-    model: Model = None,
+    model: OwnModel = None,
     split: Annotated[Path | None, typer.Option(help="Split file; default: the posterior's own.")] = None,
     part: Annotated[str, typer.Option(help="Families to evaluate: train, validation, test, held-out or all.")] = "test",
     shots: Annotated[str, typer.Option(help="Numbers of shots, joined by commas.")] = "0,4,16",

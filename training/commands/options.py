@@ -9,6 +9,9 @@ import typer
 
 Tasks = Annotated[Path, typer.Option(help="Folder of tasks: JSON Lines files, with a manifest.json if you have one.")]
 Model = Annotated[str | None, typer.Option(help="Base model: hub name or folder. Default: the embedded small model.")]
+OwnModel = Annotated[
+    str | None, typer.Option("--model", help="Base model: hub name or folder. Default: as the posterior names it.")
+]
 Revision = Annotated[str | None, typer.Option(help="Commit or tag of the base model on the hub.")]
 ConfigFile = Annotated[
     Path | None,
