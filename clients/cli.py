@@ -59,7 +59,7 @@ def teach_command(
     """Teach a task from labelled examples and follow the job."""
     from clients import render
     from clients.calls import require_done
-    from clients.errors import ClientError
+    from clients.errors import ClientError, NotFound
     from clients.examples import read_examples
 
     with connected(url, timeout, config) as client:
@@ -67,10 +67,13 @@ def teach_command(
         job = client.adapt(task, examples, steps=steps, seed=seed)
         try:
             job = _follow(client, job)
+        except NotFound:  # there is none to look at
+            raise
         except (KeyboardInterrupt, ClientError) as error:
+            goes_on = "may run on" if isinstance(error, ClientError) else "runs on"
             address = f"{settings_of(url, timeout, config).url.rstrip('/')}/adapt/{job.job}"
             console(stderr=True).print(
-                f"not watching any more; job {job.job} runs on at the server\n"
+                f"not watching any more; job {job.job} {goes_on} at the server\n"
                 f"  look:   curl {address}\n  cancel: curl -X DELETE {address}",
                 markup=False,
                 highlight=False,

@@ -109,4 +109,4 @@ class Patience:
         pause, now = asked or self._poll, time.monotonic()
         if now + pause > self._end:
             raise error
-        return pause if self._deadline is None else min(pause, self._deadline - now)
+        return pause if self._deadline is None else max(0.0, min(pause, self._deadline - now))

@@ -71,7 +71,7 @@ class Conflict(ApiError):
 
 
 class ServerUnavailable(ApiError):
-    """429, 503 or 504: starting, overloaded or broken; later may help, see ``retry_after``."""
+    """429, 502, 503 or 504: starting, overloaded or broken; later may help, see ``retry_after``."""
 
 
 class JobError(ClientError):
@@ -107,6 +107,7 @@ _KINDS: dict[int, type[ApiError]] = {
     404: NotFound,
     409: Conflict,
     429: ServerUnavailable,
+    502: ServerUnavailable,  # a proxy's word for a server that starts anew
     503: ServerUnavailable,
     504: ServerUnavailable,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field, SecretStr
 
-from clients.connection import DEFAULT_URL
+from clients.connection import DEFAULT_TIMEOUT, DEFAULT_URL
 
 
 class ClientSettings(BaseModel, frozen=True, extra="forbid"):
@@ -13,7 +13,7 @@ class ClientSettings(BaseModel, frozen=True, extra="forbid"):
     url: str = Field(
         default=DEFAULT_URL, description="the server's address", json_schema_extra={"variable": "ABMLL_URL"}
     )
-    timeout: float = Field(default=70.0, gt=0, description="longest wait for a reply, in seconds")
+    timeout: float = Field(default=DEFAULT_TIMEOUT, gt=0, description="longest wait for a reply, in seconds")
     key: SecretStr | None = Field(
         default=None,
         description="API key, where the server asks for one; default: none",

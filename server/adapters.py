@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from abmll.draws import draw, save_adapter
 from abmll.errors import EngineFailure, InvalidPosterior
@@ -58,6 +59,7 @@ class AdapterCache:
         self._adapters: OrderedDict[str, Adapter] = OrderedDict()
         self._making: dict[str, asyncio.Task[None]] = {}
         self._released: set[str] = set()
+        self._wanted: Counter[str] = Counter()
         self._next = 1
 
     def __len__(self) -> int:
@@ -99,12 +101,16 @@ class AdapterCache:
         name = f"{served.key}-mean" if index is None else f"{served.key}-{seed}-{index}"
         self._released.discard(served.key)
         made = False
-        while name not in self._adapters:  # what was made may have been given up before this one's turn
+        if name not in self._adapters:
             if name not in self._making:
                 made = True
                 self._making[name] = asyncio.create_task(self._make(name, served, seed, index))
-            # It goes on though whoever asked is gone: all that lies in the folder is known here.
-            await asyncio.shield(self._making[name])
+            self._wanted[name] += 1  # not to be given up before this one's turn has come
+            try:
+                # It goes on though whoever asked is gone: all that lies in the folder is known here.
+                await asyncio.shield(self._making[name])
+            finally:
+                self._wanted -= Counter([name])
         self.hits += not made
         self._adapters.move_to_end(name)
         return self._adapters[name]
@@ -133,7 +139,7 @@ class AdapterCache:
             path.mkdir()  # not its parents: an engine that has been closed has no folder any more
             save_adapter(factors, served.posterior, path, rank=self.rank, dtype=self.dtype)
             size = sum(file.stat().st_size for file in path.iterdir())
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(path, ignore_errors=True)
             raise EngineFailure(f"a draw cannot be written to {self.folder}: {error}; free memory there") from error
         return Adapter(name, number, path, served.key, size)
@@ -142,7 +148,9 @@ class AdapterCache:
         total = sum(adapter.size for adapter in self._adapters.values())
         for name in list(self._adapters):
             adapter = self._adapters.get(name)
-            if adapter is None or adapter.users or (adapter.key not in self._released and total <= self.budget):
+            if adapter is None or adapter.users or name in self._wanted:
+                continue
+            if adapter.key not in self._released and total <= self.budget:
                 continue
             del self._adapters[name]
             total -= adapter.size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version as installed_version
@@ -41,7 +40,7 @@ from server.task_schemas import (
     TaskReply,
     TaskSummary,
 )
-from server.tasks import describe, read_shares, summarize
+from server.tasks import describe, read_shares, summarize, unreadable
 from server.tracing import Traced, Tracing, tell
 from server.web import add_page
 
@@ -185,19 +184,23 @@ def _add_adaptation(app: FastAPI, service: Service, access: Access) -> None:
 
 
 def _add_tasks(app: FastAPI, service: Service, access: Access) -> None:
-    @app.get("/tasks", tags=["tasks"], responses=errors(*access.statuses), dependencies=access.needs("query"))
+    @app.get("/tasks", tags=["tasks"], responses=errors(503, *access.statuses), dependencies=access.needs("query"))
     def list_tasks() -> Sequence[TaskSummary]:  # pyright: ignore[reportUnusedFunction] -- a route
         """Lists all tasks, `global` first."""
         store, found = service.store, list[TaskSummary]()
         for name in store.names():
-            with contextlib.suppress(TaskNotFound, StoreFailure):  # deleted meanwhile, or not to be read
-                found.append(summarize(name, store.answering(name), store.serving(name)))
+            try:
+                found.append(summarize(name, *store.answering(name)))
+            except TaskNotFound:  # deleted meanwhile
+                continue
+            except StoreFailure as error:
+                found.append(unreadable(name, error))
         return found
 
     @app.get(
         "/tasks/{name}",
         tags=["tasks"],
-        responses=errors(404, 422, *access.statuses),
+        responses=errors(404, 422, 503, *access.statuses),
         dependencies=access.needs("query"),
     )
     def get_task(name: str) -> TaskReply:  # pyright: ignore[reportUnusedFunction] -- a route
@@ -207,7 +210,7 @@ def _add_tasks(app: FastAPI, service: Service, access: Access) -> None:
     @app.get(
         "/tasks/{name}/reliability",
         tags=["tasks"],
-        responses=errors(404, 422, 500, *access.statuses),
+        responses=errors(404, 422, 500, 503, *access.statuses),
         dependencies=access.needs("query"),
     )
     def get_reliability(  # pyright: ignore[reportUnusedFunction] -- a route

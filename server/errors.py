@@ -31,6 +31,7 @@ from abmll.errors import (
     TaskNotFound,
     Unauthorized,
 )
+from server.logs import shown_path
 from server.openai_api.requests import ChatMessage, ChatRequest, CompletionRequest
 from server.schemas import ErrorBody, ErrorReply, GenerateRequest, ScoreRequest
 from server.task_schemas import AdaptRequest, ExampleIn, FeedbackRequest, RecalibrateRequest, ServingRequest
@@ -94,7 +95,7 @@ def body_of(error: Exception, request: str) -> ErrorReply:
 
 
 def _named(request: Request) -> str:
-    return f"{request.method} {request.url.path}"
+    return f"{request.method} {shown_path(request.scope)}"
 
 
 def _field(error: dict[str, Any]) -> str | None:
@@ -137,7 +138,7 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, AbmllError)
         status = status_of(error)
         if status == 500:
-            logger.error("%s %s: %s: %s", request.method, request.url.path, type(error).__name__, error.message)
+            logger.error("%s: %s: %s", _named(request), type(error).__name__, error.message)
         headers = {"Retry-After": "5"} if status == 503 else None
         if isinstance(error, Unauthorized):
             headers = {"WWW-Authenticate": "Bearer"}
@@ -193,5 +194,5 @@ class Told:
         except Exception as error:
             if begun:
                 raise
-            body = body_of(error, f"{scope['method']} {scope['path'][:200]}").model_dump()
+            body = body_of(error, f"{scope['method']} {shown_path(scope)}").model_dump()
             await JSONResponse(body, 500)(scope, receive, send)

@@ -178,7 +178,7 @@ class JobRegistry:
         return _EXAMPLES.validate_json(row[0])
 
     def claim(self) -> Job | None:
-        """Takes the oldest queued job up; None if there is none. Whoever begins with it says so: ``begin``."""
+        """Takes the oldest queued job up; None if there is none. An attempt is counted by ``begin``."""
         with self._database.transaction() as db:
             row = db.execute(
                 "UPDATE jobs SET status = 'running', progress = 0, started = ? WHERE number = "

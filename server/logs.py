@@ -97,6 +97,11 @@ def audit(action: str, **what: Any) -> None:
     _audit.info("%s %s", action, told, extra={"action": action, **what})
 
 
+def shown_path(scope: Scope) -> str:
+    """A request's path as the log has it: on one line."""
+    return scope["path"][:200].encode("unicode_escape").decode()
+
+
 class Logged:
     """Middleware that gives each request an id, tells it in ``X-Request-ID``, and writes its line.
 
@@ -125,10 +130,10 @@ class Logged:
         try:
             await self.app(scope, receive, sent)
         finally:
-            path, ms = scope["path"][:200], round(1000 * (time.perf_counter() - begun), 1)
+            path, ms = shown_path(scope), round(1000 * (time.perf_counter() - begun), 1)
             _access.log(
-                logging.DEBUG if path in QUIET else logging.INFO,
-                "%s %s %d %.1f ms", scope["method"], path.encode("unicode_escape").decode(), status, ms,
+                logging.DEBUG if scope["path"] in QUIET else logging.INFO,
+                "%s %s %d %.1f ms", scope["method"], path, status, ms,
                 extra={"method": scope["method"], "path": path, "status": status, "ms": ms},
             )  # fmt: skip
             _CURRENT.reset(token)

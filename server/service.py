@@ -197,13 +197,18 @@ class Service:
             await asyncio.sleep(REFRESH_SECONDS)
             try:
                 before = time.monotonic()
-                for task, digests in (await self._changing(self.store.refresh)).items():
-                    await self._forget(task, digests, before)
+                gone = await self._changing(self.store.refresh)
                 self.up_to_date = True
             except Exception as error:
                 if self.up_to_date:
                     logger.error("the store is not brought up to date, trying again: %s", error)
                 self.up_to_date = False
+                continue
+            for task, digests in gone.items():
+                try:
+                    await self._forget(task, digests, before)
+                except Exception:
+                    logger.exception("what is left of task %s, which was deleted elsewhere, is not removed", task)
 
     def _make_engine(self) -> Engine:
         config = self.prior.posterior.config
@@ -271,7 +276,7 @@ class Service:
             jobs, done, seconds = None, 0, 0.0
         try:
             tasks = len(self.store.names()) if self.up_to_date else None
-        except OSError:
+        except StoreFailure:
             tasks = None
         windows = self.feedback.windows()
         return Snapshot(

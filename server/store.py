@@ -169,23 +169,25 @@ class TaskStore:
             return [Version(self.global_posterior.record.version, self.global_posterior, None)]
         return [self._load(name, number) for number in self._known(name)]
 
-    def answering(self, name: str) -> list[Version]:
-        """The versions of a task that may answer, and the newest, oldest first; the weights of no others are read.
+    def answering(self, name: str) -> tuple[list[Version], dict[int, float] | None]:
+        """The versions of a task that may answer, and the newest, oldest first; and their shares, see ``serving``.
+
+        The weights of no others are read.
 
         Raises:
             TaskNotFound: There is no such task.
         """
         if name == GLOBAL:
-            return self.versions(name)
+            return self.versions(name), None
         known, shares = self._known(name), self._shares(name)
         if shares is not None:
-            return [self._load(name, number) for number in known if number in shares or number == known[-1]]
+            return [self._load(name, number) for number in known if number in shares or number == known[-1]], shares
         found: list[Version] = []
         for number in reversed(known):
             found.insert(0, self._load(name, number))
             if found[0].stored is not None:
                 break
-        return found
+        return found, None
 
     def choose(self, name: str, version: int | None, lot: float) -> StoredPosterior:
         """Returns the version that answers a question.

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic import BaseModel
 
-from abmll.errors import EngineFailure
+from abmll.errors import AbmllError, EngineFailure
 from server.engine import Tell
 from server.errors import body_of
 from server.schemas import ErrorReply, GenerateReply, StreamedToken
@@ -162,7 +162,8 @@ async def stream(
             while item is not None:
                 if isinstance(item, Exception):
                     broken()
-                    logger.warning("a stream ends with an error: %s: %s", type(item).__name__, item)
+                    if isinstance(item, AbmllError):  # others are logged as any request's
+                        logger.warning("a stream ends with an error: %s: %s", type(item).__name__, item.message)
                     item = events.error(body_of(item, "a stream"))
                 yield item
                 item = await items.get()

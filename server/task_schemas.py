@@ -68,7 +68,11 @@ class TaskSummary(BaseModel):
     task: str = Field(examples=["film-reviews"])
     status: Literal["ready", "damaged"] = Field(description="damaged: no version that may answer can be used.")
     error: str | None = Field(description="What is wrong with its newest version, or the one that it is pinned to.")
-    version: int = Field(description="The version that answers; of a damaged task, the newest.", examples=[2])
+    version: int | None = Field(
+        description="The version that answers; of a damaged task the one that is pinned, or the newest; null: it "
+        "cannot be read.",
+        examples=[2],
+    )
     posterior: PosteriorId | None
     shots: int | None = Field(description="Labelled examples that it was adapted with.", examples=[16])
     created: str | None = Field(description="UTC, ISO 8601.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from abmll.errors import InvalidRequest
+from abmll.errors import InvalidRequest, StoreFailure
 from server.schemas import PosteriorId
 from server.store import UNKNOWN_SERVING, Version
 from server.task_schemas import TaskReply, TaskSummary, VersionReply
@@ -32,6 +32,14 @@ def summarize(name: str, versions: Sequence[Version], serving: dict[int, float] 
         created=stored.record.created,
         calibrated=stored.calibration is not None,
     )
+
+
+def unreadable(name: str, error: StoreFailure) -> TaskSummary:
+    """Tells a task that is there and cannot be read."""
+    return TaskSummary(
+        task=name, status="damaged", error=error.message, version=None, posterior=None, shots=None, created=None,
+        calibrated=False,
+    )  # fmt: skip
 
 
 def describe(name: str, versions: Sequence[Version], serving: dict[int, float] | None) -> TaskReply:

@@ -235,10 +235,11 @@ def load_hub_task(
         InvalidExamples: It cannot be had, or a named column is missing or holds no usable labels.
     """
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         data = datasets.load_dataset(path, config, split=split, revision=revision)
-    except (ValueError, OSError) as error:  # those of its own for what is missing are OSErrors
+    except (ValueError, OSError, DatasetsError) as error:
         raise InvalidExamples(
             f"the data set {path} cannot be loaded ({brief(error)}); check its name, config and split", field=path
         ) from error

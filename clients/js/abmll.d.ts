@@ -1,4 +1,4 @@
-// Made by types.mjs from what has the hash ec304e1e28e39da3564332d2ab6f4e36a6fd2d446253cf3f60ec9a711404d1d0
+// Made by types.mjs from what has the hash 6219692df60a7a54e49a9cfb4f13a280be91817fc27e52c2590f8b4ebc57a638
 /**
  * Whether nothing more will happen to a job.
  *

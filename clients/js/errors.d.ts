@@ -60,7 +60,7 @@ export class NotFound extends ApiError {
 /** 409: the task cannot be changed now. */
 export class Conflict extends ApiError {
 }
-/** 429, 503 or 504: starting, overloaded or broken; later may help, see `retryAfter`. */
+/** 429, 502, 503 or 504: starting, overloaded or broken; later may help, see `retryAfter`. */
 export class ServerUnavailable extends ApiError {
 }
 /** An adaptation job that did not give a posterior. */

@@ -60,7 +60,7 @@ export class NotFound extends ApiError {}
 /** 409: the task cannot be changed now. */
 export class Conflict extends ApiError {}
 
-/** 429, 503 or 504: starting, overloaded or broken; later may help, see `retryAfter`. */
+/** 429, 502, 503 or 504: starting, overloaded or broken; later may help, see `retryAfter`. */
 export class ServerUnavailable extends ApiError {}
 
 /** An adaptation job that did not give a posterior. */
@@ -95,6 +95,7 @@ const KINDS = {
   404: NotFound,
   409: Conflict,
   429: ServerUnavailable,
+  502: ServerUnavailable, // a proxy's word for a server that starts anew
   503: ServerUnavailable,
   504: ServerUnavailable,
 };

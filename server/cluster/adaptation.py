@@ -142,6 +142,7 @@ class ClusterAdaptation:
             async for reference in results:
                 item: float | _Made = await reference
                 waiting.cancel()
+                # No attempt is counted here but when its process dies, see `_end`: the server's own end is none.
                 if isinstance(item, tuple):
                     made = item
                 else:

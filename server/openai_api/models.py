@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from abmll.errors import TaskNotFound
+from abmll.errors import StoreFailure, TaskNotFound
 from server.openai_api.questions import model_of
 from server.openai_api.replies import Model
 from server.store import TaskStore, Version
@@ -16,7 +16,7 @@ def list_models(store: TaskStore) -> list[Model]:
     for name in store.names():
         try:
             found += _models(store, name, fewest=2)
-        except TaskNotFound:  # deleted meanwhile
+        except (TaskNotFound, StoreFailure):  # deleted meanwhile, or not to be read
             continue
     return found
 

@@ -68,7 +68,7 @@ def add_openai(app: FastAPI, questions: Questions, access: Access) -> None:
         choices = [chat_choice(index, reply, asked.top) for index, reply in enumerate(replies)]
         return ChatCompletion(choices=choices, **_told_of("chatcmpl", asked, replies))
 
-    @app.get("/v1/models", tags=["openai"], responses=errors(*access.statuses), dependencies=access.needs("query"))
+    @app.get("/v1/models", tags=["openai"], responses=errors(503, *access.statuses), dependencies=access.needs("query"))
     def get_models() -> ModelList:  # pyright: ignore[reportUnusedFunction] -- a route
         """Lists tasks, and their versions where there are several, as models."""
         return ModelList(data=list_models(questions.service.store))

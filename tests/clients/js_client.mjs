@@ -46,11 +46,11 @@ seen.again = await client.generate("it is too dark to read", question);
 
 const parts = await collect(client.stream("what is the capital of france", { max_tokens: 6, tokens: true }));
 seen.stream = { tokens: parts.slice(0, -1), answer: parts.at(-1) };
-const slowReader = new Client({ url, key: owner, timeout: 1 });
+const slowReader = new Client({ url, key: owner, timeout: 3 });
 seen.unhurried = [];
 for await (const part of slowReader.stream("what is the capital of france", { max_tokens: 2 })) {
   seen.unhurried.push("request_id" in part);
-  if (seen.unhurried.length === 1) await new Promise((resolve) => setTimeout(resolve, 1200));
+  if (seen.unhurried.length === 1) await new Promise((resolve) => setTimeout(resolve, 3300));
 }
 seen.jobs = (await client.jobs()).map(({ job }) => job).includes(queued.job);
 seen.score = await client.score("what is the capital of france", "it is Paris");

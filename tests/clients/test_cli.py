@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import clients.cli
+from clients import connection
 from server.cli import create_cli
 from tests.clients.conftest import ANSWER, Scripted, job
 
@@ -264,10 +265,15 @@ def test_every_command_has_help(command: str):
     assert ("[client]" in result.output) == (command in ("ask", "tasks", "teach"))
 
 
-def test_teach_names_the_job_when_the_server_is_gone(scripted: Scripted, examples_file: Path):
+def test_teach_names_the_job_when_the_server_does_not_come_back(
+    scripted: Scripted, examples_file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(connection, "_PATIENCE_SECONDS", 0.3)
     scripted.reply(202, _body(job("queued")))
-    scripted.reply(404, _body({"error": {"type": "JobNotFound", "message": "there is no such job", "field": "job"}}))
+    scripted.reply(502, b"<html>Bad Gateway</html>")
     result = _run("teach", "films", str(examples_file), "--url", scripted.url)
-    assert result.exit_code == 2
+    assert result.exit_code == 1
+    assert "job j1 may run on at the server" in result.output
     assert f"look:   curl {scripted.url}/adapt/j1" in result.output
-    assert "abmll: there is no such job" in result.output
+    assert "abmll: the server replied 502" in result.output
+    assert len(scripted.asked) > 2

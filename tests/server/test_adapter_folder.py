@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from abmll.draws import save_adapter
 from abmll.errors import EngineFailure
@@ -22,9 +23,6 @@ from server.engine import Served
 from tests.server.conftest import random_posterior
 
 MAKE = """
-from abmll.draws import save_adapter
-from abmll.errors import EngineFailure
-from server import adapters
 from server.adapter_folder import AdapterFolder
 folder = AdapterFolder()
 (folder.path / "draw").mkdir()
@@ -111,10 +109,33 @@ def test_a_draw_whose_asker_is_gone_is_kept_count_of(
 
     asyncio.run(leave())
 
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
+    for error in (OSError(28, "No space left on device"), SafetensorError("No space left on device")):
 
-    monkeypatch.setattr(adapters, "save_adapter", full)
-    with pytest.raises(EngineFailure, match="No space left"):
-        asyncio.run(ask())
-    assert list(tmp_path.iterdir()) == []
+        def full(*_: Any, wrong: Exception = error, **__: Any) -> None:
+            raise wrong
+
+        monkeypatch.setattr(adapters, "save_adapter", full)
+        with pytest.raises(EngineFailure, match="No space left"):
+            asyncio.run(ask())
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_draw_is_not_given_up_before_who_asked_for_it_has_it(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = AdapterCache(tmp_path, 8, torch.float32, 0)
+    posterior = Served("key", random_posterior(tiny_model_folder, 1))
+    make = cache._make  # pyright: ignore[reportPrivateUsage]
+
+    async def made_and_shrunk(*given: Any) -> None:
+        await make(*given)
+        await cache.release("another")  # gives up whatever nobody holds
+
+    monkeypatch.setattr(cache, "_make", made_and_shrunk)
+
+    async def ask() -> None:
+        async with cache.holding(posterior, 0, range(3)) as held:
+            assert all(adapter.path.is_dir() for adapter in held)
+
+    asyncio.run(ask())
+    assert (cache.loads, len(cache), list(tmp_path.iterdir())) == (3, 0, [])

@@ -235,3 +235,20 @@ def test_deletions_that_wait_for_the_store_hold_no_answer_up(
         for _ in range(3):
             assert server.http.post("/generate", json=QUESTION, timeout=10).status_code == 200
     wait_for(lambda: server.http.get("/tasks/films").status_code == 404)
+
+
+def test_a_store_that_is_gone_is_told_by_the_metrics_and_costs_its_tasks_alone(
+    start_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    server = start_server(tmp_path / "store")
+    assert server.wait_job(adapt(server, "films", steps=1)["job"])["status"] == "done"
+    tasks = tmp_path / "store" / "tasks"
+    tasks.rename(tmp_path / "away")
+    assert metric(server, "abmll_store_up") == 0
+    asked = server.http.post("/generate", json=QUESTION | {"task": "films"})
+    assert (asked.status_code, asked.json()["error"]["type"]) == (503, "StoreFailure")
+    assert server.http.get("/tasks").status_code == 503
+    assert server.http.post("/generate", json=QUESTION).status_code == 200
+    (tmp_path / "away").rename(tasks)
+    assert metric(server, "abmll_store_up") == 1
+    assert server.http.post("/generate", json=QUESTION | {"task": "films"}).status_code == 200

@@ -23,7 +23,7 @@ from server.jobs import ATTEMPTS, JobCancelled, JobRegistry
 from server.logs import Logged
 from server.store import TaskStore
 from server.task_schemas import AdaptRequest
-from server.tasks import summarize
+from server.tasks import summarize, unreadable
 from tests.server.conftest import random_posterior
 
 
@@ -274,6 +274,8 @@ def test_a_task_or_store_whose_disk_fails_is_not_taken_for_deleted(
         with pytest.raises(StoreFailure, match="cannot be read"):
             ask()
     assert store.choose("global", None, 0.0) == global_posterior[1]
+    told = unreadable("t", StoreFailure("its disk is gone"))
+    assert (told.status, told.error, told.version) == ("damaged", "its disk is gone", None)
 
 
 def _check_unreadable(store: TaskStore) -> None:
@@ -329,8 +331,8 @@ def test_a_list_reads_only_what_may_answer(
 
     def told() -> tuple[Any, list[int], int]:
         store = TaskStore(tmp_path, global_posterior[1])
-        read = store.answering("t")
-        summary = summarize("t", read, store.serving("t"))
+        read, shares = store.answering("t")
+        summary = summarize("t", read, shares)
         assert summary == summarize("t", made.versions("t"), made.serving("t"))
         return summary.version, [version.number for version in read], len(store._loaded)  # pyright: ignore[reportPrivateUsage]
 

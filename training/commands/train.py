@@ -118,8 +118,8 @@ def train_command(
         base, posterior_config.template, unseen_items(Path(source), chosen.select(loaded, "train")), ranks.main
     )
     from_books = pseudo_tasks(books, pseudo, seed) if books is not None else []
-    made = [*familiar, *kind_tasks(familiar, pseudo, seed), *from_books]
-    training_tasks = within_context(base, posterior_config.template, made, ranks.main)
+    made = [*kind_tasks(familiar, pseudo, seed), *from_books]
+    training_tasks = [*familiar, *within_context(base, posterior_config.template, made, ranks.main)]
     if validation:
         validation = within_context(base, posterior_config.template, validation, ranks.main)
         tell_of_small(validation, evaluation.shots, ranks.main)
