@@ -282,7 +282,7 @@ def test_tokens_are_told_as_they_come_with_their_probability_while_options_are_s
     assert sum(log_prob for _, log_prob in told) == pytest.approx(whole, abs=1e-3)
 
 
-def test_a_question_that_is_given_up_keeps_its_adapters_until_vllm_knows(
+def test_a_text_that_is_given_up_keeps_its_adapter_until_vllm_knows(
     loop: Loop,
     engine: VllmEngine,
     reference: tuple[BaseModel, Attached],
@@ -290,29 +290,29 @@ def test_a_question_that_is_given_up_keeps_its_adapters_until_vllm_knows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     posterior = served(random_posterior(tiny_model_folder, 31))
-    question = questions(reference[0], posterior.posterior)[1]
+    prompt = questions(reference[0], posterior.posterior)[1].prompt
     llm, cache = engine._llm, engine._adapters  # pyright: ignore[reportPrivateUsage]
-    told: list[bool] = []
+    there: list[bool] = []
     abort = llm.abort
 
     async def aborted(*given: Any, **named: Any) -> None:
         await asyncio.sleep(0.05)
-        told.append(any(path.name.split("-", 1)[1].startswith(posterior.key) for path in cache.folder.iterdir()))
+        there.append(any(posterior.key in path.name for path in cache.folder.iterdir()))
         await abort(*given, **named)
 
     async def leave() -> None:
         monkeypatch.setattr(llm, "abort", aborted)
         monkeypatch.setattr(cache, "budget", 0)
-        asking = asyncio.create_task(engine.score(posterior, question, range(3), 0))
-        while not engine._waiting:  # pyright: ignore[reportPrivateUsage]
-            await asyncio.sleep(0.001)
+        begun = asyncio.Event()
+        tell: Any = lambda *_: begun.set()  # noqa: E731
+        asking = asyncio.create_task(engine.generate(posterior, prompt, Sampling(150), tell))
+        await asyncio.wait_for(begun.wait(), 60)
         asking.cancel()
         await asyncio.wait([asking])
         assert asking.cancelled()
 
     loop.run(leave())
-    assert told
-    assert all(told)
+    assert there == [True]
     assert not [path for path in cache.folder.iterdir() if posterior.key in path.name]
 
 
