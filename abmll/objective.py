@@ -44,17 +44,12 @@ class Labelled:
         """Whether its answer is one of all texts."""
         return len(self.question.options) == 1
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of its packed row."""
-        return self.question.packed
-
 
 def micro_batches(data: Sequence[Labelled], max_tokens: int) -> list[list[Labelled]]:
     """Groups examples of similar length into passes of at most ``max_tokens`` padded tokens each."""
     groups: list[list[Labelled]] = []
-    for item in sorted(data, key=lambda item: item.tokens):
-        if groups and (len(groups[-1]) + 1) * item.tokens <= max_tokens:
+    for item in sorted(data, key=lambda item: item.question.packed):
+        if groups and (len(groups[-1]) + 1) * item.question.packed <= max_tokens:
             groups[-1].append(item)
         else:
             groups.append([item])

@@ -40,7 +40,7 @@ from server.task_schemas import (
     TaskReply,
     TaskSummary,
 )
-from server.tasks import describe, read_shares, summarize, unreadable
+from server.tasks import damaged, describe, read_shares, summarize
 from server.tracing import Traced, Tracing, tell
 from server.web import add_page
 
@@ -194,7 +194,7 @@ def _add_tasks(app: FastAPI, service: Service, access: Access) -> None:
             except TaskNotFound:  # deleted meanwhile
                 continue
             except StoreFailure as error:
-                found.append(unreadable(name, error))
+                found.append(damaged(name, None, error.message))
         return found
 
     @app.get(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from abmll.errors import InvalidRequest, StoreFailure
+from abmll.errors import InvalidRequest
 from server.schemas import PosteriorId
 from server.store import UNKNOWN_SERVING, Version
 from server.task_schemas import TaskReply, TaskSummary, VersionReply
@@ -13,19 +13,14 @@ from server.task_schemas import TaskReply, TaskSummary, VersionReply
 def summarize(name: str, versions: Sequence[Version], serving: dict[int, float] | None) -> TaskSummary:
     """Tells a task by the version that answers (most), and what is wrong with its newest one."""
     current = _answering(versions, serving)
-    error = UNKNOWN_SERVING if serving == {} else versions[-1].error
     if current is None or current.stored is None:
-        pinned = [version for version in versions if version.number in (serving or {})]
-        blamed = pinned[-1] if pinned else versions[-1]
-        return TaskSummary(
-            task=name, status="damaged", error=blamed.error if pinned else error, version=blamed.number, posterior=None,
-            shots=None, created=None, calibrated=False,
-        )  # fmt: skip
+        blamed = ([version for version in versions if version.number in (serving or {})] or versions)[-1]
+        return damaged(name, blamed.number, UNKNOWN_SERVING if serving == {} else blamed.error)
     stored = current.stored
     return TaskSummary(
         task=name,
         status="ready",
-        error=error,
+        error=versions[-1].error,
         version=current.number,
         posterior=PosteriorId(id=stored.digest, version=current.number, task=name),
         shots=stored.record.shots,
@@ -34,10 +29,10 @@ def summarize(name: str, versions: Sequence[Version], serving: dict[int, float] 
     )
 
 
-def unreadable(name: str, error: StoreFailure) -> TaskSummary:
-    """Tells a task that is there and cannot be read."""
+def damaged(name: str, version: int | None, error: str | None) -> TaskSummary:
+    """Tells a task that is there and cannot be used; ``version`` is the one at fault, if it is known."""
     return TaskSummary(
-        task=name, status="damaged", error=error.message, version=None, posterior=None, shots=None, created=None,
+        task=name, status="damaged", error=error, version=version, posterior=None, shots=None, created=None,
         calibrated=False,
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ from server.jobs import ATTEMPTS, JobCancelled, JobRegistry
 from server.logs import Logged
 from server.store import TaskStore
 from server.task_schemas import AdaptRequest
-from server.tasks import summarize, unreadable
+from server.tasks import damaged, summarize
 from tests.server.conftest import random_posterior
 
 
@@ -274,7 +274,7 @@ def test_a_task_or_store_whose_disk_fails_is_not_taken_for_deleted(
         with pytest.raises(StoreFailure, match="cannot be read"):
             ask()
     assert store.choose("global", None, 0.0) == global_posterior[1]
-    told = unreadable("t", StoreFailure("its disk is gone"))
+    told = damaged("t", None, "its disk is gone")
     assert (told.status, told.error, told.version) == ("damaged", "its disk is gone", None)
 
 

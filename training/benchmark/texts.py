@@ -312,7 +312,7 @@ def _interval(
     if not values:
         return "–"
     low, high = values[int(0.025 * len(values))], values[int(0.975 * len(values))]
-    return f"{measure(rows):.3f} ({low:.3f} to {high:.3f})"
+    return interval_text((measure(rows), low, high))
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ import typer
 
 from training.commands.document import print_json
 from training.commands.opening import join_ranks, open_base
-from training.commands.options import Device, Dtype, Json, OwnModel, ShardBase
-from training.settings import MAX_STEPS, SEED_LIMIT, checked
+from training.commands.options import Device, Dtype, Json, OwnModel, Seed, ShardBase
+from training.settings import MAX_STEPS, checked
 
 
 def adapt_command(
@@ -25,7 +25,7 @@ def adapt_command(
             min=1, max=MAX_STEPS, help="Gradient steps; default: as in meta-training, more for many examples."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=SEED_LIMIT - 1)] = 0,
+    seed: Seed = 0,
     dtype: Dtype = "float32",
     device: Device = None,
     shard_base: ShardBase = False,

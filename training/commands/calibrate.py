@@ -9,9 +9,9 @@ import typer
 
 from training.commands.document import print_json
 from training.commands.opening import join_ranks, open_base
-from training.commands.options import Device, Dtype, Jobs, Json, OwnModel, ShardBase, Tasks
+from training.commands.options import Device, Dtype, Jobs, Json, OwnModel, Seed, ShardBase, Tasks
 from training.commands.parts import tasks_of_part, tell_of_small, within_context
-from training.settings import SEED_LIMIT, checked, numbers
+from training.settings import checked, numbers
 
 
 def calibrate_command(
@@ -23,7 +23,7 @@ def calibrate_command(
     draws: Annotated[int, typer.Option(help="Draws.")] = 8,
     queries: Annotated[int, typer.Option(help="Items predicted in each task, at most.")] = 100,
     supports: Annotated[int, typer.Option(help="Support sets of each task and number of shots.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, max=SEED_LIMIT - 1)] = 0,
+    seed: Seed = 0,
     jobs: Jobs = 1,
     dtype: Dtype = "float32",
     device: Device = None,

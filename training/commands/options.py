@@ -7,11 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
+from training.settings import SEED_LIMIT
+
 Tasks = Annotated[Path, typer.Option(help="Folder of tasks: JSON Lines files, with a manifest.json if you have one.")]
 Model = Annotated[str | None, typer.Option(help="Base model: hub name or folder. Default: the embedded small model.")]
 OwnModel = Annotated[
     str | None, typer.Option("--model", help="Base model: hub name or folder. Default: as the posterior names it.")
 ]
+Seed = Annotated[int, typer.Option(min=0, max=SEED_LIMIT - 1)]
 Revision = Annotated[str | None, typer.Option(help="Commit or tag of the base model on the hub.")]
 ConfigFile = Annotated[
     Path | None,
