@@ -11,10 +11,12 @@ from training.commands.document import print_json
 from training.commands.options import is_typed
 
 if TYPE_CHECKING:
+    from training.benchmark.method import Settings
     from training.benchmark.run import BenchConfig, Parts
     from training.benchmark.world import World
     from training.tasks import Task
 
+RESULTS = "results.jsonl.gz"
 # Small enough for under five minutes on two cores.
 QUICK = {
     "shots": (4, 16),
@@ -54,6 +56,10 @@ def bench_command(
     ] = 0.0,
     seeds: Annotated[str, typer.Option(help="Seeds, joined by commas.")] = "0,1,2",
     meta_steps: Annotated[int, typer.Option(help="Steps of learning over tasks.")] = 100,
+    settings_of: Annotated[
+        Path | None, typer.Option(help="Folder of an earlier run, whose settings are taken in place of tuning.")
+    ] = None,
+    train_tasks: Annotated[int, typer.Option(help="Tasks to meta-learn from.")] = 200,
     validation_tasks: Annotated[int, typer.Option(help="Tasks to tune and calibrate on.")] = 40,
     test_tasks: Annotated[int, typer.Option(help="Tasks to measure on.")] = 24,
     quick: Annotated[bool, typer.Option(help="A run of minutes that shows how it works, not how good it is.")] = False,
@@ -79,6 +85,7 @@ def bench_command(
         "episode_shots": None if episode_shots is None else numbers(episode_shots, "episode_shots"),
         "growth": growth,
         "meta_steps": meta_steps,
+        "train_tasks": train_tasks,
         "validation_tasks": validation_tasks,
         "test_tasks": test_tasks,
     }
@@ -93,6 +100,8 @@ def bench_command(
     else:
         parts = _real(tasks, resolve(model), config, wanted)
     chosen = compared(world, methods, betas, layers)
+    tuned = [method.name for method in chosen if len(method.trials) > 1]
+    settings = None if settings_of is None else _earlier_settings(settings_of, tuned)
     rows = run(
         chosen,
         parts,
@@ -102,6 +111,7 @@ def bench_command(
         world=world,
         device=device,
         jobs=jobs,
+        settings=settings,
         progress=track,
     )
     text = _report(rows, config)
@@ -123,7 +133,7 @@ def _results_in(out: Path) -> Path:
     """Makes the folder, and returns where the results go or are."""
     from abmll.errors import AbmllError
 
-    results = out / "results.jsonl.gz"
+    results = out / RESULTS
     try:
         out.mkdir(parents=True, exist_ok=True)
         # A file that a killed run had begun is none of the user's.
@@ -132,6 +142,25 @@ def _results_in(out: Path) -> Path:
     except OSError as error:
         raise AbmllError(f"{out} cannot be a folder of results: {error.strerror}; name another", field="out") from error
     return results
+
+
+def _earlier_settings(folder: Path, tuned: list[str]) -> dict[str, Settings]:
+    """The settings that methods had in an earlier run."""
+    from abmll.errors import AbmllError
+    from training.benchmark.run import read_rows, settings_of
+
+    file = folder / RESULTS
+    if not file.is_file():
+        raise AbmllError(f"{folder} has no {RESULTS}: it is no folder of `abmll bench`", field="settings_of")
+    rows = read_rows(file)
+    found = settings_of(rows, min(row["seed"] for row in rows)) if rows else {}
+    if lacking := [name for name in tuned if name not in found]:
+        raise AbmllError(
+            f"{folder} says no settings of {', '.join(lacking)}; leave them out of --methods, or tune them by a run "
+            "without --settings-of",
+            field="settings_of",
+        )
+    return {name: found[name] for name in tuned}
 
 
 def _measures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

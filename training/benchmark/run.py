@@ -200,6 +200,7 @@ def run(
     world: World | None = None,
     device: str | None = None,
     jobs: int = 1,
+    settings: Mapping[str, Settings] | None = None,
     progress: Progress = silent,
 ) -> list[dict[str, Any]]:
     """Runs every method and seed that ``out`` does not hold yet, each in a process of its own.
@@ -220,6 +221,7 @@ def run(
         world: Gives the exact predictive, for generated tasks.
         device: Where to run; a GPU if there is one by default.
         jobs: Processes at a time, which share the cores.
+        settings: Of methods that are not to be tuned, by name.
         progress: Shows progress.
 
     Returns:
@@ -235,7 +237,7 @@ def run(
         if identities.get(row["seed"]) == row["identity"] and versions.get(row["method"]) in (row["version"], None)
     ]
     done = {(row["method"], row["seed"]) for row in rows}
-    chosen = {row["method"]: row["settings"] for row in rows if row["seed"] == first}
+    chosen = dict(settings or {}) | settings_of(rows, first)
     trials = {
         method.name: [] if method.name in chosen or len(method.trials) == 1 else method.trials for method in methods
     }
@@ -279,6 +281,11 @@ def run(
         raise failures[0]
     order = {method.name: number for number, method in enumerate(methods)}
     return sorted(rows, key=lambda row: (row["seed"], order.get(row["method"], len(order))))
+
+
+def settings_of(rows: Iterable[Mapping[str, Any]], seed: int) -> dict[str, Settings]:
+    """The settings that methods have in a seed's rows, by name."""
+    return {row["method"]: row["settings"] for row in rows if row["seed"] == seed}
 
 
 def _version(method: Method) -> int:
