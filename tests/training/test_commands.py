@@ -16,6 +16,7 @@ import torch
 from abmll.store import Record, StoredPosterior, load_posterior, save_posterior
 from tests.command_line import CommandLine
 from tests.training.conftest import rule_task, write_tasks
+from training import benchmark
 
 # The command line counts before the file.
 SETTINGS = """
@@ -121,6 +122,7 @@ def test_wrong_input_is_one_line(trained: tuple[Path, Path, str], tmp_path: Path
     (tmp_path / "wrong").mkdir()
     (tmp_path / "wrong" / "manifest.json").write_text('{"tasks": []}', encoding="utf-16")
     save_posterior(tmp_path / "one", load_posterior(theta).posterior, Record(task="one"), None)
+    longer = Path(benchmark.__file__).parent / "results" / "world-longer"
     cases: dict[str, list[object]] = {
         "--part 'exam' must be": ["eval", theta, "--tasks", data, "--part", "exam"],
         "neither a manifest.json": ["eval", theta, "--tasks", tmp_path],
@@ -133,6 +135,16 @@ def test_wrong_input_is_one_line(trained: tuple[Path, Path, str], tmp_path: Path
         "no task has examples enough for 50 shots": ["eval", theta, "--tasks", data, "--shots", "50,60"],
         "cannot be a folder of results": ["bench", "--out", data / "manifest.json"],
         "holds other things than results": ["bench", "--out", data],
+        "is no folder of `abmll bench`": ["bench", "--out", tmp_path / "results", "--settings-of", data],
+        "says no settings of lora": [
+            "bench",
+            "--out",
+            tmp_path / "results",
+            "--settings-of",
+            longer,
+            "--methods",
+            "lora",
+        ],
         "greater than or equal to 0": ["bench", "--out", tmp_path / "results", "--shots", "-1"],
         "--shard-base needs several processes": ["eval", theta, "--tasks", data, "--shard-base"],
         "--jobs 2 would load the whole base model": ["eval", theta, "--tasks", data, "--shard-base", "--jobs", 2],

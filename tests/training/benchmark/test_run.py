@@ -77,12 +77,37 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tiny_model_folder: Path, tm
 
 
 @pytest.mark.parametrize(
-    "folder", ["real", "world", "world-beta", "world-layers", "world-steps", "world-longer-steps", "real-longer-steps"]
+    "folder",
+    [
+        "real",
+        "world",
+        "world-beta",
+        "world-layers",
+        "world-steps",
+        "world-longer",
+        "world-longer-steps",
+        "real-longer-steps",
+    ],
 )
 def test_the_results_in_the_repository_can_be_gone_on_from(folder: str) -> None:
     report = (Path(benchmark.__file__).parent / "results" / folder / "report.md").read_text()
     settings = re.findall(r"Settings: (\{.*\})", report)
     assert [BenchConfig.model_validate_json(text).model_dump_json() for text in settings] == settings != []
+
+
+def test_settings_that_are_given_are_not_tuned(tiny_model_folder: Path, tmp_path: Path) -> None:
+    method = Counted(tmp_path / "learned")
+    rows = run(
+        [method, ExactBayes(WORLD)],
+        dict.fromkeys((0, 1), PARTS),
+        str(tiny_model_folder),
+        CONFIG,
+        tmp_path / "results.jsonl.gz",
+        world=WORLD,
+        settings={method.name: {"rate": 7}},
+    )
+    assert sorted(method.learned) == [(0, 7), (1, 7)]
+    assert {row["settings"].get("rate") for row in rows if row["method"] == method.name} == {7}
 
 
 def test_a_method_that_fails_does_not_stop_the_others(tiny_model_folder: Path, tmp_path: Path) -> None:
