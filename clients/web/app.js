@@ -35,15 +35,16 @@ function announce(/** @type {string} */ text) {
   setTimeout(() => (live.textContent = text), 50); // the same words twice are said twice
 }
 
-/** @returns {{view: any, name: string, nav: string}} */
+/** @returns {{view: any, name: string, nav: string, version: string}} */
 function route() {
   const [, first = "", second] = location.hash.split("/");
   const [nav = "", query = ""] = first.split("?");
   const task = nav === "tasks" && second ? decoded(second) : "";
-  if (task) return { view: views.task, name: task, nav };
-  const name = new URLSearchParams(query).get("task") ?? "";
+  if (task) return { view: views.task, name: task, nav, version: "" };
+  const asked = new URLSearchParams(query);
+  const [name, version] = [asked.get("task") ?? "", asked.get("version") ?? ""];
   const known = ["teach", "tasks", "health"].includes(nav) ? /** @type {"teach" | "tasks" | "health"} */ (nav) : "ask";
-  return { view: views[known], name, nav: known };
+  return { view: views[known], name, nav: known, version };
 }
 
 /**
@@ -61,14 +62,14 @@ function decoded(text) {
 
 /** @param {boolean} moved Whether the reader went there, rather than opened the page. */
 function show(moved) {
-  const { view, name, nav } = route();
+  const { view, name, nav, version } = route();
   if (shown && shown !== view) {
     shown.root.hidden = true;
     shown.leave?.();
   }
   shown = view;
   view.root.hidden = false;
-  view.enter?.(name);
+  view.enter?.(name, version);
   for (const link of document.querySelectorAll("nav a")) {
     if (link.getAttribute("href") === `#/${nav}`) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
@@ -127,8 +128,7 @@ get("theme").addEventListener("click", () => {
 system.addEventListener("change", showTheme);
 get("forget").addEventListener("click", () => {
   session.use(null);
-  announce("The key is forgotten.");
-  get("theme").focus();
+  location.reload(); // what it had opened goes with it
 });
 get("skip").addEventListener("click", (/** @type {Event} */ event) => {
   event.preventDefault(); // the address names the view

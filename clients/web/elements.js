@@ -74,16 +74,33 @@ export function field(label, control, hint) {
 }
 
 /**
- * The number in a control; null where it is empty. Throws where what is written there is none: its value is empty then.
+ * The number in a control; null where it is empty. Throws where what is written there is none (its value is empty
+ * then), or is out of the control's bounds.
  *
  * @param {any} input
  * @returns {number | null}
  */
 export function numberIn(input) {
-  if (input.validity.badInput) {
-    throw Object.assign(new Error(`${input.labels[0].textContent}: this is not a number`), { input });
+  const { badInput, rangeUnderflow, rangeOverflow } = input.validity;
+  if (badInput || rangeUnderflow || rangeOverflow) {
+    const bounds = input.max === "" ? `${input.min} or more` : `from ${input.min} to ${input.max}`;
+    const wrong = badInput ? "this is not a number" : `${input.value} is not ${bounds}`;
+    throw Object.assign(new Error(`${input.labels[0].textContent}: ${wrong}`), { input });
   }
   return input.value === "" ? null : Number(input.value);
+}
+
+/**
+ * Writes a text into a control in the place of all that it holds; the browser's undo brings that back.
+ *
+ * @param {HTMLTextAreaElement} control
+ * @param {string} text
+ */
+export function rewrite(control, text) {
+  control.focus();
+  control.select();
+  // The one way that undo knows of, though it is on its way out.
+  if (!document.execCommand("insertText", false, text)) control.value = text;
 }
 
 /**

@@ -3,11 +3,16 @@
 const THIN = "\u202f"; // a narrow space that keeps a number and its unit on one line
 
 /**
+ * A share that is neither nothing nor all is never shown as if it were.
+ *
  * @param {number} share 0 to 1.
  * @param {number} [digits] After the point.
  */
 export function percent(share, digits = 1) {
-  return `${(100 * share).toFixed(digits)}${THIN}%`;
+  const [least, text] = [10 ** -digits, (100 * share).toFixed(digits)];
+  if (share > 0 && Number(text) === 0) return `<${THIN}${least}${THIN}%`;
+  if (share < 1 && Number(text) === 100) return `>${THIN}${100 - least}${THIN}%`;
+  return `${text}${THIN}%`;
 }
 
 /**
@@ -16,12 +21,13 @@ export function percent(share, digits = 1) {
  * @param {number} share
  */
 export function points(share) {
-  return `±${THIN}${(100 * share).toFixed(1)}`;
+  const text = (100 * share).toFixed(1);
+  return share > 0 && Number(text) === 0 ? `±${THIN}<${THIN}0.1` : `±${THIN}${text}`;
 }
 
 /** @param {number} entropy In nats. */
 export function nats(entropy) {
-  return entropy.toFixed(3);
+  return entropy.toFixed(3).replace(/^-(0\.0+)$/, "$1"); // rounding may leave a little less than nothing
 }
 
 /** @param {number} milliseconds */

@@ -39,16 +39,25 @@ export class Session {
     this.keyChanged = keyChanged;
     /** @type {Promise<string | null> | null} */
     this.asking = null;
-    this.key = kept();
-    this.client = connect(this.key);
-    keyChanged(this.key !== null);
+    /** @type {string | null} */
+    this.key = null;
+    this.client = connect(null);
+    try {
+      this.use(kept());
+    } catch {
+      this.use(null); // it cannot be sent, whoever put it there
+    }
   }
 
-  /** @param {string | null} key */
+  /**
+   * Takes a key, or forgets it for null. Throws for one that cannot be sent.
+   *
+   * @param {string | null} key
+   */
   use(key) {
+    this.client = connect(key);
     this.key = key;
     keep(key);
-    this.client = connect(key);
     this.keyChanged(key !== null);
   }
 
@@ -95,12 +104,39 @@ export class Session {
   async mayRetry(error, used) {
     if (!(error instanceof AccessDenied) || error.status !== 401) return false;
     if (this.key !== used) return true; // another call has found a key meanwhile
-    this.asking ??= this.askForKey(used === null ? "" : error.message);
+    this.asking ??= this.askUntilUsable(used === null ? "" : error.message);
     const key = await this.asking;
     this.asking = null;
+    if (key === null && this.key === used) error.message = "the server asks for a key, and none was given";
     if (key !== null && this.key === used) this.use(key);
     return this.key !== used;
   }
+
+  /**
+   * Asks for a key until there is one that can be sent, or none is given.
+   *
+   * @param {string} reason Why the last was refused.
+   */
+  async askUntilUsable(reason) {
+    for (;;) {
+      const key = await this.askForKey(reason);
+      try {
+        connect(key);
+        return key;
+      } catch (/** @type {any} */ error) {
+        reason = error.message;
+      }
+    }
+  }
+}
+
+/**
+ * A text with a capital at its beginning and a full stop at its end, where it has no mark of its own.
+ *
+ * @param {string} text
+ */
+export function sentence(text) {
+  return text.charAt(0).toUpperCase() + text.slice(1) + (/[.?!]$/.test(text) ? "" : ".");
 }
 
 /**
@@ -111,6 +147,6 @@ export class Session {
  */
 export function inWords(error) {
   const message = String(error?.message ?? error);
-  const text = message.charAt(0).toUpperCase() + message.slice(1);
-  return error?.retryAfter ? `${text}. Ask again in ${error.retryAfter} s.` : `${text}.`;
+  const text = sentence(message);
+  return error?.retryAfter ? `${text} Ask again in ${error.retryAfter} s.` : text;
 }

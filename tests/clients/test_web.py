@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from clients.http import Client
 from tests.clients.conftest import Keyed
@@ -113,9 +113,23 @@ def test_a_page_without_a_key_asks_for_one_and_keeps_it_in_its_tab_alone(visit: 
     assert page.evaluate("Object.keys(localStorage).length") == 0
     page.get_by_role("button", name="Forget the key").click()
     assert page.evaluate("Object.keys(sessionStorage).length") == 0
-    page.get_by_role("button", name="Ask", exact=True).click()
+    expect(page.locator(".result")).not_to_contain_text(QUESTION)
     page.get_by_role("button", name="Cancel").click()
-    expect(page.get_by_role("alert")).to_contain_text("A key is needed")
+    expect(page.get_by_role("alert")).to_contain_text("asks for a key, and none was given")
+
+
+def test_a_key_that_cannot_be_sent_is_asked_for_again_and_not_kept(visit: Open, keyed: Keyed) -> None:
+    page = visit("tasks", key=None)
+    dialog = page.get_by_role("dialog", name="This server asks for a key")
+    for key in ("ключ", f"{keyed.owner}\u200b"):
+        dialog.get_by_label("API key").fill(key)
+        page.keyboard.press("Enter")
+        expect(dialog).to_contain_text("holds characters")
+    assert page.evaluate("Object.keys(sessionStorage).length") == 0
+    dialog.get_by_label("API key").fill(keyed.owner)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("table")).to_contain_text("global")
+    expect(visit("ask", key="ключ").get_by_role("dialog")).to_be_visible()  # however it came there
 
 
 def test_without_storage_the_key_holds_until_the_page_is_left(visit: Open, keyed: Keyed) -> None:
@@ -195,16 +209,75 @@ def test_an_answer_shows_what_the_server_said(visit: Open, keyed: Keyed) -> None
 def test_a_mistake_is_told_where_it_was_made(visit: Open) -> None:
     page = visit("ask")
     ask(page, options=("lights", "lights"))
-    expect(page.get_by_role("alert")).to_contain_text("repeats 'lights'")
+    expect(page.get_by_role("alert")).to_contain_text('The answer "lights" stands there twice')
     expect(page.get_by_label("Answer 2", exact=True)).to_be_focused()
     page.get_by_role("button", name="Remove answer 2").click()
+    page.get_by_role("button", name="Ask", exact=True).click()
+    expect(page.get_by_role("alert")).to_contain_text("There is one answer to choose from")
     page.get_by_role("button", name="Remove answer 1").click()
     ask(page, prompt=" ", options=())
     expect(page.get_by_role("alert")).to_contain_text("Prompt is empty; give a question")
     expect(page.get_by_label("Question", exact=True)).to_be_focused()
+    page.get_by_text("How to answer").click()
+    for label, value, bounds in (("Abstain below", "150", "from 0 to 100"), ("Longest text", "5000", "from 1 to 512")):
+        page.get_by_label(label).fill(value)
+        page.get_by_role("button", name="Ask", exact=True).click()
+        expect(page.get_by_role("alert")).to_have_text(f"{label}: {value} is not {bounds}.")
+        page.get_by_label(label).fill("10")
 
 
-def test_a_free_text_comes_token_by_token_and_is_then_coloured(visit: Open) -> None:
+def test_a_share_that_is_not_all_is_never_shown_as_all(visit: Open) -> None:
+    page = visit("ask")
+    shown = page.evaluate(
+        "import(new URL('web/figures.js', document.baseURI)).then(({percent, points, nats}) => "
+        "[percent(0.99996), percent(1), percent(0.0004), percent(0), percent(0.996, 0), points(0.0004), nats(-1e-9)])"
+    )
+    assert [text.replace("\u202f", "") for text in shown] == [
+        ">99.9%", "100.0%", "<0.1%", "0.0%", ">99%", "±<0.1", "0.000"
+    ]  # fmt: skip
+
+
+def test_a_version_is_that_of_its_task_and_a_task_that_is_gone_is_told(visit: Open, home: str) -> None:
+    page = visit(f"ask?task={home}&version=1")
+    task, version = page.get_by_label("Task", exact=True), page.get_by_label("Version", exact=True)
+    expect(version).to_have_value("1")
+    task.select_option("global")
+    task.select_option(home)
+    expect(version).to_contain_text("2")
+    expect(version).to_have_value("")
+    version.select_option("2")
+    page.get_by_role("link", name="Tasks").click()
+    page.get_by_role("link", name="Ask", exact=True).click()
+    expect(version).to_have_value("2")  # the same question goes on
+    page.evaluate(f"location.hash = '#/ask?task={home}'")
+    expect(version).to_have_value("")
+    page.evaluate("location.hash = '#/ask?task=nowhere'")
+    expect(page.get_by_role("alert")).to_have_text("There is no task nowhere; choose another.")
+
+
+def test_a_late_reply_changes_nothing_on_another_page(visit: Open, home: str) -> None:
+    page = visit("tasks")
+    asked: list[Route] = []
+    page.route("**/tasks/nowhere", lambda route: asked.append(route))
+    page.route("**/reliability?version=1", lambda route: asked.append(route))
+    page.evaluate("location.hash = '#/tasks/nowhere'")
+    expect(page.get_by_text("Reading the task.")).to_be_visible()
+    page.evaluate(f"location.hash = '#/tasks/{home}'")
+    expect(page.get_by_role("heading", name="By feedback: 1 answer")).to_be_visible()
+    with page.expect_response("**/tasks/nowhere"):
+        asked.pop().continue_()
+    expect(page.get_by_role("heading", name="By feedback: 1 answer")).to_be_visible()
+    page.get_by_label("Version", exact=True).last.select_option("1")
+    expect(page.get_by_text("Reading how far version 1 held")).to_be_visible()
+    expect(page.get_by_role("heading", name="By feedback")).to_have_count(0)  # no curves under another's number
+    page.get_by_label("Version", exact=True).last.select_option("2")
+    expect(page.get_by_role("heading", name="By feedback: 1 answer")).to_be_visible()
+    with page.expect_response("**/reliability?version=1"):
+        asked.pop().continue_()
+    expect(page.get_by_role("heading", name="By feedback: 1 answer")).to_be_visible()
+
+
+def test_a_free_text_comes_token_by_token_and_is_then_coloured(visit: Open, keyed: Keyed) -> None:
     page = visit("ask")
     page.get_by_text("How to answer").click()
     page.get_by_label("Longest text").fill("512")
@@ -223,6 +296,11 @@ def test_a_free_text_comes_token_by_token_and_is_then_coloured(visit: Open) -> N
     expect(tokens.nth(1)).to_be_focused()
     expect(page.locator(".detail")).to_contain_text("likely · epistemic")
     steps = tokens.evaluate_all("all => all.map(one => one.dataset.step)")
+    tokens.first.click()
+    page.locator(".tokens").select_text()
+    with Client(keyed.url, key=keyed.owner) as client:
+        answer = client.generate("what is the capital of france", max_tokens=8)
+    assert page.evaluate("getSelection().toString()").split() == answer.answer.split()
     page.get_by_label("Coloured by").select_option("epistemic")
     assert tokens.evaluate_all("all => all.map(one => one.dataset.step)") != steps
     page.get_by_text("Every token in a table").click()
@@ -257,6 +335,14 @@ def test_a_task_is_taught_tried_rolled_back_and_deleted(visit: Open, keyed: Keye
     with Client(keyed.url, key=keyed.owner) as client:
         client.wait(client.adapt("kitchen", rows, steps=1), poll=0.05)
 
+        client.serve("kitchen", 1)
+    page.get_by_label("Hold back").fill("0")
+    page.get_by_role("button", name="Teach from 4 examples").click()
+    expect(page.get_by_role("heading", name=re.compile("^kitchen, version"))).to_be_focused(timeout=60_000)
+    expect(page.locator(".verdict")).to_contain_text("still answered by version 1")
+    page.get_by_role("link", name="Ask it").click()
+    expect(page.get_by_label("Version", exact=True)).not_to_have_value("")
+
     page.get_by_role("link", name="Tasks").click()
     expect(page.get_by_role("heading", name="Tasks")).to_be_focused()
     page.get_by_role("link", name="kitchen").click()
@@ -270,10 +356,17 @@ def test_a_task_is_taught_tried_rolled_back_and_deleted(visit: Open, keyed: Keye
     page.get_by_role("button", name="Apply").click()
     expect(page.get_by_role("alert")).to_contain_text("Version 2, %: this is not a number")
     expect(page.get_by_label("Version 2, %")).to_be_focused()
-    for version, share in ((1, 25), (2, 75)):
+    for shares, told in (((30, 30), "The shares add up to 60 %"), ((-5, 105), "-5 is not from 0 to 100")):
+        for version, share in enumerate(shares, start=1):
+            page.get_by_label(f"Version {version}, %").fill(str(share))
+        page.get_by_role("button", name="Apply").click()
+        expect(page.get_by_role("alert")).to_contain_text(told)
+    for version, share in ((1, 0.4), (2, 99.6)):
         page.get_by_label(f"Version {version}, %").fill(str(share))
     page.get_by_role("button", name="Apply").click()
-    expect(page.get_by_role("row", name=re.compile("^2 answers 75"))).to_be_visible()
+    expect(page.get_by_role("row", name=re.compile("^2 answers >.99"))).to_be_visible()
+    expect(page.get_by_label("Version 1, %")).to_have_value("0.4")
+    expect(page.get_by_role("button", name="Apply")).to_be_focused()
     page.get_by_role("button", name="Delete kitchen").click()
     page.get_by_role("button", name="Keep it").click()
     page.get_by_role("button", name="Delete kitchen").click()
@@ -298,6 +391,7 @@ def test_each_line_that_is_no_example_is_named(visit: Open) -> None:
         ('{"prompt": "p", "answer": "a"}\n{"prompt"\n[]', ["Line 2 is not JSON", "Line 3 is not a JSON object"]),
         ("prompt,answer\n" + "q,a\nr,b\n" * 40, ["Line 66 there are 80 examples; 64 are the most"]),
         ("prompt,answer\nq,a\nr,a\n", ["Line 2 all answers are the same"]),
+        ("prompt,answer\nq,a,,\nlights on, please,b\n", ["Line 3 has 3 cells for 2 columns"]),
     ):  # fmt: skip
         examples.fill(text)
         for fault in faults:
@@ -321,6 +415,16 @@ def test_examples_are_understood_in_each_form(visit: Open, text: str) -> None:
     rows = page.get_by_role("region", name="2 examples to teach, 0 held back, options 3 | 4").get_by_role("row")
     expect(rows.nth(1)).to_contain_text("p3taught")
     expect(rows.nth(2)).to_contain_text("q4taught")
+
+
+def test_examples_that_were_there_come_back(visit: Open) -> None:
+    page = visit("teach")
+    examples = page.get_by_label("Examples, 1 to 64")
+    examples.fill("prompt,answer\nmine,a\nother,b\n")
+    page.get_by_role("button", name="Fill in twelve examples").click()
+    expect(examples).to_have_value(re.compile("lamp in the kitchen"))
+    page.keyboard.press("Control+z")
+    expect(examples).to_have_value(re.compile("mine"))
 
 
 def test_a_count_to_hold_back_that_is_no_number_is_told(visit: Open) -> None:
@@ -388,8 +492,10 @@ def test_health_tells_what_the_metrics_say(visit: Open) -> None:
     expect(figures).to_contain_text("Engine upyes")
 
 
-def test_no_view_keeps_anybody_out(visit: Open, home: str) -> None:
-    page = visit("ask")
+def test_no_view_keeps_anybody_out(visit: Open, keyed: Keyed, home: str) -> None:
+    page, long = visit("ask"), "n" * 64
+    with Client(keyed.url, key=keyed.owner) as client:
+        client.wait(client.adapt(long, [{"prompt": "dim", "answer": "lights"}], steps=1), poll=0.05)
     shown = {
         "ask": lambda: (ask(page), page.get_by_text("Was this right?").wait_for()),
         "teach": lambda: (
@@ -398,6 +504,16 @@ def test_no_view_keeps_anybody_out(visit: Open, home: str) -> None:
         ),
         "tasks": lambda: page.get_by_role("table").wait_for(),
         f"tasks/{home}": lambda: page.get_by_text("By feedback").wait_for(),
+        f"tasks/{long}": lambda: (
+            page.get_by_role("heading", name="How far its confidence").wait_for(),
+            page.get_by_role("button", name="Delete n").first.click(),
+            page.keyboard.press("Escape"),
+        ),
+        f"ask?task={long}": lambda: (
+            page.get_by_label("Task", exact=True).and_(page.locator(":focus, select")).wait_for(),
+            page.get_by_role("button", name="Ask", exact=True).click(),
+            page.get_by_text(f"{long} version 1").wait_for(),
+        ),
         "health": lambda: page.get_by_text("Jobs cancelled").wait_for(),
     }
     for view, show in shown.items():

@@ -1,7 +1,8 @@
 /** One answer read off: the answer, its confidence, each option, and how the doubt divides. */
 
 import { h } from "../elements.js";
-import { duration, nats, percent, points } from "../figures.js";
+import { duration, nats, percent, points, several } from "../figures.js";
+import { sentence } from "../session.js";
 import { judge } from "./judge.js";
 
 /**
@@ -12,7 +13,7 @@ import { judge } from "./judge.js";
  */
 export function reading(prompt, answer, page) {
   const text = answer.options === null;
-  const said = page.tokens ?? h("p", { class: "said" }, answer.answer);
+  const said = page.tokens ?? h("p", { class: "said", dir: "auto" }, answer.answer);
   return h(
     "div",
     {},
@@ -35,20 +36,21 @@ export function reading(prompt, answer, page) {
  * @param {string} prompt
  */
 export function heading(title, prompt) {
-  return h("div", { class: "heading" }, h("h2", {}, title), h("p", { class: "asked" }, prompt));
+  return h("div", { class: "heading" }, h("h2", {}, title), h("p", { class: "asked", dir: "auto" }, prompt));
 }
 
 /** @param {any} answer */
 function withheld({ abstained, options: asked }) {
   const rows = abstained.candidates.map((/** @type {any} */ { answer, probability }) =>
-    h("li", {}, h("span", {}, answer || "(nothing)"), h("span", { class: "number" }, percent(probability))),
+    h("li", {}, h("span", { dir: "auto" }, answer || "(nothing)"), h("span", { class: "number" }, percent(probability))),
   );
   return h(
     "div",
     { class: "withheld" },
-    h("p", { class: "reason" }, `${abstained.reason.charAt(0).toUpperCase()}${abstained.reason.slice(1)}.`),
+    h("p", { class: "reason" }, sentence(abstained.reason)),
     asked === null && h("h3", {}, "It might have said"),
     asked === null && h("ol", { class: "candidates" }, ...rows),
+    asked === null && h("p", { class: "hint" }, "Each with the probability of exactly this text, word by word."),
   );
 }
 
@@ -72,7 +74,7 @@ function confidence(answer) {
       "p",
       { class: calibrated ? "chip good" : "chip" },
       calibrated ? "Calibrated" : "Not calibrated",
-      h("span", {}, calibrated ? "on validation tasks" : asked === null ? "a mean per token" : "as the model has it"),
+      h("span", {}, calibrated ? "on answers that were known" : asked === null ? "a mean per token" : "as the model has it"),
     ),
   );
 }
@@ -113,7 +115,7 @@ function options({
     return h(
       "li",
       { class: index === chosen ? "chosen" : "" },
-      h("span", { class: "name" }, option),
+      h("span", { class: "name", dir: "auto" }, option),
       gauge(probabilities[index], error),
       h(
         "span",
@@ -125,7 +127,7 @@ function options({
     );
   });
   const left = asked.length - (set?.length ?? 0);
-  const held = left === 0 ? "All answers are in it: none can be ruled out." : `${left} of ${asked.length} ruled out.`;
+  const held = left === 0 ? "All answers are in it." : `${left} of ${asked.length} are not in it.`;
   return h(
     "section",
     {},
@@ -141,7 +143,7 @@ function options({
       { class: "hint" },
       set === null
         ? "No prediction set: this posterior has no calibration for these answers."
-        : `The set holds the right answer in 90 % of questions. ${held}`,
+        : `On tasks like those of its calibration, such sets hold the right answer in 90 % of questions. ${held}`,
       errors ? " Error bars: one standard error over the draws." : "",
     ),
   );
@@ -192,6 +194,6 @@ function facts({ draws, task, posterior, timing }) {
   return h(
     "p",
     { class: "facts number" },
-    `${draws} draws · ${task} version ${posterior.version} · ${duration(timing.total_ms)}`,
+    `${several(draws, "draw")} · ${task} version ${posterior.version} · ${duration(timing.total_ms)}`,
   );
 }

@@ -50,7 +50,7 @@ export function askView({ session, announce }) {
       tell(prompt, await session.call((client) => client.generate(prompt, question)));
       return;
     }
-    const written = h("p", { class: "streamed" });
+    const written = h("p", { class: "streamed", dir: "auto" });
     const cut = h(
       "p",
       { class: "hint", hidden: true },
@@ -91,7 +91,7 @@ export function askView({ session, announce }) {
   );
   return {
     root,
-    enter: (/** @type {string} */ task) =>
-      form.refresh(task).catch((/** @type {any} */ error) => form.complain(inWords(error))),
+    enter: (/** @type {string} */ task, /** @type {string} */ version) =>
+      form.refresh(task, version).catch((/** @type {any} */ error) => form.complain(inWords(error))),
   };
 }

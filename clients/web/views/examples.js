@@ -146,6 +146,11 @@ function csvLines(text) {
   }
   return rest.map(({ line, values, open }) => {
     if (open) return { line, message: 'a quotation mark " is never closed' };
+    const last = values.findLastIndex((value) => value.trim());
+    if (last >= head.values.length) {
+      const message = `has ${last + 1} cells for ${head.values.length} columns; put a text that holds a separator in "…"`;
+      return { line, message };
+    }
     const listed = options < 0 ? "" : (values[options] ?? "").trim();
     return {
       line,

@@ -13,12 +13,15 @@ export function judge(answer, { session }) {
   const root = h("section", { class: "judge" });
   const trouble = h("p", { class: "trouble", role: "alert", hidden: true });
 
-  /** @param {object} said */
+  /** @param {{answer?: string, correct?: boolean}} said */
   async function send(said) {
+    if (root.getAttribute("aria-busy") === "true") return;
+    root.setAttribute("aria-busy", "true");
     trouble.hidden = true;
     try {
       const { correct } = await session.call((/** @type {any} */ client) => client.feedback(answer, said));
-      const noted = `Noted: the answer was ${correct ? "right" : "wrong"}.`;
+      const was = withheld ? `${said.answer} is right` : `the answer was ${correct ? "right" : "wrong"}`;
+      const noted = `Noted: ${was}.`;
       // The confidence of a text that is not calibrated is no probability: there is nothing to hold it to.
       const counts = answer.options !== null || answer.calibrated;
       const thanks = counts ? `${noted} It counts when ${answer.task} is judged.` : noted;
@@ -27,6 +30,8 @@ export function judge(answer, { session }) {
     } catch (error) {
       trouble.textContent = inWords(error);
       trouble.hidden = false;
+    } finally {
+      root.removeAttribute("aria-busy");
     }
   }
 
@@ -52,7 +57,10 @@ export function judge(answer, { session }) {
     askWhich();
     return root;
   }
-  const wrong = () => (answer.options === null ? send({ correct: false }) : askWhich());
+  const wrong = () => {
+    if (answer.options === null) send({ correct: false });
+    else if (root.getAttribute("aria-busy") !== "true") askWhich();
+  };
   root.append(
     h("h3", {}, "Was this right?"),
     h(

@@ -2,6 +2,9 @@
 
 import { h, table } from "../elements.js";
 import { several } from "../figures.js";
+import { MOST_EXAMPLES } from "./examples.js";
+
+const MOST_FAULTS = 20;
 
 /**
  * @param {import("./examples.js").Example[]} examples
@@ -17,7 +20,9 @@ export function preview(examples, faults, held) {
   }
   const parts = [];
   if (faults.length > 0) {
-    const lines = faults.map(({ line, message }) => h("li", {}, h("strong", {}, `Line ${line}`), ` ${message}`));
+    const shown = faults.slice(0, MOST_FAULTS);
+    const lines = shown.map(({ line, message }) => h("li", {}, h("strong", {}, `Line ${line}`), ` ${message}`));
+    if (faults.length > MOST_FAULTS) lines.push(h("li", {}, `and ${faults.length - MOST_FAULTS} more`));
     parts.push(
       h(
         "div",
@@ -30,7 +35,7 @@ export function preview(examples, faults, held) {
   if (examples.length > 0) {
     const options = examples[0]?.options;
     const same = options && examples.every((example) => example.options?.join() === options.join());
-    const rows = examples.map((example) => [
+    const rows = examples.slice(0, MOST_EXAMPLES).map((example) => [
       `${example.line}`,
       example.prompt,
       example.answer,

@@ -4,6 +4,7 @@ import { field, h, numberIn } from "../elements.js";
 import { inWords } from "../session.js";
 
 const MOST_OPTIONS = 64;
+const SERVED = "as served";
 const EXAMPLE = { prompt: "could you dim the lamp in the bedroom", options: ["lights", "music", "alarm"] };
 
 /**
@@ -17,7 +18,7 @@ export class QuestionForm {
   /** @param {import("../session.js").Session} session */
   constructor(session) {
     this.session = session;
-    this.prompt = h("textarea", { rows: 3, required: true });
+    this.prompt = h("textarea", { rows: 3, required: true, dir: "auto" });
     this.options = h("ul", { class: "options", "aria-labelledby": "options-title" });
     this.add = h(
       "button",
@@ -27,7 +28,8 @@ export class QuestionForm {
     this.task = h("select", {
       onchange: () => this.showVersions().catch((/** @type {any} */ error) => this.complain(inWords(error), "task")),
     });
-    this.version = h("select", {});
+    this.version = h("select", {}, h("option", { value: "" }, SERVED));
+    this.versionsOf = "global"; // the task whose versions are listed
     this.draws = h("input", { type: "number", min: 1, placeholder: "auto" });
     this.below = h("input", { type: "number", min: 0, max: 100, step: "any", placeholder: "never" });
     this.length = h("input", { type: "number", min: 1, max: 512, value: 32, required: true });
@@ -54,7 +56,7 @@ export class QuestionForm {
         h(
           "div",
           { class: "trio" },
-          field("Draws", this.draws, "A number, or auto."),
+          field("Draws", this.draws, "Empty: as many as it takes."),
           field("Abstain below", this.below, "In percent."),
           field("Longest text", this.length, "In tokens."),
         ),
@@ -71,7 +73,7 @@ export class QuestionForm {
 
   /** @param {string} text */
   addOption(text) {
-    const input = h("input", { type: "text", autocomplete: "off" });
+    const input = h("input", { type: "text", autocomplete: "off", dir: "auto" });
     input.value = text;
     const remove = h("button", { type: "button", class: "quiet cross" }, "×");
     const item = h("li", {}, input, remove);
@@ -112,8 +114,12 @@ export class QuestionForm {
     if (lines.length < 2) return;
     event.preventDefault();
     const [first = "", ...rest] = lines;
-    input.value += first;
-    for (const line of rest.slice(0, MOST_OPTIONS - this.options.children.length)) this.addOption(line);
+    input.setRangeText(first, input.selectionStart ?? 0, input.selectionEnd ?? 0, "end");
+    const room = MOST_OPTIONS - this.options.children.length;
+    for (const line of rest.slice(0, room)) this.addOption(line);
+    if (rest.length > room) {
+      this.complain(`${MOST_OPTIONS} answers are the most: ${rest.length - room} were left out.`, this.options);
+    }
   }
 
   /**
@@ -125,28 +131,49 @@ export class QuestionForm {
     if (tasks.some(({ task }) => task === chosen)) this.task.value = chosen;
   }
 
-  /** Lists the tasks anew; an error is shown here, where the list is. */
-  async refresh(/** @type {string} */ wanted) {
+  /**
+   * Lists the tasks anew.
+   *
+   * @param {string} wanted The task to choose; empty: the one that is chosen.
+   * @param {string} version Its version; empty: as served.
+   */
+  async refresh(wanted, version) {
     const tasks = await this.session.call((client) => client.tasks());
+    const name = wanted || this.task.value;
     this.setTasks(
       tasks.filter(({ status }) => status === "ready"),
-      wanted || this.task.value,
+      name,
     );
+    if (this.task.value !== name) {
+      const damaged = tasks.some(({ task }) => task === name);
+      this.complain(`${damaged ? `Task ${name} is damaged` : `There is no task ${name}`}; choose another.`, this.task);
+    }
     await this.showVersions();
+    if (wanted) this.chooseVersion(version);
   }
 
+  /** Lists the versions of the task that is chosen; the one that was chosen of the same task stays. */
   async showVersions() {
-    const served = h("option", { value: "" }, "as served");
-    const chosen = this.version.value;
     const name = this.task.value;
-    this.version.replaceChildren(served);
+    if (name !== this.versionsOf) this.listVersions([]);
+    this.versionsOf = name;
     if (name === "global") return;
     const { versions } = await this.session.call((client) => client.task(name));
     if (this.task.value !== name) return; // another was chosen meanwhile
-    for (const { version, status } of versions) {
-      if (status === "ready") this.version.append(h("option", { value: version }, `${version}`));
-    }
-    this.version.value = chosen;
+    const chosen = this.version.value;
+    this.listVersions(versions.filter(({ status }) => status === "ready").map(({ version }) => `${version}`));
+    this.chooseVersion(chosen);
+  }
+
+  /** @param {string[]} versions */
+  listVersions(versions) {
+    const served = h("option", { value: "" }, SERVED);
+    this.version.replaceChildren(served, ...versions.map((version) => h("option", {}, version)));
+  }
+
+  /** @param {string} version Empty, or none of those listed: as served. */
+  chooseVersion(version) {
+    this.version.value = version;
     if (this.version.selectedIndex < 0) this.version.value = "";
   }
 
@@ -155,9 +182,23 @@ export class QuestionForm {
     return [...this.options.querySelectorAll("input")].filter((input) => input.value.trim());
   }
 
-  /** @returns {Asked} */
+  /**
+   * What is asked. Throws, with the `input`, where something there cannot be asked.
+   *
+   * @returns {Asked}
+   */
   read() {
-    const options = this.written().map((input) => input.value);
+    const inputs = this.written();
+    const options = inputs.map((input) => input.value);
+    const twin = options.findIndex((option, place) => options.indexOf(option) < place);
+    if (twin >= 0) {
+      const message = `The answer ${JSON.stringify(options[twin])} stands there twice`;
+      throw Object.assign(new Error(message), { input: inputs[twin] });
+    }
+    if (options.length === 1) {
+      const message = "There is one answer to choose from; give two or more, or none";
+      throw Object.assign(new Error(message), { input: inputs[0] });
+    }
     const below = numberIn(this.below);
     const settings = {
       task: this.task.value,

@@ -8,7 +8,7 @@ import { inWords } from "../session.js";
  * @param {string} name
  * @param {number} version
  * @param {{session: import("../session.js").Session, announce: (text: string) => void}} page
- * @param {(task: import("../../js/abmll.js").TaskInfo) => void} changed
+ * @param {(task: import("../../js/abmll.js").TaskInfo, focused: string) => void} changed
  */
 export function recalibration(name, version, { session, announce }, changed) {
   const trouble = h("p", { class: "trouble", role: "alert", hidden: true });
@@ -36,7 +36,7 @@ export function recalibration(name, version, { session, announce }, changed) {
   const apply = () =>
     attempt(async () => {
       const { applied } = await session.call((client) => client.recalibrate(name, { version, apply: true }));
-      changed(await session.call((client) => client.task(name)));
+      changed(await session.call((client) => client.task(name)), ".versions");
       announce(`Version ${applied} has the new temperature, and the weights of version ${version}.`);
     });
   look.addEventListener("click", show);

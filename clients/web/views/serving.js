@@ -6,7 +6,7 @@ import { inWords } from "../session.js";
 /**
  * @param {import("../../js/abmll.js").TaskInfo} task
  * @param {{session: import("../session.js").Session, announce: (text: string) => void}} page
- * @param {(task: import("../../js/abmll.js").TaskInfo) => void} changed
+ * @param {(task: import("../../js/abmll.js").TaskInfo, focused: string) => void} changed
  */
 export function servingForm({ task: name, versions, serving, version: answering }, { session, announce }, changed) {
   const usable = versions.filter(({ status }) => status === "ready").map(({ version }) => version);
@@ -17,7 +17,8 @@ export function servingForm({ task: name, versions, serving, version: answering 
   which.value = `${answering}`;
   const shares = usable.map((version) => {
     const input = h("input", { type: "number", min: 0, max: 100, step: "any" });
-    input.value = serving === null ? (version === answering ? 100 : 0) : Math.round(100 * (serving[version] ?? 0));
+    const share = serving === null ? Number(version === answering) : (serving[version] ?? 0);
+    input.value = `${Number((100 * share).toFixed(4))}`;
     return { version, input };
   });
 
@@ -38,7 +39,7 @@ export function servingForm({ task: name, versions, serving, version: answering 
   );
   const form = h(
     "form",
-    { class: "panel", novalidate: true },
+    { class: "panel serving", novalidate: true },
     h(
       "fieldset",
       { class: "plain" },
@@ -61,6 +62,11 @@ export function servingForm({ task: name, versions, serving, version: answering 
     if (chosen() === "newest") return null;
     if (chosen() === "one") return Number(which.value);
     const given = shares.map(({ version, input }) => ({ version, share: (numberIn(input) ?? 0) / 100 }));
+    const all = given.reduce((sum, { share }) => sum + share, 0);
+    if (Math.abs(all - 1) > 0.005) {
+      const message = `The shares add up to ${Number((100 * all).toFixed(2))} %; make them 100 %`;
+      throw Object.assign(new Error(message), { input: shares[0]?.input });
+    }
     return Object.fromEntries(given.filter(({ share }) => share > 0).map(({ version, share }) => [version, share]));
   }
 
@@ -70,7 +76,7 @@ export function servingForm({ task: name, versions, serving, version: answering 
     for (const { input } of shares) input.removeAttribute("aria-invalid");
     try {
       const told = await session.call((client) => client.serve(name, wanted()));
-      changed(told);
+      changed(told, ".serving button[type=submit]");
       announce(
         `Done. Version ${told.version} answers${told.serving && Object.keys(told.serving).length > 1 ? " most" : ""}.`,
       );

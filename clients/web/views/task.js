@@ -1,7 +1,7 @@
 /** The view of one task: its versions, which of them answers, and how far its confidence held. */
 
 import { h, table } from "../elements.js";
-import { moment } from "../figures.js";
+import { moment, percent } from "../figures.js";
 import { inWords } from "../session.js";
 import { curves } from "./curves.js";
 import { deletion } from "./deletion.js";
@@ -22,24 +22,29 @@ export function taskView(page) {
     ask.href = `#/ask?task=${encodeURIComponent(name)}`;
     body.replaceChildren(h("p", { class: "empty" }, "Reading the task."));
     try {
-      show(await session.call((client) => client.task(name)));
+      show(await session.call((client) => client.task(wanted)));
     } catch (error) {
+      if (name !== wanted) return;
       body.replaceChildren(h("p", { class: "trouble", role: "alert" }, inWords(error)));
     }
   }
 
-  /** @param {import("../../js/abmll.js").TaskInfo} task */
-  function show(task) {
+  /**
+   * @param {import("../../js/abmll.js").TaskInfo} task
+   * @param {string} [focused] What has the focus then, by a selector: the control that had it is made anew.
+   */
+  function show(task, focused) {
     if (task.task !== name) return; // the reader has gone on
     const held = h("div", { class: "stack" });
     const global = task.task === "global";
     body.replaceChildren(
-      h("div", { class: "panel" }, history(task), task.error && h("p", { class: "trouble" }, inWords(task.error))),
+      h("div", { class: "panel versions", tabindex: -1 }, history(task), task.error && h("p", { class: "trouble" }, inWords(task.error))),
       ...(global ? [] : [servingForm(task, page, show)]),
       h("section", { class: "panel" }, h("h2", {}, "How far its confidence held"), versions(task, held), held),
       ...(global ? [] : [deletion(task.task, page)]),
     );
     if (task.status === "ready") judge(task.version, held);
+    if (focused) body.querySelector(focused)?.focus();
   }
 
   /**
@@ -61,6 +66,7 @@ export function taskView(page) {
    */
   async function judge(version, held) {
     held.dataset.version = `${version}`;
+    held.replaceChildren(h("p", { class: "empty" }, `Reading how far version ${version} held.`));
     try {
       const { validation, feedback } = await session.call((client) => client.reliability(name, { version }));
       if (held.dataset.version !== `${version}`) return; // the reader has chosen another
@@ -74,6 +80,7 @@ export function taskView(page) {
         ...(feedback === null || name === "global" ? [] : [recalibration(name, version, page, show)]),
       );
     } catch (error) {
+      if (held.dataset.version !== `${version}`) return;
       held.replaceChildren(h("p", { class: "trouble", role: "alert" }, inWords(error)));
     }
   }
@@ -88,7 +95,7 @@ function history({ versions, serving, version: answering, calibrated, base_model
   const share = (/** @type {number} */ version) => {
     if (serving === null) return version === answering ? "answers, as the newest" : "";
     const part = serving[version];
-    return part ? `answers ${Math.round(100 * part)} %` : "";
+    return part ? `answers ${percent(part, 0)}` : "";
   };
   const rows = [...versions]
     .reverse()

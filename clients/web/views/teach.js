@@ -1,7 +1,7 @@
 /** The view that teaches a task from examples, and shows on those held back what it has learnt. */
 
 import { JobCancelled } from "../../js/abmll.js";
-import { field, h, numberIn } from "../elements.js";
+import { field, h, numberIn, rewrite } from "../elements.js";
 import { several } from "../figures.js";
 import { inWords } from "../session.js";
 import { readExamples } from "./examples.js";
@@ -12,6 +12,7 @@ import { verdict } from "./verdict.js";
 const FORMS =
   "CSV with a line that names the columns: prompt, answer and, where each question has its own, options (a|b|c). " +
   "Or JSON Lines or a JSON array with the same names.";
+const PAUSE = 150; // milliseconds of no typing, after which the examples are read
 const SAMPLE = `prompt,answer
 turn on the lamp in the kitchen,lights
 play the new album by that band,music
@@ -36,18 +37,26 @@ export function teachView({ session, announce }) {
     spellcheck: "false",
     placeholder: "home",
   });
-  const text = h("textarea", { rows: 9, spellcheck: "false", class: "code", placeholder: "prompt,answer,options" });
+  const text = h("textarea", {
+    rows: 9,
+    spellcheck: "false",
+    class: "code",
+    dir: "auto",
+    placeholder: "prompt,answer,options",
+  });
   const file = h("input", { type: "file", accept: ".csv,.tsv,.jsonl,.json,.txt,text/csv" });
   const shared = h("input", { type: "checkbox", checked: true, id: "shared-options" });
   const held = h("input", { type: "number", min: 0, value: 0 });
   const start = h("button", { type: "submit", class: "main", disabled: true }, "Teach");
   const trouble = h("p", { class: "trouble", role: "alert", hidden: true });
   const shown = h("div", { class: "shown" });
-  const progress = h("div", { class: "panel progress", hidden: true });
+  const progress = h("div", { class: "panel progress", tabindex: -1, hidden: true });
   const result = h("div", {});
   let chosen = false; // whether the reader said how many to hold back
   /** @type {AbortController | null} */
   let running = null;
+  /** @type {ReturnType<typeof setTimeout> | undefined} */
+  let reading;
 
   const sample = h("button", { type: "button", class: "quiet" }, "Fill in twelve examples");
   const form = h(
@@ -86,14 +95,44 @@ export function teachView({ session, announce }) {
     return parts;
   }
 
-  /** @param {unknown} error */
-  function complain(error) {
-    trouble.textContent = error ? inWords(error) : "";
+  /**
+   * @param {unknown} error
+   * @param {import("./examples.js").Example[]} [taught] What the server was sent: it counts examples, a reader lines.
+   */
+  function complain(error, taught = []) {
+    const line = (/** @type {string} */ told, /** @type {string} */ place) =>
+      taught[Number(place)] ? `line ${taught[Number(place)]?.line}` : told;
+    trouble.textContent = error ? inWords(error).replace(/\bexamples\[(\d+)\]/gi, line) : "";
     trouble.hidden = !error;
     const { input, field: where } = /** @type {any} */ (error) ?? {};
     const wrong = where === "task" ? name : input;
     for (const control of [name, held]) control.setAttribute("aria-invalid", String(control === wrong));
     wrong?.focus();
+  }
+
+  /**
+   * Shows what is under way; the focus stays in its place.
+   *
+   * @param {...Node} parts
+   */
+  function doing(...parts) {
+    const held = progress.contains(document.activeElement);
+    progress.replaceChildren(...parts);
+    if (held) progress.focus();
+  }
+
+  /**
+   * Asks the examples that were held back.
+   *
+   * @param {string} wording
+   * @param {import("./examples.js").Example[]} asked
+   * @param {{task: string, version?: number}} whom
+   * @param {AbortController} running
+   */
+  async function ask(wording, asked, whom, running) {
+    const cancel = h("button", { type: "button", onclick: () => running.abort() }, "Cancel");
+    doing(h("p", { role: "status" }, wording), h("div", { class: "row" }, cancel));
+    return attempt(session, asked, { ...whom, signal: running.signal });
   }
 
   /**
@@ -111,7 +150,7 @@ export function teachView({ session, announce }) {
     });
     const bar = h("progress", { max: 1, value: 0, "aria-label": "Progress of teaching" });
     const state = h("p", { role: "status" }, "Waiting for its turn");
-    progress.replaceChildren(state, bar, h("div", { class: "row" }, cancel));
+    doing(state, bar, h("div", { class: "row" }, cancel));
     for await (const seen of session.client.follow(job, { poll: 0.3, signal })) {
       job = seen;
       bar.value = seen.progress;
@@ -129,26 +168,35 @@ export function teachView({ session, announce }) {
    */
   async function run(task, taught, asked) {
     running = new AbortController();
-    const { signal } = running;
+    const under = running;
     complain(null);
     read();
-    result.replaceChildren();
     progress.hidden = false;
+    if (result.contains(document.activeElement)) progress.focus();
+    result.replaceChildren();
     try {
-      progress.replaceChildren(h("p", { role: "status" }, "Asking before anything is taught"));
-      const before = await attempt(session, asked, { task: "global", signal });
-      const { posterior } = await teach(task, taught, signal);
-      progress.replaceChildren(h("p", { role: "status" }, "Asking what it has learnt"));
+      const before = await ask("Asking before anything is taught", asked, { task: "global" }, under);
+      const { posterior } = await teach(task, taught, under.signal);
       const version = posterior?.version;
-      const after = await attempt(session, asked, { task, version, signal });
       const all = [...taught, ...asked].sort((a, b) => a.line - b.line);
       const again = asked.length > 0 ? () => run(task, all, []) : null;
-      result.replaceChildren(verdict({ task, version, taught, asked, before, after, again }));
+      const told = { task, version, taught, asked, before, again };
+      try {
+        const after = await ask("Asking what it has learnt", asked, { task, version }, under);
+        const { serving } = await session.call((client) => client.task(task));
+        result.replaceChildren(verdict({ ...told, after, serving }));
+      } catch (/** @type {any} */ error) {
+        // It is taught all the same.
+        const why = error?.name === "AbortError" ? "" : ` ${inWords(error)}`;
+        result.replaceChildren(verdict({ ...told, after: null, serving: null }));
+        complain(new Error(`${task} is taught, but what it has learnt was not asked.${why}`));
+      }
       result.querySelector("h2").focus();
-    } catch (error) {
-      if (error instanceof JobCancelled) announce("Cancelled.");
+    } catch (/** @type {any} */ error) {
+      const cancelled = error instanceof JobCancelled || error?.name === "AbortError";
+      if (cancelled) announce("Cancelled.");
       start.focus();
-      complain(error);
+      complain(cancelled ? new Error("cancelled; nothing was taught") : error, taught);
     } finally {
       running = null;
       progress.hidden = true;
@@ -168,7 +216,10 @@ export function teachView({ session, announce }) {
     const { taught, held: asked } = read();
     run(name.value.trim(), taught, asked);
   });
-  text.addEventListener("input", read);
+  text.addEventListener("input", () => {
+    clearTimeout(reading);
+    reading = setTimeout(read, PAUSE);
+  });
   shared.addEventListener("change", read);
   held.addEventListener("input", () => {
     chosen = held.value !== "" || held.validity.badInput;
@@ -177,12 +228,12 @@ export function teachView({ session, announce }) {
   file.addEventListener("change", async () => {
     const [first] = file.files;
     if (!first) return;
-    text.value = await first.text();
+    rewrite(text, await first.text());
     name.value ||= nameOf(first.name);
     read();
   });
   sample.addEventListener("click", () => {
-    text.value = SAMPLE;
+    rewrite(text, SAMPLE);
     name.value ||= "home";
     read();
   });

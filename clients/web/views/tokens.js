@@ -3,7 +3,7 @@
 import { field, h, newId, table } from "../elements.js";
 import { nats, percent, visible } from "../figures.js";
 
-// Where one colour gives way to the next, from the surest to the least sure.
+// Where one colour gives way to the next, from the least to the least sure.
 const MEASURES = {
   probability: {
     label: "probability",
@@ -20,6 +20,16 @@ const MEASURES = {
   },
 };
 
+/**
+ * A token's text; the signs that stand for what cannot be seen are not copied with it.
+ *
+ * @param {string} text
+ */
+function shown(text) {
+  if (text === "") return [h("span", { class: "sign" }, visible(text))];
+  return text.split(/([\n\t])/).map((part) => (/[\n\t]/.test(part) ? h("span", { class: "sign" }, visible(part)) : part));
+}
+
 /** The text, its legend, what stands at the token that is looked at, and all tokens in a table. */
 export class Tokens {
   /** @param {any[]} tokens */
@@ -32,7 +42,7 @@ export class Tokens {
     const hint = newId();
     this.text = h(
       "div",
-      { class: "tokens", role: "group", "aria-label": "The answer, token by token", "aria-describedby": hint },
+      { class: "tokens", dir: "auto", role: "group", "aria-label": "The answer, token by token", "aria-describedby": hint },
       ...this.places.flatMap((place, index) => (tokens[index].text.includes("\n") ? [place, h("br")] : [place])),
     );
     const choose = h(
@@ -51,6 +61,8 @@ export class Tokens {
       h("details", {}, h("summary", {}, "Every token in a table"), this.all()),
     );
     this.colour("probability");
+    const least = Math.min(...tokens.map(({ probability }) => probability));
+    this.look(tokens.findIndex(({ probability }) => probability === least));
   }
 
   /**
@@ -58,10 +70,11 @@ export class Tokens {
    * @param {number} index
    */
   place(token, index) {
+    // No button element: a browser lets nobody select the text of one, and an answer is to be copied.
     const place = h(
-      "button",
-      { type: "button", class: "token", tabindex: index === 0 ? 0 : -1, "aria-label": this.spoken(token) },
-      visible(token.text),
+      "span",
+      { role: "button", class: "token", tabindex: -1, "aria-label": this.spoken(token) },
+      ...shown(token.text),
     );
     place.addEventListener("focus", () => this.look(index));
     place.addEventListener("click", () => this.look(index));

@@ -11,17 +11,29 @@ import { summary } from "./trial.js";
  * @param {import("./examples.js").Example[]} told.taught
  * @param {import("./examples.js").Example[]} told.asked
  * @param {import("./trial.js").Outcome[]} told.before
- * @param {import("./trial.js").Outcome[]} told.after
+ * @param {import("./trial.js").Outcome[] | null} told.after null where it could not be asked.
+ * @param {Record<string, number> | null} told.serving Shares of the versions that answer; null: the newest.
  * @param {(() => void) | null} told.again Teaches from all examples.
  */
-export function verdict({ task, version, taught, asked, before, after, again }) {
-  const ask = h("a", { href: `#/ask?task=${encodeURIComponent(task)}` }, "Ask it");
+export function verdict({ task, version, taught, asked, before, after, serving, again }) {
+  const name = encodeURIComponent(task);
+  const answers = serving === null || `${version}` in serving;
+  const ask = h("a", { href: `#/ask?task=${name}${answers ? "" : `&version=${version}`}` }, "Ask it");
+  const still = Object.keys(serving ?? {}).join(" and ");
+  const pinned = h(
+    "p",
+    {},
+    `Who names no version is still answered by version ${still}. `,
+    h("a", { href: `#/tasks/${name}` }, "Choose which version answers"),
+    ".",
+  );
   return h(
     "section",
     { class: "panel verdict" },
     h("h2", { tabindex: -1 }, `${task}, version ${version}`),
     h("p", {}, `Taught from ${several(taught.length, "example")}. `, ask, "."),
-    ...(asked.length > 0 ? compared(asked, before, after) : []),
+    !answers && pinned,
+    ...(asked.length > 0 && after ? compared(asked, before, after) : []),
     again &&
       h(
         "div",
