@@ -31,7 +31,7 @@ _RANK: dict[Family, int] = {"lowrank": 7, "kronecker": 7, "subspace": 16}
 _SCALE_INIT: dict[Family, float] = {"lowrank": 0.01, "kronecker": 0.01, "subspace": 0.3}
 
 
-class PosteriorConfig(BaseModel, frozen=True):
+class PosteriorConfig(BaseModel, frozen=True, allow_inf_nan=False):
     """What a posterior is made of and for.
 
     A draw's adapter has rank ``rank + scale_rank + 1`` (lowrank), ``rank + 1`` (kronecker) or ``rank``

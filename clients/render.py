@@ -175,8 +175,9 @@ def _doubt(reply: Answer, most: float | None) -> Table:
 
 def _footer(reply: Answer) -> str:
     draws = f"{reply.draws} draw" + ("" if reply.draws == 1 else "s")
-    error = f"± {100 * reply.standard_error:.1f} points of Monte Carlo error"
-    return f"{draws}, {error} · {reply.task} version {reply.posterior.version} · {reply.timing.total_ms:.0f} ms"
+    error = f"± {100 * reply.standard_error:.1f} points" if reply.draws > 1 else "an unknown amount"
+    told = f"{draws}, {error} of Monte Carlo error"
+    return f"{told} · {reply.task} version {reply.posterior.version} · {reply.timing.total_ms:.0f} ms"
 
 
 def _percent(probability: float) -> str:

@@ -33,10 +33,16 @@ _SPREAD = 1.0
 Labelled = Sequence[tuple[Tensor, int]]
 
 
-def _questions(labelled: Labelled) -> list[int]:
-    """Numbers the questions, from 0 on: the same draws give the same question the same scores."""
-    numbers: dict[bytes, int] = {}
-    return [numbers.setdefault(scores.numpy().tobytes(), len(numbers)) for scores, _ in labelled]
+def _by_question(labelled: Labelled) -> list[tuple[Tensor, int]]:
+    """The first answer to each question, and so what was said of it last.
+
+    Asked a hundred times, a question says no more of new ones than asked once. It is known by its first draw's
+    scores: a draw gives the same question the same.
+    """
+    found: dict[bytes, tuple[Tensor, int]] = {}
+    for scores, label in labelled:
+        found.setdefault(scores[0].numpy().tobytes(), (scores, label))
+    return list(found.values())
 
 
 def _groups(labelled: Labelled) -> list[HeldOut]:
@@ -97,18 +103,18 @@ def refit(
 
     Args:
         stored: The version.
-        labelled: Scores, shape (draws, options), and right option of judged answers.
+        labelled: Scores, shape (draws, options), and right option of judged answers, the newest first; of several
+            to one question the newest counts.
         prior: The global posterior's calibration: how tasks' temperatures differ.
 
     Raises:
         InvalidRequest: Too few answers to different questions.
     """
-    labelled = sorted(labelled, key=lambda item: len(item[0]))  # in the order of the groups
-    questions = _questions(labelled)
-    if len(set(questions)) < FEWEST:
+    labelled = sorted(_by_question(labelled), key=lambda item: len(item[0]))  # in the order of the groups
+    if len(labelled) < FEWEST:
         raise InvalidRequest(
-            f"answers of version {stored.record.version} to {len(set(questions))} different questions have been judged "
-            f"with the right option known; at least {FEWEST} are needed, to questions with options: POST /feedback",
+            f"answers of version {stored.record.version} to {len(labelled)} different questions have been judged with "
+            f"the right option known; at least {FEWEST} are needed, to questions with options: POST /feedback",
             field="version",
         )
     shots = stored.record.shots
@@ -121,10 +127,8 @@ def refit(
     after = own_temperature(beliefs, evidence)
     held_out: list[tuple[Tensor, Tensor]] = []
     for fold in range(_FOLDS):
-        own = [question % _FOLDS == fold for question in questions]
-        rest = [number for number, held in enumerate(own) if not held]
-        held = [item for item, of_it in zip(labelled, own, strict=True) if of_it]
-        held_out.append(_probabilities(held, own_temperature(beliefs, evidence[:, rest])))
+        rest = [number for number in range(len(labelled)) if number % _FOLDS != fold]
+        held_out.append(_probabilities(labelled[fold::_FOLDS], own_temperature(beliefs, evidence[:, rest])))
     measured_before = _measured(*_probabilities(labelled, before))
     measured_after = _measured(_stacked([p for p, _ in held_out]), torch.cat([a for _, a in held_out]))
     probabilities, answers = _probabilities(labelled, after)

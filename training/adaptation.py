@@ -19,7 +19,7 @@ from training.episodes import label, minibatch
 from training.settings import MAX_STEPS
 
 
-class AdaptConfig(BaseModel, frozen=True):
+class AdaptConfig(BaseModel, frozen=True, allow_inf_nan=False):
     """Settings of the inner loop, the same in meta-training and in adaptation."""
 
     steps: int = Field(

@@ -19,7 +19,7 @@ from training.tasks import Task
 _SPECIAL = 8
 
 
-class EpisodeConfig(BaseModel, frozen=True):
+class EpisodeConfig(BaseModel, frozen=True, allow_inf_nan=False):
     """How episodes are drawn."""
 
     shots: tuple[int, ...] = Field(
@@ -52,6 +52,12 @@ def draw_support(task: Task, shots: int, rng: random.Random) -> tuple[tuple[Exam
     shuffled = list(task.examples)
     rng.shuffle(shuffled)
     return tuple(shuffled[:shots]), tuple(shuffled[shots:])
+
+
+def without_twins(examples: Sequence[Example], taught: Sequence[Example]) -> tuple[Example, ...]:
+    """Returns the examples that do not ask what one of ``taught`` asks: their answers have been told."""
+    told = {(example.prompt, frozenset(example.options)) for example in taught}
+    return tuple(example for example in examples if (example.prompt, frozenset(example.options)) not in told)
 
 
 def _vary(task: Task, config: EpisodeConfig, rng: random.Random) -> Task:

@@ -30,6 +30,7 @@ from abmll.calibration import (
 )
 from abmll.curves import curves
 from abmll.draw_scores import score_draws
+from abmll.errors import InvalidExamples
 from abmll.examples import Example
 from abmll.layers import Attached
 from abmll.posterior import Posterior
@@ -38,7 +39,7 @@ from abmll.risk import risk_thresholds
 from abmll.text_calibration import TextCalibration
 from training.adaptation import AdaptConfig, run_inner
 from training.base_model import BaseModel as Base
-from training.episodes import draw_support, label, relabelled
+from training.episodes import draw_support, label, relabelled, without_twins
 from training.progress import Progress, silent
 from training.task_calibration import held_out_scores
 from training.tasks import Task
@@ -67,7 +68,7 @@ _Predictions = TypeVar("_Predictions")
 _OfTask = TypeVar("_OfTask", bound=OfTask)
 
 
-class EvalConfig(BaseModel, frozen=True):
+class EvalConfig(BaseModel, frozen=True, allow_inf_nan=False):
     """Settings of an evaluation."""
 
     shots: tuple[Annotated[int, Field(ge=0)], ...] = Field(
@@ -110,11 +111,18 @@ def has_enough(task: Task, shots: int) -> bool:
 def support_and_query(
     task: Task, shots: int, config: EvalConfig, repeat: int = 0
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Draws a support set of a task and its queries, which are the same for every number of shots."""
+    """Draws a support set of a task and its queries, which are the same for every number of shots.
+
+    Raises:
+        InvalidExamples: All that is left to ask has been taught: the task has the same questions again and again.
+    """
     rng = random.Random(f"{config.seed}:{repeat}:{task.name}")
     largest = min(max(config.shots), len(task.examples) // 2)
     pool, rest = draw_support(task, largest, rng)
-    return pool[:shots], rest[: config.queries]
+    asked = without_twins(rest, pool)
+    if not asked:
+        raise InvalidExamples(f"task {task.name} asks the same questions again and again; give it different ones")
+    return pool[:shots], asked[: config.queries]
 
 
 def predict_task(
@@ -344,8 +352,9 @@ def calibrate(
     Tasks to come lie between those of a kind that meta-training knew and those that are like none of them: the
     two kinds count the same in the spread of temperatures. Thresholds come from the validation tasks alone.
     They were tempered with the spread that was fitted to their answers, two numbers for all of them, so that what split
-    conformal prediction and risk control promise holds nearly, not exactly. ``ece_after`` is of answers that were not
-    fitted to: each family's are tempered by a fit to the other families (of a single family, see
+    conformal prediction and risk control promise holds nearly, not exactly; and questions of one task are alike, so
+    that for a new task the sets, whose threshold pools questions, hold a point or two less. ``ece_after`` is of answers
+    that were not fitted to: each family's are tempered by a fit to the other families (of a single family, see
     ``held_out_families``).
 
     Args:

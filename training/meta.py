@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import random
 import time
 from collections.abc import Sequence
@@ -26,10 +27,11 @@ from training.episodes import EpisodeConfig, label, sample_episode, short_items
 from training.progress import Progress, silent, track
 from training.ranks import ALONE, Ranks
 from training.schedule import rate_share
+from training.settings import SEED_LIMIT
 from training.tasks import Task
 
 
-class MetaConfig(BaseModel, frozen=True):
+class MetaConfig(BaseModel, frozen=True, allow_inf_nan=False):
     """Settings of meta-training."""
 
     steps: int = Field(default=400, ge=1, description="steps of theta")
@@ -46,7 +48,7 @@ class MetaConfig(BaseModel, frozen=True):
     gamma: float = Field(default=1e-5, ge=0, description="weight of the hyperprior -log p(theta)")
     minutes: float | None = Field(default=None, gt=0, description="stop (and anneal) by wall clock instead of steps")
     checkpoint_every: int = Field(default=20, ge=1, description="steps between checkpoints")
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=SEED_LIMIT)
     inner: AdaptConfig = AdaptConfig()
     episodes: EpisodeConfig = EpisodeConfig()
 
@@ -87,12 +89,21 @@ class _Checkpoint:
         torch.save(state, stream)
         replace_file(self.path, stream.getvalue())
 
+    def _read(self) -> dict[str, Any]:
+        """What is in the file; nothing where it is damaged."""
+        try:
+            read = torch.load(self.path, map_location="cpu", weights_only=True)
+            return {key: read[key] for key in ("settings", "step", "seconds", "theta", "optimizer")}
+        except (RuntimeError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError):
+            return {}
+
     def load(self, leaves: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> tuple[int, float]:
         # To the CPU: it may have been written on a device that is not here, and goes to every process.
-        read = torch.load(self.path, map_location="cpu", weights_only=True) if self._there() else None
-        state = self._ranks.of_main(read)
+        state = self._ranks.of_main(self._read() if self._there() else None)
         if state is None:
             return 0, 0.0
+        if not state:
+            raise AbmllError(f"{self.path} is damaged; remove it to begin anew, or restore it", field="out")
         if state["settings"] != json.dumps(self.fingerprint, sort_keys=True):
             raise AbmllError(
                 f"{self.path} was made with other settings, tasks or base model; "

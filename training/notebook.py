@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from training.predictions import Prediction, Predictions
 from training.ranks import ALONE
 from training.settings import MAX_STEPS, SEED_LIMIT
 from training.task_calibration import adapt_and_calibrate
-from training.tasks import examples_of
+from training.tasks import HALF, examples_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -102,13 +103,11 @@ class LoadedPosterior:
         if self.record.shots:
             raise AbmllError(f"this is the posterior of task {self.record.task!r}; adapt the one that `load` gave")
         check_name(task)
-        if not 0 <= seed < SEED_LIMIT:
-            raise InvalidRequest(f"seed is {seed}; give 0 to {SEED_LIMIT - 1}", field="seed")
+        _check_whole(seed, "seed", 0, SEED_LIMIT - 1)
         support = examples_of(_records(examples))
         inner = AdaptConfig.from_record(self.record.training)
         if steps is not None:
-            if not 1 <= steps <= MAX_STEPS:
-                raise InvalidRequest(f"steps is {steps}; give 1 to {MAX_STEPS}", field="steps")
+            _check_whole(steps, "steps", 1, MAX_STEPS)
             inner = inner.with_steps(steps)
         phi, calibration = adapt_and_calibrate(
             self.base, self.attached, self.posterior, support, inner, self.calibration, seed=seed
@@ -142,16 +141,16 @@ class LoadedPosterior:
             InvalidRequest: A question is blank, or its options are not 2 to 64 texts that the model can tell apart.
             PromptTooLong: A question exceeds the model's context.
         """
-        asked = [prompts] if isinstance(prompts, str) else _texts_of(prompts, "prompts")
+        asked = _texts_of([prompts] if isinstance(prompts, str) else prompts, "prompts")
         for number, prompt in enumerate(asked):
             if not prompt.strip():
                 raise InvalidRequest(f"prompts[{number}] is blank; give a question", field="prompts")
-        if not isinstance(draws, int) or draws < 1:
-            raise InvalidRequest(f"draws is {draws!r}; give a whole number from 1", field="draws")
+        _check_whole(draws, "draws", 1)
+        _check_whole(seed, "seed", 0, SEED_LIMIT - 1)
         if options is None:
             return Predictions(self._texts(asked, draws, seed), self.record.task)
-        if isinstance(options, str):
-            raise InvalidRequest(f"options is the text {options!r}; give a list of texts", field="options")
+        if isinstance(options, str) or not hasattr(options, "__iter__"):
+            raise InvalidRequest(f"options is {options!r}; give a list of texts", field="options")
         if all(isinstance(option, str) for option in options):
             each = [tuple(_texts_of(options, "options"))] * len(asked)
         else:
@@ -239,12 +238,18 @@ class LoadedPosterior:
         return found
 
 
+def _check_whole(value: object, name: str, least: int, most: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        bounds = f"from {least}" if most == math.inf else f"from {least} to {most}"
+        raise InvalidRequest(f"{name} is {value!r}; give a whole number {bounds}", field=name)
+
+
 def _records(examples: Any) -> Iterable[Example | Mapping[str, Any]]:
     """Rows of a frame, what is missing in them left out; else the examples as they are."""
     if hasattr(examples, "to_dict") and hasattr(examples, "columns"):
         rows: list[dict[str, Any]] = examples.to_dict("records")
         return [{key: _plain(value) for key, value in row.items() if not _missing(value)} for row in rows]
-    if isinstance(examples, str | Path | dict):
+    if isinstance(examples, str | Path | dict) or not hasattr(examples, "__iter__"):
         raise InvalidExamples("examples must be a list of records, or a frame; a file is read by pandas", "examples")
     return examples
 
@@ -268,8 +273,8 @@ def _texts_of(given: Any, name: str) -> list[str]:
         raise InvalidRequest(f"{name} is {given!r}; give a list of texts", field=name)
     texts: list[Any] = list(given)
     for number, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise InvalidRequest(f"{name}[{number}] is {text!r}; give a text", field=name)
+        if not isinstance(text, str) or HALF.search(text):
+            raise InvalidRequest(f"{name}[{number}] is {text!r}; give a text of whole characters", field=name)
     if not texts:
         raise InvalidRequest(f"{name} is empty; give at least one text", field=name)
     return texts

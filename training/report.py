@@ -16,6 +16,7 @@ _COLUMNS = {
 }  # fmt: skip
 
 
+ALL = "all"  # the row of everything
 _Predictions = TypeVar("_Predictions", bound=OfTask)
 _Measures = TypeVar("_Measures", Scores, TextScores)
 
@@ -33,12 +34,15 @@ def grouped(
         key: Names a task's group, its category or family.
     """
     rows: list[tuple[str, int, _Measures]] = []
-    names = [*sorted({key(item.task) for item in predictions}), "all"]
-    for name in names:
+    names = sorted({key(item.task) for item in predictions})
+    groups = [(name, [item for item in predictions if key(item.task) == name]) for name in names]
+    for name, group in [*groups, (ALL, predictions)]:
         for shots in sorted({item.shots for item in predictions}):
-            inside = [i for i in predictions if i.shots == shots and name in (key(i.task), "all")]
+            inside = [item for item in group if item.shots == shots]
             if inside:
-                rows.append((name, shots, measure(inside)))
+                rows.append(
+                    (f"{name} (its own)" if name == ALL and group is not predictions else name, shots, measure(inside))
+                )
     return rows
 
 

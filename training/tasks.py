@@ -15,7 +15,7 @@ from abmll.errors import AbmllError, InvalidExamples
 from abmll.examples import Example, check_one_kind, check_options, resolve_answer
 from training.hub import brief
 
-_HALF = re.compile("[\ud800-\udfff]")
+HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,21 @@ class Task:
         return max(counts.values()) / len(self.examples)
 
 
+def _mapping(record: object) -> object:
+    return dict(record) if isinstance(record, Mapping) else record
+
+
 def _example(record: Any, where: str) -> Example:
     if not isinstance(record, dict):
         raise InvalidExamples(f'{where}: an item must be an object {{"input", "options", "answer"}}', field=where)
     text = record.get("input", record.get("prompt"))
     options = record.get("options")
     if not isinstance(text, str) or not text.strip():
-        raise InvalidExamples(f"{where}: 'input' must be a text that is not empty", field=where)
+        name = "input" if "input" in record else "prompt"
+        there = "" if name in record else f"; there are {', '.join(map(repr, record)) or 'none'}"
+        raise InvalidExamples(f"{where}: {name!r} must be a text that is not empty{there}", field=where)
     texts: list[Any] = [text, record.get("answer"), *(options if isinstance(options, list) else [])]
-    if any(isinstance(each, str) and _HALF.search(each) for each in texts):
+    if any(isinstance(each, str) and HALF.search(each) for each in texts):
         raise InvalidExamples(f"{where}: a text holds half a character, one of \\ud800 to \\udfff alone", field=where)
     if options is None:
         answer = record.get("answer")
@@ -90,7 +96,7 @@ def examples_of(records: Iterable[Example | Mapping[str, Any]]) -> tuple[Example
         InvalidExamples: There are none, one is malformed, or some have options and some have not.
     """
     found = tuple(
-        record if isinstance(record, Example) else _example(dict(record), f"examples[{number}]")
+        record if isinstance(record, Example) else _example(_mapping(record), f"examples[{number}]")
         for number, record in enumerate(records)
     )
     if not found:
@@ -121,7 +127,7 @@ def read_examples(path: Path) -> tuple[Example, ...]:
         where = f"{path.name} line {number}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
             raise InvalidExamples(f"{where}: not valid JSON ({error})", field=where) from error
         examples.append(_example(record, where))
     if not examples:
@@ -141,6 +147,9 @@ def _make_task(
 
 
 def _of_manifest(entry: dict[str, Any], folder: Path) -> Task:
+    for key in ("name", "family", "category"):
+        if not isinstance(entry[key], str) or not entry[key].strip():
+            raise ValueError(f"{key} is {entry[key]!r}, and must be a text")
     if "dataset" in entry:
         text = entry["text"]
         columns = DatasetColumns([text] if isinstance(text, str) else text, entry["label"], entry.get("options"))
@@ -174,7 +183,7 @@ def load_tasks(folder: Path) -> list[Task]:
         try:
             entries = json.loads(manifest.read_text(encoding="utf-8"))["tasks"]
             tasks = [_of_manifest(entry, folder) for entry in entries]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InvalidExamples(
                 f'{manifest} must be {{"tasks": [{{"name", "file", "family", "category"}}, ...]}}: {error!r}',
                 field=str(manifest),

@@ -7,6 +7,7 @@ import random
 import sqlite3
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +277,48 @@ def test_one_question_judged_often_is_one_question(tiny_model_folder: Path) -> N
     questions = [(torch.randn(2, 3, generator=generator), number % 3) for number in range(FEWEST)]
     with pytest.raises(InvalidRequest, match=f"to {FEWEST - 1} different questions"):
         refit(stored, [*questions[1:], *questions[1:]], None)
-    assert refit(stored, [*questions, *questions], None)[1].answers == 2 * FEWEST
+    once, told = refit(stored, questions, None)
+    wrong = [(scores, (label + 1) % 3) for scores, label in questions]  # said before, and taken back
+    again, told_again = refit(stored, [*questions, *questions, *wrong], None)
+    assert (again, told_again) == (once, told)
+    assert told.answers == FEWEST
+
+
+def test_what_recalibration_changes_is_measured_on_answers_that_it_was_not_fitted_to(tiny_model_folder: Path) -> None:
+    """Whatever number of draws each answer took, and in whatever order they were judged."""
+    stored = StoredPosterior(random_posterior(tiny_model_folder, 1), Record(task="t", version=1), None, "digest")
+    generator = torch.Generator().manual_seed(0)
+    judged = [(3 * torch.randn((2, 8, 4)[n % 3], 3, generator=generator), n % 3) for n in range(2 * FEWEST)]
+    calibration, told = refit(stored, judged, None)
+    in_order = sorted(judged, key=lambda item: len(item[0]))
+    assert refit(stored, in_order, None) == (calibration, told)
+    losses: list[float] = []
+    for fold in range(5):
+        rest = [item for number, item in enumerate(in_order) if number % 5 != fold]
+        evidence = torch.cat([temperature_evidence((s[:, None], torch.tensor([y]))) for s, y in rest], dim=1)
+        own = own_temperature(TemperaturePrior(median=1.0, spread=1.0), evidence)
+        held = in_order[fold::5]
+        losses += [-predictive(s[:, None], own).probabilities[0, y].log().item() for s, y in held]
+    assert told.after.nll == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    fitted = [-predictive(s[:, None], told.temperature_after).probabilities[0, y].log().item() for s, y in judged]
+    assert told.after.nll > sum(fitted) / len(fitted)
+
+
+def test_a_no_of_two_options_is_a_yes_to_the_other(tmp_path: Path) -> None:
+    feedback = Feedback(tmp_path / "f.sqlite3", kept=9)
+    for number, right in enumerate((True, False)):
+        feedback.note(answered(str(number), torch.zeros(1, 2)))
+        feedback.judge(str(number), None, right)
+    assert [label for _, label in feedback.labelled("t", 1, "p")] == [1, 0]
+
+
+def test_answers_scored_in_another_way_are_not_recalibrated_to(tmp_path: Path) -> None:
+    feedback = Feedback(tmp_path / "f.sqlite3", kept=9)
+    for number, standard in enumerate((True, False)):
+        feedback.note(replace(answered(str(number), torch.full((1, 2), float(number))), standard=standard))
+        feedback.judge(str(number), "a", None)
+    ((scores, _),) = feedback.labelled("t", 1, "p")
+    assert scores.tolist() == [[0.0, 0.0]]
 
 
 def test_a_file_of_an_earlier_version_goes_on(tmp_path: Path) -> None:

@@ -117,7 +117,11 @@ def test_wrong_input_is_one_line(trained: tuple[Path, Path, str], tmp_path: Path
     data, theta, _ = trained
     out = ["--out", tmp_path / "out"]
     examples = ["--examples", data / "tasks" / "rule_4.jsonl"]
-    (tmp_path / "flat.toml").write_text("posterior = 3\n")
+    flat = tmp_path / "flat.toml"
+    flat.write_text("posterior = 3\n")
+    (tmp_path / "b.toml").write_text('[posterior]\nbase_model = "other"\n')
+    (tmp_path / "seed.toml").write_text(f"seed = {2**64}\n")
+    (tmp_path / "inf.toml").write_text("learning_rate = inf\n")
     (tmp_path / "utf16.toml").write_text("steps = 3\n", encoding="utf-16")
     (tmp_path / "wrong").mkdir()
     (tmp_path / "wrong" / "manifest.json").write_text('{"tasks": []}', encoding="utf-16")
@@ -153,6 +157,19 @@ def test_wrong_input_is_one_line(trained: tuple[Path, Path, str], tmp_path: Path
         "is not a split file": ["train", "--tasks", data, "--split", tmp_path / "utf16.toml", *out],
         "manifest.json must be": ["train", "--tasks", tmp_path / "wrong", *out],
         "setting layers": ["train", "--tasks", data, "--layers", "bottom", "--model", "/nowhere", *out],
+        "holds the posterior of task 'one'": ["eval", tmp_path / "one", "--tasks", data, "--part", "all"],
+        "base_model: the base model is named by --model": [
+            "train",
+            "--tasks",
+            data,
+            "--config",
+            tmp_path / "b.toml",
+            *out,
+        ],
+        "setting seed": ["train", "--tasks", data, "--config", tmp_path / "seed.toml", *out],
+        "setting learning_rate": ["train", "--tasks", data, "--config", tmp_path / "inf.toml", *out],
+        "device 'meta' cannot be used": ["eval", theta, "--tasks", data, "--device", "meta"],
+        "cannot be made: nothing can be written": ["adapt", theta, *examples, "--task", "a", "--out", flat / "sub"],
         "of task 'one'; give the global": ["adapt", tmp_path / "one", *examples, "--task", "a", *out],
         "give the global one that it": ["calibrate", tmp_path / "one", "--tasks", data],
         "serve it with its own base model": ["adapt", theta, *examples, "--task", "a", "--model", "abmll-small", *out],

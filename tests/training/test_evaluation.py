@@ -8,12 +8,21 @@ from sklearn.metrics import accuracy_score, log_loss
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from abmll.errors import InvalidExamples
 from abmll.layers import Attached, init_posterior
 from abmll.posterior import PosteriorConfig
 from tests.training.conftest import TARGETS, rule_task
 from training.adaptation import AdaptConfig
 from training.base_model import BaseModel
-from training.evaluation import EvalConfig, TaskPredictions, calibrate, held_out_families, predict_tasks, score
+from training.evaluation import (
+    EvalConfig,
+    TaskPredictions,
+    calibrate,
+    held_out_families,
+    predict_tasks,
+    score,
+    support_and_query,
+)
 from training.report import grouped, markdown
 
 CONFIG = EvalConfig(shots=(0, 4), queries=10, draws=3, supports=2)
@@ -107,3 +116,23 @@ def test_of_one_family_each_task_is_held_out(predictions: list[TaskPredictions])
     ]
     alone = [item for item in one if item.task.name == "rule_0"]
     assert [(own, others) for own, others in held_out_families(alone)] == [(alone, alone)]
+
+
+def test_a_question_that_was_taught_is_not_asked() -> None:
+    task = rule_task(1)
+    twice = replace(task, examples=task.examples * 2)
+    taught, asked = support_and_query(twice, 4, EvalConfig(shots=(4,)))
+    assert len(taught) == 4
+    assert asked
+    assert {example.prompt for example in taught}.isdisjoint(example.prompt for example in asked)
+    with pytest.raises(InvalidExamples, match="the same questions again and again"):
+        support_and_query(replace(task, examples=task.examples[:1] * 8), 4, EvalConfig(shots=(4,)))
+
+
+def test_a_group_called_all_is_not_everything(predictions: list[TaskPredictions]) -> None:
+    first = predictions[0].task.name
+    rows = grouped(predictions, lambda group: score(group, None), lambda task: "all" if task.name == first else "b")
+    assert [name for name, shots, _ in rows if shots == predictions[0].shots] == ["all (its own)", "b", "all"]
+    tasks = [scores.tasks for _, shots, scores in rows if shots == predictions[0].shots]
+    assert tasks[0] == 1
+    assert tasks[0] + tasks[1] == tasks[2]

@@ -78,6 +78,16 @@ def test_a_killed_run_goes_on_to_the_same_end(base: BaseModel, attached: Attache
     assert_equal(whole, done)
 
 
+@pytest.mark.parametrize("damage", [0, 1000])
+def test_a_damaged_checkpoint_is_told(base: BaseModel, attached: Attached, tmp_path: Path, damage: int) -> None:
+    config = CONFIG.model_copy(update={"steps": 1})
+    meta_train(base, attached, TASKS, POSTERIOR, config, tmp_path)
+    checkpoint = tmp_path / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:damage])
+    with pytest.raises(AbmllError, match=r"checkpoint.pt is damaged; remove it"):
+        meta_train(base, attached, TASKS, POSTERIOR, config, tmp_path)
+
+
 @pytest.mark.parametrize(
     "change", [{"learning_rate": 1e-3}, {"seed": 1}, {"inner": AdaptConfig(steps=3)}], ids=["rate", "seed", "inner"]
 )

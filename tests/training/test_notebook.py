@@ -104,13 +104,25 @@ def test_what_cannot_be_is_said(posterior: LoadedPosterior, task: LoadedPosterio
         ([" "], OPTIONS, r"prompts\[0\] is blank"),
         ([1, 2], OPTIONS, r"prompts\[0\] is 1"),
         (None, OPTIONS, "prompts is None"),
-        ("lamp", "yes", "options is the text 'yes'"),
+        ("lamp", "yes", "options is 'yes'"),
         ("lamp", [1, 2], r"options\[0\]"),
+        ("lamp", 5, "options is 5"),
+        ("a\ud800", OPTIONS, r"prompts\[0\] is 'a.+whole characters"),
     ):
         with pytest.raises(InvalidRequest, match=says):
             task.predict(prompts, options)  # pyright: ignore[reportArgumentType]
     with pytest.raises(InvalidRequest, match="steps is 0"):
         posterior.adapt(EXAMPLES, steps=0)
+    for seed in (-1, 1.5, "a", True, 2**53):
+        with pytest.raises(InvalidRequest, match="seed is"):
+            posterior.adapt(EXAMPLES, seed=seed)  # pyright: ignore[reportArgumentType]
+        with pytest.raises(InvalidRequest, match="seed is"):
+            task.predict("lamp", OPTIONS, seed=seed)  # pyright: ignore[reportArgumentType]
+    for examples in (None, 3, ["x"], [("a", "b")]):
+        with pytest.raises(InvalidExamples, match=r"a list of records|must be an object"):
+            posterior.adapt(examples)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InvalidExamples, match=r"'prompt' must be .+ there are 'text', 'answer'"):
+        posterior.adapt([{"text": "x", "answer": "y"}])
     with pytest.raises(InvalidExamples, match="a list of records"):
         posterior.adapt("examples.jsonl")  # pyright: ignore[reportArgumentType]
     with pytest.raises(AbmllError, match="device 'nonsense' cannot be used"):

@@ -53,6 +53,8 @@ def test_a_line_ends_at_a_newline_alone(tmp_path: Path) -> None:
         (json.dumps(GOOD | {"answer": 2}), "line 2: answer is 2"),
         (json.dumps(GOOD | {"answer": "maybe"}), "line 2: answer is 'maybe'"),
         (json.dumps({"input": "x", "options": ["a", "b"]}), "line 2: answer must be"),
+        ('{"input": "x", "answer": ' + "1" * 5000 + "}", "line 2: not valid JSON"),
+        ("[" * 100_000, "line 2: not valid JSON"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -69,6 +71,14 @@ def test_folders_that_hold_no_tasks(tmp_path: Path) -> None:
         load_tasks(tmp_path)
     (tmp_path / "manifest.json").write_text('{"tasks": [{"name": "a"}]}')
     with pytest.raises(InvalidExamples, match="family"):
+        load_tasks(tmp_path)
+    entry: dict[str, Any] = {"name": "a", "file": "t.jsonl", "family": "f", "category": "c"}
+    for wrong in ({"name": 3}, {"family": ["f"]}, {"family": None}, {"category": " "}):
+        (tmp_path / "manifest.json").write_text(json.dumps({"tasks": [entry | wrong]}))
+        with pytest.raises(InvalidExamples, match=f"{next(iter(wrong))} is .+ must be a text"):
+            load_tasks(tmp_path)
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(InvalidExamples, match="must be"):
         load_tasks(tmp_path)
     with pytest.raises(InvalidExamples, match="2 tasks named 'rule_0'"):
         load_tasks(write_tasks(tmp_path / "twice", [rule_task(0), rule_task(0)]))

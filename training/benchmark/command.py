@@ -11,6 +11,8 @@ from training.commands.document import print_json
 from training.commands.options import is_typed
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from training.benchmark.method import Settings
     from training.benchmark.run import BenchConfig, Parts
     from training.benchmark.world import World
@@ -33,9 +35,7 @@ QUICK = {
 def bench_command(
     ctx: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for results, tables and pictures; a run goes on from it.")],
-    tasks: Annotated[
-        Path | None, typer.Option(help="Folder of tasks with a split in the posterior; default: the generated world.")
-    ] = None,
+    tasks: Annotated[Path | None, typer.Option(help="Folder of tasks; default: the generated world.")] = None,
     model: Annotated[
         str | None, typer.Option(help="Base model: hub name or folder. Default: the embedded one.")
     ] = None,
@@ -114,7 +114,7 @@ def bench_command(
         settings=settings,
         progress=track,
     )
-    text = _report(rows, config)
+    text = _report(rows, config, parts.values())
     (out / "report.md").write_text(text, encoding="utf-8")
     if not as_json:
         typer.echo(text)
@@ -185,7 +185,7 @@ def _real(tasks: Path | None, model: str, config: BenchConfig, seeds: tuple[int,
     """Short tasks of a folder by the split of the embedded posterior, spread over the families.
 
     A seed chooses tasks of each part and their items, but moves no family to another part: the embedded base model
-    has read the training families.
+    has read the training families. A folder with other families has a split of its own, the same each time.
     """
     import random
 
@@ -195,12 +195,15 @@ def _real(tasks: Path | None, model: str, config: BenchConfig, seeds: tuple[int,
     from training.benchmark.run import Parts
     from training.embedded import POSTERIOR
     from training.episodes import short_items
-    from training.splits import Part, Split
+    from training.splits import Part, Split, split_families
     from training.tasks import load_tasks
 
     assert tasks is not None
+    loaded = load_tasks(tasks)
     split = Split.model_validate(load_posterior(POSTERIOR).record.training["split"])
-    loaded = short_items(load_tasks(tasks), 500)
+    if not {task.family for task in loaded} <= split.families.keys():
+        split = split_families(loaded, seed=0)  # another's tasks, of which no base model here has read any
+    loaded = short_items(loaded, 500)
     need = config.queries + 2
 
     def choose(part: Part, count: int, seed: int) -> list[Task]:
@@ -226,7 +229,13 @@ def _real(tasks: Path | None, model: str, config: BenchConfig, seeds: tuple[int,
     return found
 
 
-def _report(rows: list[dict[str, Any]], config: BenchConfig) -> str:
+def _counted(parts: Iterable[Parts]) -> str:
+    """How many tasks there are of each part: fewer than were asked for where a folder has no more."""
+    counts = sorted({(len(part.train), len(part.validation), len(part.test)) for part in parts})
+    return "; ".join(f"{a} to learn from, {b} to tune and calibrate on, {c} to measure on" for a, b, c in counts)
+
+
+def _report(rows: list[dict[str, Any]], config: BenchConfig, used: Iterable[Parts]) -> str:
     from training.benchmark.catalogue import OURS
     from training.benchmark.report import baselines_of, cost_table, names, ood_table, paired_table, quality_table
 
@@ -234,7 +243,8 @@ def _report(rows: list[dict[str, Any]], config: BenchConfig) -> str:
     ours = [name for name in OURS if name in present]
     seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
     sources = "; ".join(sorted({row["measured"] for row in rows}))
-    parts = [f"# Benchmark\n\n{sources}. Seeds: {seeds}. Settings: {config.model_dump_json()}\n"]
+    head = f"{sources}. Seeds: {seeds}. Tasks: {_counted(used)}. Settings: {config.model_dump_json()}"
+    parts = [f"# Benchmark\n\n{head}\n"]
     for calibrated in (True, False):
         for shots in config.shots:
             kind = "calibrated on the validation tasks" if calibrated else "not calibrated"

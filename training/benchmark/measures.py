@@ -117,7 +117,9 @@ def pooled_interval(
     """A measure over pooled answers, such as ECE, with a 95 % basic bootstrap interval over tasks.
 
     Binned errors are larger in resamples than in what they are drawn from: tasks that come up twice make a bin's
-    mean go further astray. The basic interval mirrors the resamples' quantiles at the estimate, which takes that off.
+    mean go further astray. The basic interval mirrors the resamples' quantiles at the estimate, which takes that off in
+    part: of simulated ECEs of 24 tasks of 64 answers it held 85 %
+    (0.1 and 0.006), and 58 % of one that is nothing at all.
 
     Args:
         parts: Confidence and correctness of answers, shape (n,) each.

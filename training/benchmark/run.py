@@ -36,7 +36,7 @@ from training.benchmark.measures import of_task, ood_auroc
 from training.benchmark.method import Budget, Learner, Method, Noting, Revised, Settings
 from training.benchmark.ood import foreign, nonsense
 from training.benchmark.world import World
-from training.episodes import EpisodeConfig, draw_support
+from training.episodes import EpisodeConfig, draw_support, without_twins
 from training.progress import Progress, silent
 from training.provenance import provenance
 from training.settings import choose_device
@@ -45,7 +45,7 @@ from training.tasks import Task
 logger = logging.getLogger(__name__)
 
 
-class BenchConfig(BaseModel, frozen=True):
+class BenchConfig(BaseModel, frozen=True, allow_inf_nan=False):
     """Settings of a benchmark run; what they say is part of a result's name, so that a resumed run fits.
 
     What came later is left out of it where it changes nothing, so that earlier results keep theirs.
@@ -89,7 +89,7 @@ def _support(task: Task, shots: int, config: BenchConfig, seed: int) -> tuple[li
     rng = random.Random(f"{seed}:{task.name}")
     largest = min(max(config.shots), len(task.examples) - config.queries)
     pool, rest = draw_support(task, largest, rng)
-    return list(pool[: min(shots, largest)]), list(rest[: config.queries])
+    return list(pool[: min(shots, largest)]), list(without_twins(rest, pool)[: config.queries])
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,13 @@ def run(
         if identities.get(row["seed"]) == row["identity"] and versions.get(row["method"]) in (row["version"], None)
     ]
     done = {(row["method"], row["seed"]) for row in rows}
-    chosen = dict(settings or {}) | settings_of(rows, first)
+    chosen = settings_of(rows, first)
+    for name, wanted in (settings or {}).items():
+        if (had := chosen.setdefault(name, wanted)) != wanted:
+            raise AbmllError(
+                f"{out} has results of {name} with {dict(had)}; measure {dict(wanted)} in another folder",
+                field="settings_of",
+            )
     trials = {
         method.name: [] if method.name in chosen or len(method.trials) == 1 else method.trials for method in methods
     }

@@ -10,7 +10,7 @@ import typer
 from training.commands.document import print_json
 from training.commands.opening import join_ranks, open_base
 from training.commands.options import Device, Dtype, Jobs, Json, OwnModel, Seed, ShardBase, Tasks
-from training.commands.parts import tasks_of_part, tell_of_small, within_context
+from training.commands.parts import tasks_of_part, tell_of_small, tell_of_unfamiliar, within_context
 from training.settings import checked, numbers
 
 
@@ -31,7 +31,8 @@ def calibrate_command(
     as_json: Json = False,
 ) -> None:
     """Calibrate a global posterior anew, on validation families and tasks of the training families."""
-    from abmll.store import load_global, save_posterior
+    from abmll.names import GLOBAL
+    from abmll.store import check_replaceable, load_global, save_posterior
     from training.adaptation import AdaptConfig
     from training.base.corpus import unseen_items
     from training.calibrate import calibrate_all
@@ -42,6 +43,7 @@ def calibrate_command(
     from training.tasks import load_tasks
 
     stored = load_global(posterior)
+    check_replaceable(posterior, GLOBAL)
     loaded = load_tasks(tasks)
     own = {} if split is None else {"split": read_split(split).model_dump()}
     validation = tasks_of_part(loaded, split, "validation", stored)
@@ -59,6 +61,7 @@ def calibrate_command(
     validation = within_context(base, theta.config.template, validation, ranks.main)
     training = within_context(base, theta.config.template, training, ranks.main)
     tell_of_small(validation, config.shots, ranks.main)
+    tell_of_unfamiliar(training, config, ranks.main)
     calibration, results, tables = calibrate_all(
         base, attached, theta, validation, training, inner, config, progress, jobs
     )

@@ -44,7 +44,7 @@ def eval_command(
 ) -> None:
     """Print accuracy and calibration of a posterior on tasks, before and after adaptation."""
     from abmll.errors import AbmllError
-    from abmll.store import load_posterior
+    from abmll.store import load_global
     from training.adaptation import AdaptConfig
     from training.embedded import POSTERIOR
     from training.evaluation import EvalConfig, Scores, predict_tasks, score
@@ -61,7 +61,7 @@ def eval_command(
     levels = by.split(",")
     if not set(levels) <= names.keys():
         raise AbmllError(f"--by {by!r} must be category, family or task, or several joined by commas", field="by")
-    stored = load_posterior(posterior or POSTERIOR)
+    stored = load_global(posterior or POSTERIOR)
     loaded = tasks_of_part(load_tasks(tasks), split, part, stored)
     config = checked(
         EvalConfig,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from abmll.examples import Template
     from abmll.store import StoredPosterior
     from training.base_model import BaseModel
+    from training.evaluation import EvalConfig
     from training.splits import Split
     from training.tasks import Task
 
@@ -112,6 +113,18 @@ def tell_of_small(tasks: Sequence[Task], shots: Sequence[int], main: bool = True
                 f"with fewer than {2 * count} items",
                 err=True,
             )
+
+
+def tell_of_unfamiliar(training: Sequence[Task], config: EvalConfig, main: bool = True) -> None:
+    """Has the main process tell where no task of the training families can take part in calibration."""
+    from training.evaluation import FAMILIAR_CHARACTERS, FAMILIAR_QUERIES, familiar_tasks
+
+    if main and any(config.shots) and not familiar_tasks(training, config)[0]:
+        typer.echo(
+            f"abmll: no training family has a task of {FAMILIAR_QUERIES} items of at most {FAMILIAR_CHARACTERS} "
+            "characters: temperatures rest on the validation tasks alone",
+            err=True,
+        )
 
 
 def tasks_of_part(loaded: list[Task], split: Path | None, part: str, stored: StoredPosterior) -> list[Task]:

@@ -23,7 +23,7 @@ from training.commands.options import (
     Tasks,
     typed,
 )
-from training.commands.parts import chosen_split, tell_of_small, within_context
+from training.commands.parts import chosen_split, tell_of_small, tell_of_unfamiliar, within_context
 from training.settings import SEED_LIMIT, checked, choose_device, pop_table, read_toml
 
 
@@ -62,6 +62,7 @@ def train_command(
     as_json: Json = False,
 ) -> None:
     """Meta-train a global posterior on training families and calibrate it on validation families."""
+    from abmll.errors import AbmllError
     from abmll.layers import attach
     from abmll.names import GLOBAL
     from abmll.posterior import PosteriorConfig
@@ -77,11 +78,14 @@ def train_command(
     from training.pseudo_tasks import kind_tasks, pseudo_tasks
     from training.tasks import load_tasks
 
-    values, names = read_toml(config), tuple(targets.split(","))
+    values, names = read_toml(config), tuple(name.strip() for name in targets.split(","))
     posterior_values: dict[str, Any] = {"family": family, "layers": layers, "targets": names}
-    posterior_values |= pop_table(values, "posterior") | typed(
-        ctx, family=family, layers=layers, targets=names, rank=rank
-    )
+    told = pop_table(values, "posterior")
+    if of_base := sorted(name for name in told if name.startswith("base_")):
+        raise AbmllError(
+            f"setting posterior.{of_base[0]}: the base model is named by --model and --revision", of_base[0]
+        )
+    posterior_values |= told | typed(ctx, family=family, layers=layers, targets=names, rank=rank)
     inner = family_settings(posterior_values["family"]) | pop_table(values, "inner") | typed(ctx, beta=beta)
     values = {"steps": steps, "minutes": minutes, "seed": seed} | values
     settings = checked(MetaConfig, values | typed(ctx, steps=steps, minutes=minutes, seed=seed) | {"inner": inner})
@@ -123,6 +127,7 @@ def train_command(
     if validation:
         validation = within_context(base, posterior_config.template, validation, ranks.main)
         tell_of_small(validation, evaluation.shots, ranks.main)
+        tell_of_unfamiliar(familiar, evaluation, ranks.main)
     theta = meta_train(base, attached, training_tasks, posterior_config, settings, work, ranks=ranks)
     if not ranks.sharded:
         ranks.leave()
