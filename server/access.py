@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import Request, Response, Security
@@ -16,6 +18,7 @@ from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
 from abmll.errors import Forbidden, RateLimited, Unauthorized
+from server.bodies import BoundedRequest
 from server.keys import Key, Keys, parse_rate
 from server.logs import current_request
 
@@ -34,6 +37,8 @@ class Access:
     def __init__(self, keys: Keys | None) -> None:
         self.keys = keys
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
+        # The keys' file may be locked, or its volume hang: threads that nothing else needs.
+        self._readers = ThreadPoolExecutor(2, thread_name_prefix="keys")
 
     def needs(self, right: str) -> list[Depends]:
         """Dependencies of a route that only keys with a right may call; the documentation shows them."""
@@ -44,7 +49,7 @@ class Access:
         """Statuses that a refused request gets."""
         return () if self.keys is None else (401, 403, 429, 503)
 
-    def check(self, request: Request, right: str) -> None:
+    async def check(self, request: Request, right: str) -> None:
         """Lets a request pass, or not.
 
         Raises:
@@ -55,7 +60,7 @@ class Access:
         """
         assert self.keys is not None
         scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
-        key = self.keys.find(secret.strip()) if scheme.lower() == "bearer" else None
+        key = await self._find(secret.strip()) if scheme.lower() == "bearer" else None
         if key is None:
             wrong = "this key is unknown or revoked" if secret else "a key is needed"
             raise Unauthorized(f"{wrong}; send one as `Authorization: Bearer KEY`")
@@ -66,6 +71,10 @@ class Access:
             raise Forbidden(f"the key {key.name!r} lacks the right {right!r}; it has {', '.join(sorted(key.rights))}")
         self._check_rate(key)
 
+    async def _find(self, secret: str) -> Key | None:
+        assert self.keys is not None
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self.keys.find, secret)
+
     def _check_rate(self, key: Key) -> None:
         if key.rate is None:
             return
@@ -75,7 +84,7 @@ class Access:
             raise RateLimited(f"the key {key.name!r} may ask {key.rate}; ask again in {seconds} s", seconds)
 
     def route_class(self) -> type[APIRoute]:
-        """The class of routes that check before the body is read."""
+        """The class of routes that check before the body is read, and what it may be."""
         check = self.check
 
         class Guarded(APIRoute):
@@ -90,8 +99,8 @@ class Access:
 
                 async def checked(request: Request) -> Response:
                     for scope in scopes:
-                        check(request, scope)
-                    return await handler(request)
+                        await check(request, scope)
+                    return await handler(BoundedRequest(request.scope, request.receive))
 
                 return checked
 

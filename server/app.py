@@ -16,7 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from abmll.errors import EngineFailure, StoreFailure, TaskConflict, TaskNotFound
 from abmll.names import GLOBAL, check_name
 from server.access import ANY, Access
-from server.body_limit import BodyLimit
+from server.bodies import BodyLimit
 from server.errors import Told, install
 from server.inputs import read_examples
 from server.keys import Keys
@@ -119,9 +119,9 @@ def _add_feedback(app: FastAPI, service: Service, access: Access) -> None:
         responses=errors(400, 404, 409, 413, 422, 500, 503, *access.statuses),
         dependencies=access.needs("adapt"),
     )
-    def recalibrate(name: str, wanted: RecalibrateRequest) -> RecalibrationReply:  # pyright: ignore[reportUnusedFunction] -- a route
+    async def recalibrate(name: str, wanted: RecalibrateRequest) -> RecalibrationReply:  # pyright: ignore[reportUnusedFunction] -- a route
         """Fits a task's temperature to its feedback; shows before and after, and makes a new version if asked to."""
-        reply = service.recalibrate(name, wanted.version, wanted.apply)
+        reply = await service.recalibrate(name, wanted.version, wanted.apply)
         if reply.applied is not None:
             audit("recalibrate", task=name, version=reply.applied)
         return reply
@@ -229,7 +229,7 @@ def _add_tasks(app: FastAPI, service: Service, access: Access) -> None:
     async def serve_versions(name: str, wanted: ServingRequest) -> TaskReply:  # pyright: ignore[reportUnusedFunction] -- a route
         """Says which versions of a task answer: one, several that share the questions, or the newest."""
         shares = None if wanted.versions is None else read_shares(wanted.versions)
-        await run_in_threadpool(lambda: service.store.serve(name, shares))
+        await service.serve(name, shares)
         audit("serve", task=name, versions=wanted.versions)
         return await run_in_threadpool(
             lambda: describe(name, service.store.versions(name), service.store.serving(name))

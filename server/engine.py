@@ -44,6 +44,8 @@ class EngineState:
         evictions: Adapters given up for others since the start.
         queued: Questions waiting.
         mending: Whether the engine sees to its health itself; if not, one that is not healthy is started anew.
+        running: Replicas that answer; None: it has none, it is one.
+        wanted: Replicas that there are to be at least.
     """
 
     healthy: bool
@@ -53,6 +55,8 @@ class EngineState:
     evictions: int
     queued: int
     mending: bool = False
+    running: int | None = None
+    wanted: int = 1
 
 
 class Engine(Protocol):

@@ -62,7 +62,7 @@ _REQUESTS = (
     CompletionRequest, ChatRequest, ChatMessage,
 )  # fmt: skip
 _FIELDS = {name for model in _REQUESTS for name in model.model_fields}
-_NAMES = {400: "MalformedJSON", 404: "NotFound", 405: "MethodNotAllowed", 413: "BodyTooLarge"}
+_NAMES = {400: "MalformedJSON", 404: "NotFound", 405: "MethodNotAllowed", 408: "BodyTooSlow", 413: "BodyTooLarge"}
 
 
 def status_of(error: AbmllError) -> int:

@@ -152,7 +152,8 @@ class Keys:
         if not self.path.exists():
             raise AbmllError(f"there is no file of keys {self.path}; `abmll keys add` makes it", field="keys")
         try:
-            db = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None)
+            name, patience = f"{self.path.absolute().as_uri()}?mode={mode}", 5.0 if mode == "rw" else 1.0
+            db = sqlite3.connect(name, uri=True, isolation_level=None, timeout=patience)
             try:
                 yield db
             finally:

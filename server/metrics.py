@@ -31,6 +31,7 @@ class Snapshot:
         waiting: Questions that wait for the engine.
         inside: Questions in the engine.
         refused: Questions refused because too many waited.
+        disk: Size of the store's disk and what is free there, in bytes; None where it cannot be read.
         tasks: Tasks in the store; None where it cannot be read.
         jobs: Jobs by status; None where the registry cannot be read.
         done: Jobs done.
@@ -47,6 +48,7 @@ class Snapshot:
     waiting: int
     inside: int
     refused: int
+    disk: tuple[int, int] | None
     tasks: int | None
     jobs: dict[str, int] | None
     done: int
@@ -122,6 +124,9 @@ class _Scraped(Collector):
         )
         state = seen.engine or EngineState(False, 0, 0, 0, 0, 0)
         yield GaugeMetricFamily("abmll_engine_up", "Whether the engine answers.", value=float(state.healthy))
+        running = int(state.healthy) if state.running is None else state.running
+        yield GaugeMetricFamily("abmll_engines_running", "Engines that answer.", value=running)
+        yield GaugeMetricFamily("abmll_engines_wanted", "Engines that there are to be at least.", value=state.wanted)
         yield CounterMetricFamily("abmll_engine_restarts", "Times the engine has died.", value=seen.engine_restarts)
         yield GaugeMetricFamily("abmll_waiting", "Questions that wait for the engine.", value=seen.waiting)
         yield GaugeMetricFamily("abmll_inside", "Questions in the engine.", value=seen.inside)
@@ -144,6 +149,10 @@ class _Scraped(Collector):
     def _store(self, seen: Snapshot) -> Iterable[Metric]:
         usable = seen.jobs is not None and seen.tasks is not None
         yield GaugeMetricFamily("abmll_store_up", "Whether the store can be read.", value=float(usable))
+        if seen.disk is not None:
+            size, free = seen.disk
+            yield GaugeMetricFamily("abmll_store_size_bytes", "Size of the store's disk.", value=size)
+            yield GaugeMetricFamily("abmll_store_free_bytes", "Free on the store's disk.", value=free)
         if seen.tasks is not None:
             yield GaugeMetricFamily("abmll_tasks", "Tasks in the store.", value=seen.tasks)
         if seen.jobs is None:

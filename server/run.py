@@ -13,6 +13,7 @@ import uvicorn
 from abmll.errors import AbmllError
 from clients.config import InvalidSettings
 from server.app import create_app
+from server.connections import ImpatientProtocol, allow_connections
 from server.keys import Keys
 from server.logs import configure
 from server.settings import Settings
@@ -99,7 +100,10 @@ def run(settings: Settings) -> int:
             taken.close()
         print(f"abmll: {error.message}", file=sys.stderr)
         return 1
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=10)
+    allow_connections()
+    config = uvicorn.Config(
+        app, http=ImpatientProtocol, log_config=None, access_log=False, timeout_graceful_shutdown=10
+    )
     server = uvicorn.Server(config)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after its own orderly stop
     logger.info("listening on http://%s:%d, not ready yet", *taken.getsockname()[:2])

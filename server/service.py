@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -278,12 +279,18 @@ class Service:
             tasks = len(self.store.names()) if self.up_to_date else None
         except StoreFailure:
             tasks = None
+        try:
+            space = shutil.disk_usage(self.settings.store)
+            disk = space.total, space.free
+        except OSError:
+            disk = None
         windows = self.feedback.windows()
         return Snapshot(
             engine=None if self.engine is None else self.engine.state(),
             waiting=self.admission.waiting,
             inside=self.admission.inside,
             refused=self.admission.refused,
+            disk=disk,
             tasks=tasks,
             jobs=jobs,
             done=done,
@@ -315,7 +322,7 @@ class Service:
         found = {(task, version): known.get((task, version, by)) for (task, version), by in answering.items()}
         return {key: value for key, value in found.items() if value is not None}
 
-    def recalibrate(self, task: str, version: int | None, apply: bool) -> RecalibrationReply:
+    async def recalibrate(self, task: str, version: int | None, apply: bool) -> RecalibrationReply:
         """Fits the temperature of a task's version to its feedback; with ``apply``, makes a new version with it.
 
         Raises:
@@ -329,9 +336,14 @@ class Service:
         if not self._recalibrating.acquire(blocking=False):
             raise TaskConflict("another recalibration is under way; ask again in a moment", "name")
         try:
-            return self._recalibrate(task, version, apply)
+            run = self._changing if apply else asyncio.to_thread
+            return await run(lambda: self._recalibrate(task, version, apply))
         finally:
             self._recalibrating.release()
+
+    async def serve(self, task: str, shares: dict[int, float] | None) -> None:
+        """Says which versions of a task answer, see ``TaskStore.serve``."""
+        await self._changing(lambda: self.store.serve(task, shares))
 
     def reliability(self, task: str, version: int | None) -> ReliabilityReply:
         """Tells how far the confidence of a task's version held; of the one that answers (most) by default.

@@ -257,21 +257,20 @@ class TaskStore:
         """
         if name == GLOBAL:
             raise TaskConflict("the global posterior has one version, the one that the server began with", "name")
-        known = {version.number: version for version in self.versions(name)}
         path = self.tasks / name / SERVING
+        data: bytes | None = None
         if shares is not None:
             if not shares or not all(0 < share < math.inf for share in shares.values()):
                 raise InvalidRequest("versions needs a positive share for each; null: the newest", field="versions")
-            for number in shares:
-                if number not in known:
-                    raise TaskNotFound(f"task {name!r} has no version {number}; it has {sorted(known)}", "versions")
-                _usable(name, known[number])
-        data: bytes | None = None
-        if shares is not None:
             total = sum(shares.values())
             normal = {number: share / total for number, share in sorted(shares.items())}
             data = _Serving(shares=normal).model_dump_json().encode()
         with self._changing():
+            known = {version.number: version for version in self.versions(name)}
+            for number in shares or ():
+                if number not in known:
+                    raise TaskNotFound(f"task {name!r} has no version {number}; it has {sorted(known)}", "versions")
+                _usable(name, known[number])
             if self._mirror is not None:
                 self._mirror.objects.serve(name, data)
             try:

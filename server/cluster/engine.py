@@ -302,4 +302,6 @@ class ClusterEngine:
             evictions=sum(state.evictions for state in states),
             queued=sum(state.queued for state in living),
             mending=not self._lost,
+            running=self._running,
+            wanted=self._settings.replicas or 1,
         )

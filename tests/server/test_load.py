@@ -99,6 +99,31 @@ def test_a_body_past_the_limit_is_refused(small: Server, declared: bool) -> None
     assert small.http.post("/generate", json=QUESTION).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", b'{"prompt": "x", "options": [' + b"1," * 40_000 + b"1]}"),
+        ("/adapt", b'{"task": "q", "examples": [' + b"{}," * 30_000 + b"{}]}"),
+        ("/generate", b'{"prompt": "x", "a": ' + b"[" * 400 + b"1," * 30_000 + b"1" + b"]" * 400 + b"}"),
+    ],
+)
+def test_a_body_of_endless_values_is_refused_and_holds_nobody_up(small: Server, path: str, body: bytes) -> None:
+    begun = time.monotonic()
+    reply = small.http.post(path, content=body, headers={"Content-Type": "application/json"})
+    assert (reply.status_code, reply.json()["error"]["type"]) == (413, "BodyTooLarge")
+    assert "20000 values" in reply.json()["error"]["message"]
+    assert time.monotonic() - begun < 2
+
+
+def test_a_head_without_end_is_not_read_on(small: Server) -> None:
+    with socket.create_connection(("127.0.0.1", small.settings.port)) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\n")
+        with pytest.raises(ConnectionError):  # noqa: PT012 -- whichever of the sends meets the closed connection
+            for number in range(4000):
+                connection.sendall(f"x{number}: {'y' * 1000}\r\n".encode())
+    assert small.http.get("/healthz").status_code == 200
+
+
 def test_past_its_job_queue_the_server_refuses_jobs(small: Server) -> None:
     jobs = [adapt(small, "long", steps=1000)["job"]]
     wait_for(lambda: small.http.get(f"/adapt/{jobs[0]}").json()["status"] == "running", 90)
