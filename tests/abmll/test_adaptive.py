@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from scipy.stats import t as student
 from torch import Tensor
 
 from abmll.adaptive import Scatter, draws_needed, fit_scatter, settled, stages
@@ -95,3 +96,39 @@ def test_stages_double_up_to_all_draws_each_taken_once() -> None:
 def test_a_last_draw_without_its_mirror_image_still_counts() -> None:
     doubtful = torch.tensor([[0.5, 0.0], [-0.2, 0.0]])
     assert not settled(doubtful, 1.0, 3, 0.0, USUAL)
+
+
+# Two mirrored pairs. Of the first option: means 0.50 and 0.51, half-differences 0.10 and 0.03; of its lead over the
+# second: means 0.25 and 0.23, half-differences 0.15 and 0.05.
+PAIRS = torch.tensor([[0.60, 0.20, 0.20], [0.40, 0.30, 0.30], [0.54, 0.26, 0.20], [0.48, 0.30, 0.22]]).log()
+VARIANCE = 0.505 * 0.495
+# Mean square of the half-differences, with what is usual as 8 pairs more.
+HALVES = (8 * USUAL.within**2 * VARIANCE + 0.10**2 + 0.03**2) / (8 + 2)
+LEFT = 1 / 2 - 2 / MOST
+
+
+def moves() -> float:
+    pooled = (8 * (USUAL.curvature * HALVES / VARIANCE) ** 2 + (0.51 - 0.50) ** 2 / 2) / 9
+    return float(student.ppf(0.975, 9)) * (pooled * LEFT) ** 0.5
+
+
+def test_the_confidence_moves_by_a_t_quantile_of_what_its_pairs_scatter_and_what_is_usual() -> None:
+    assert settled(PAIRS, 1.0, MOST, 1.001 * moves(), USUAL)
+    assert not settled(PAIRS, 1.0, MOST, 0.999 * moves(), USUAL)
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_a_threshold_within_reach_of_the_confidence_is_not_settled(side: int) -> None:
+    assert settled(PAIRS, 1.0, MOST, 1.0, USUAL, threshold=0.505 + side * 1.001 * moves())
+    assert not settled(PAIRS, 1.0, MOST, 1.0, USUAL, threshold=0.505 + side * 0.999 * moves())
+
+
+def test_an_answer_is_settled_while_its_lead_is_beyond_what_the_leads_scatter_by() -> None:
+    lead, own = (0.25 + 0.23) / 2, (0.25 - 0.23) ** 2 / 2
+    # Squared ratio of half-differences; that it is at most 2 counts as one pair.
+    squared_ratio = (4 + 2 * (0.15**2 + 0.05**2) / (0.10**2 + 0.03**2)) / (1 + 2)
+    pooled = (lead / float(student.ppf(0.95, 9))) ** 2 / LEFT
+    usual = (9 * pooled - own) / 8 / squared_ratio
+    curvature = VARIANCE * usual**0.5 / HALVES
+    assert settled(PAIRS, 1.0, MOST, 1.0, Scatter(within=USUAL.within, curvature=0.999 * curvature))
+    assert not settled(PAIRS, 1.0, MOST, 1.0, Scatter(within=USUAL.within, curvature=1.001 * curvature))

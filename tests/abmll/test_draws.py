@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 
 from abmll.draws import draw, draw_signs, save_adapter, stack_signs, zero_factors
@@ -93,3 +94,13 @@ def test_default_ranks_fit_what_engines_load() -> None:
     assert PosteriorConfig(base_model="x", family="kronecker").draw_rank == 8
     assert PosteriorConfig(base_model="x", family="lowrank").draw_rank <= 16
     assert PosteriorConfig(base_model="x", family="subspace").draw_rank == 16
+
+
+@pytest.mark.parametrize("revision", ["5f0b02c", None])
+def test_an_adapter_names_its_base_model_and_the_revision_of_it(revision: str | None, tmp_path: Path) -> None:
+    attached = attach(tiny_model("llama"), ("q_proj", "v_proj"))
+    posterior = random_posterior(attached, "kronecker", ("q_proj", "v_proj"), 1)
+    pinned = posterior.config.model_copy(update={"base_model": "someone/llama", "base_revision": revision})
+    save_adapter(draw(posterior, 0, 0), replace(posterior, config=pinned), tmp_path)
+    config = PeftConfig.from_pretrained(str(tmp_path))
+    assert (config.base_model_name_or_path, config.revision) == ("someone/llama", revision)

@@ -8,20 +8,27 @@ from sklearn.metrics import accuracy_score, log_loss
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from abmll.calibration import Calibration, ShotCalibration, fit_temperature_prior
 from abmll.errors import InvalidExamples
 from abmll.layers import Attached, init_posterior
+from abmll.metrics import expected_calibration_error
 from abmll.posterior import PosteriorConfig
+from abmll.predictive import predictive
+from abmll.risk import risk_thresholds
 from tests.training.conftest import TARGETS, rule_task
 from training.adaptation import AdaptConfig
 from training.base_model import BaseModel
 from training.evaluation import (
     EvalConfig,
     TaskPredictions,
+    at_risk,
     calibrate,
+    family_weights,
     held_out_families,
     predict_tasks,
     score,
     support_and_query,
+    task_risk,
 )
 from training.report import grouped, markdown
 
@@ -136,3 +143,59 @@ def test_a_group_called_all_is_not_everything(predictions: list[TaskPredictions]
     tasks = [scores.tasks for _, shots, scores in rows if shots == predictions[0].shots]
     assert tasks[0] == 1
     assert tasks[0] + tasks[1] == tasks[2]
+
+
+def predicted(name: str, family: str, sharpness: float) -> TaskPredictions:
+    """Answers whose scores are that many times what they should be."""
+    generator = torch.Generator().manual_seed(len(name) + ord(family))
+    logits = 1.5 * torch.randn(200, 2, generator=generator)
+    answers = logits.softmax(-1).multinomial(1, generator=generator).squeeze(-1)
+    task = replace(rule_task(0), name=name, family=family)
+    return TaskPredictions(task, 4, sharpness * logits.expand(2, -1, -1), answers, 0.5)
+
+
+def test_the_error_after_calibration_is_of_families_that_it_was_not_fitted_to() -> None:
+    sure, unsure = predicted("one", "a", 6.0), predicted("one", "b", 0.3)
+    results = [
+        predictive(own.scores, fit_temperature_prior([None], [(other.scores, other.answers)]).median)
+        for own, other in ((sure, unsure), (unsure, sure))
+    ]
+    right = torch.cat([result.answer == own.answers for result, own in zip(results, (sure, unsure), strict=True)])
+    expected = expected_calibration_error(torch.cat([result.confidence for result in results]), right)
+    group = [sure, unsure]
+    (entry,) = calibrate(group, CONFIG).by_shots
+    assert entry.ece_after == pytest.approx(expected)
+    fitted_to_all = Calibration(by_shots=[entry], fitted_on=["one"], draws=2)
+    assert entry.ece_after > score(group, fitted_to_all).ece + 0.05
+
+
+def test_a_family_counts_once_in_the_temperature_whatever_its_number_of_tasks() -> None:
+    sure, unsure = predicted("one", "a", 6.0), predicted("one", "b", 0.3)
+    again = [replace(sure, task=replace(sure.task, name=name)) for name in ("two", "three", "four")]
+    (once,), (often,) = (calibrate(group, CONFIG).by_shots for group in ([sure, unsure], [sure, unsure, *again]))
+    assert often.temperature == once.temperature
+
+
+def test_parts_count_the_same_and_so_do_the_families_of_a_part() -> None:
+    one, two, alone = (predicted(name, family, 1.0).task for name, family in (("p", "a"), ("q", "a"), ("r", "b")))
+    assert family_weights([[one, two, alone], [alone]]) == [0.25, 0.25, 0.5, 1.0]
+
+
+def test_what_is_answered_is_surer_than_the_threshold_and_the_wrong_part_of_it_counts() -> None:
+    entry = ShotCalibration(
+        shots=4, temperature=1, conformal={}, risk={"0.05": 0.9, "0.10": 0.7}, ece_before=0, ece_after=0, questions=1
+    )
+    confidence, correct = torch.tensor([0.95, 0.8, 0.75, 0.7, 0.2]), torch.tensor([True, False, True, False, False])
+    assert at_risk(entry, confidence, correct) == pytest.approx({"answered_10": 0.6, "wrong_10": 0.2})
+    assert at_risk(entry.model_copy(update={"risk": {"0.20": 0.7}}), confidence, correct) == {}
+
+
+def test_support_sets_of_one_task_are_one_task_to_risk() -> None:
+    tasks = [rule_task(0), rule_task(1), rule_task(0)]
+    generator = torch.Generator().manual_seed(0)
+    confidence = [torch.rand(20, generator=generator) for _ in tasks]
+    correct = [torch.rand(20, generator=generator) < each for each in confidence]
+    joined = [[torch.cat([of[0], of[2]]), of[1]] for of in (confidence, correct)]
+    assert task_risk(tasks, confidence, correct) == risk_thresholds(*joined)
+    all_right = task_risk(tasks, confidence, [torch.ones(20, dtype=torch.bool)] * 3)
+    assert min(all_right) == "0.34"  # of two tasks nothing under 1 / 3 can be promised

@@ -8,15 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 
 from abmll.errors import AbmllError
-from abmll.layers import Attached, attach
-from abmll.posterior import Posterior, PosteriorConfig
+from abmll.layers import Attached, attach, init_posterior
+from abmll.objective import data_loss, micro_batches
+from abmll.posterior import Family, LayerPosterior, Posterior, PosteriorConfig, mean, standard_deviation
+from tests.abmll.conftest import FAMILIES, random_posterior
 from tests.training.conftest import TARGETS, rule_task
 from training.adaptation import AdaptConfig, family_settings, run_inner
 from training.base_model import BaseModel, load_base
-from training.episodes import EpisodeConfig, label
-from training.meta import MetaConfig, meta_train
+from training.episodes import Episode, EpisodeConfig, label
+from training.meta import (
+    MetaConfig,
+    _accumulate,  # pyright: ignore[reportPrivateUsage] -- a step of Adam does not show how large a gradient was
+    meta_train,
+)
+from training.ranks import ALONE
 
 TASKS = [rule_task(number) for number in range(5)]
 CONFIG = MetaConfig(
@@ -163,3 +172,54 @@ def test_nothing_to_train_on_is_told(base: BaseModel, attached: Attached, tmp_pa
     config = CONFIG.model_copy(update={"episodes": EpisodeConfig(max_chars=3)})
     with pytest.raises(AbmllError, match="no training task is left"):
         meta_train(base, attached, TASKS, POSTERIOR, config, tmp_path)
+
+
+def dense_kl(q: Posterior, p: Posterior) -> Tensor:
+    def gaussian(layer: LayerPosterior) -> Normal:
+        return Normal(mean(layer) if layer.core is None else layer.core, standard_deviation(layer))
+
+    each = [kl_divergence(gaussian(layer), gaussian(p.layers[name])).sum() for name, layer in q.layers.items()]
+    return torch.stack(each).sum()
+
+
+def minus_log_prior(theta: Posterior, start: Posterior) -> Tensor:
+    around = {key: tensor if ".scale." in key else 0 * tensor for key, tensor in start.tensors().items()}
+    return torch.stack([((tensor - around[key]) ** 2).sum() / 2 for key, tensor in theta.tensors().items()]).sum()
+
+
+def gradients(posterior: Posterior) -> dict[str, Tensor]:
+    return {key: torch.zeros_like(t) if t.grad is None else t.grad for key, t in posterior.tensors().items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_thetas_gradient_is_that_of_data_kl_inner_steps_and_hyperprior(
+    base: BaseModel, attached: Attached, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = AdaptConfig(steps=3, learning_rate=2e-2, scale_rate=2e-2, beta=0.01)
+    config = MetaConfig(tasks_per_step=2, path=0.7, gamma=0.01, inner=inner)
+    theta = random_posterior(attached, family, TARGETS, 1)
+    start = init_posterior(attached, theta.config, 0)
+    episodes = [Episode(task.name, task.examples[:4], task.examples[4:9]) for task in TASKS[:2]]
+    in_turn = iter(episodes)
+    monkeypatch.setattr("training.meta.sample_episode", lambda *_: next(in_turn))
+    monkeypatch.setattr("training.meta._generator", lambda seed, step, number: torch.Generator().manual_seed(number))
+    expected = {key: torch.zeros_like(tensor) for key, tensor in theta.tensors().items()}
+    p = theta.map(lambda tensor: tensor.clone().requires_grad_())
+    (config.gamma * minus_log_prior(p, start)).backward()
+    for number, episode in enumerate(episodes):
+        support, query = (label(base, theta.config.template, part) for part in (episode.support, episode.query))
+        generator = torch.Generator().manual_seed(number)
+        loop = run_inner(attached, theta, support, inner, generator)
+        phi = loop.phi.map(lambda tensor: tensor.clone().requires_grad_())
+        (data,) = micro_batches([*support, *query], inner.max_tokens)
+        (data_loss(attached, phi, data, generator) / 9 / 2).backward()
+        (inner.beta * dense_kl(loop.phi, p) / 9 / 2).backward()
+        for key, gradient in gradients(phi).items():
+            expected[key] += gradient
+        for key, gradient in loop.shared.items():
+            expected[key] += config.path * gradient / 3 / 2
+    for key, gradient in gradients(p).items():
+        expected[key] += gradient
+    leaves = {key: tensor.clone() for key, tensor in theta.tensors().items()}
+    _accumulate(base, attached, theta, start, TASKS, config, 0, leaves, ALONE)
+    torch.testing.assert_close({key: leaf.grad for key, leaf in leaves.items()}, expected, rtol=1e-3, atol=1e-5)

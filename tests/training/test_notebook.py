@@ -7,10 +7,12 @@ from pathlib import Path
 import matplotlib.image
 import pandas as pd
 import pytest
+import torch
 from matplotlib.patches import Rectangle
 
 import abmll
 from abmll.errors import AbmllError, InvalidExamples, InvalidRequest
+from abmll.predictive import predictive
 from training.notebook import LoadedPosterior
 
 OPTIONS = ["lights", "music"]
@@ -131,3 +133,16 @@ def test_what_cannot_be_is_said(posterior: LoadedPosterior, task: LoadedPosterio
         task.predict("lamp", OPTIONS, draws=0)
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = abmll.lode
+
+
+def test_standard_errors_are_those_of_mirrored_draws(task: LoadedPosterior, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.randn(8, 1, 2, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("training.notebook.score_draws", lambda *_: scores)
+    (item,) = task.predict("turn on the lamp", OPTIONS)
+    assert task.calibration is not None
+    entry = task.calibration.nearest(len(EXAMPLES))
+    assert entry is not None
+    mirrored, independent = (predictive(scores[:, 0], entry.temperature, mirrored=m) for m in (True, False))
+    assert item.standard_errors == pytest.approx(mirrored.standard_errors.tolist())
+    assert item.standard_error == pytest.approx(mirrored.standard_error.item())
+    assert item.standard_error != pytest.approx(independent.standard_error.item(), rel=0.01)

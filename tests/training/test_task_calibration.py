@@ -108,3 +108,31 @@ def test_where_tasks_share_a_temperature_nothing_is_held_out(
     assert (calibration.by_shots[0].temperature, calibration.by_shots[0].support) == (2.0, 0)
     assert steps == [(n, 4) for n in range(4)]
     assert adapt_and_calibrate(base, attached, theta, few, CONFIG, None)[1] is None
+
+
+def test_a_tasks_own_temperature_is_of_as_many_draws_as_the_calibration(base: BaseModel, attached: Attached) -> None:
+    wide = init_posterior(attached, PosteriorConfig(base_model="tiny", targets=TARGETS, scale_init=0.2), 0)
+    many = CALIBRATION.model_copy(update={"draws": 6})
+    support = label(base, wide.config.template, EXAMPLES)
+    expected, of_one = (
+        many.for_task(10, held_out_scores(attached, wide, support, CONFIG, draws=draws, seed=1)) for draws in (6, 1)
+    )
+    assert expected != of_one
+    assert adapt_and_calibrate(base, attached, wide, EXAMPLES, CONFIG, many, seed=1)[1] == expected
+
+
+def test_labels_that_are_listed_in_turn_are_mixed_before_some_are_left_out(
+    base: BaseModel, attached: Attached, theta: Posterior
+) -> None:
+    support = label(base, theta.config.template, EXAMPLES[:8])
+    assert [item.answer for item in support] == [0, 1] * 4
+    flipped = [replace(support[0], answer=1), *support[1:]]
+    few = CONFIG.with_steps(1)
+    left_out: list[list[int]] = []
+    for seed in range(3):
+        before, after = (held_out_scores(attached, theta, of, few, draws=2, seed=seed) for of in (support, flipped))
+        assert before is not None
+        assert after is not None
+        left_out.append([place for place in range(8) if torch.equal(before[0][:, place], after[0][:, place])])
+    assert all(len(places) == 2 and places[0] == 0 for places in left_out)
+    assert {support[places[1]].answer for places in left_out} == {0, 1}

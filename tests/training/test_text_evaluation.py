@@ -16,9 +16,10 @@ from abmll.draws import draw_signs, stack_signs
 from abmll.errors import AbmllError, InvalidExamples
 from abmll.examples import Example
 from abmll.layers import Attached, init_posterior
+from abmll.metrics import expected_calibration_error
 from abmll.posterior import Posterior, PosteriorConfig
 from abmll.scoring import Question
-from abmll.text_calibration import TextCalibration, text_logits
+from abmll.text_calibration import TextCalibration, fit_texts, text_logits
 from tests.training.conftest import TARGETS, rule_task
 from training.adaptation import AdaptConfig, adapt
 from training.base_model import BaseModel
@@ -131,6 +132,37 @@ def test_calibration_and_measures_of_texts_are_the_libraries() -> None:
     threshold = entry.risk["0.25"]
     wrong = [(entry.confidence(i.answers.judged.logits) > threshold) & ~i.answers.correct for i in group]
     assert (sum(part.double().mean().item() for part in wrong) + 1) / 5 <= 0.25 + 1e-9
+
+
+def judged(family: str, slope: float, offset: float) -> TextPredictions:
+    """Answers that are right with these log-odds of their own."""
+    generator = torch.Generator().manual_seed(ord(family))
+    logits = 2 * torch.randn(80, generator=generator)
+    right = torch.rand(80, generator=generator) < torch.sigmoid(slope * logits + offset)
+    return predictions(family, 4, logits.tolist(), right.tolist())
+
+
+def test_the_error_after_calibration_is_of_families_whose_texts_it_was_not_fitted_to() -> None:
+    steep, flat = judged("a", 2.0, 1.0), judged("b", 0.2, -1.0)
+    confidence = [
+        fit_texts([other.answers.judged]).confidence(own.answers.judged.logits)
+        for own, other in ((steep, flat), (flat, steep))
+    ]
+    right = torch.cat([steep.answers.correct, flat.answers.correct])
+    (entry,) = fit_text_calibration([steep, flat])
+    assert entry.ece_after == pytest.approx(expected_calibration_error(torch.cat(confidence), right))
+    of_all = [entry.confidence(item.answers.judged.logits) for item in (steep, flat)]
+    assert entry.ece_after > expected_calibration_error(torch.cat(of_all), right) + 0.05
+
+
+def test_a_family_counts_once_in_the_confidence_of_texts_whatever_its_number_of_tasks() -> None:
+    steep, flat = judged("a", 2.0, 1.0), judged("b", 0.2, -1.0)
+    again = replace(steep, task=replace(steep.task, name="again"))
+    group = [steep, flat, again]
+    (entry,) = fit_text_calibration(group)
+    texts = [item.answers.judged for item in group]
+    assert (entry.slope, entry.offset) == pytest.approx(tuple(fit_texts(texts, [1, 2, 1]).model_dump().values()))
+    assert entry.slope != pytest.approx(fit_texts(texts).slope, rel=0.05)
 
 
 def test_texts_are_predicted_at_every_number_of_shots_and_a_task_gets_their_calibration(
