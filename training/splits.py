@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal
 
 from pydantic import BaseModel
 
@@ -78,26 +78,23 @@ def split_families(
     free = sorted(family for family in categories if family not in pinned)
     rng = random.Random(seed)
     rng.shuffle(free)
-    # Families of a category lie next to each other and are dealt in turn, so that each part gets some.
     free.sort(key=lambda family: categories[family])
-    quota = {"validation": validation * len(categories), "test": test * len(categories)}
-    taken = {part: sum(1 for p in pinned.values() if p == part) for part in get_args(Part)}
-    for position, family in enumerate(free):
-        remaining = len(free) - position
-        draw = rng.random() * remaining
-        part: Part = "train"
-        for candidate in ("validation", "test"):
-            want = max(0.0, quota[candidate] - taken[candidate])
-            if draw < want:
-                part = cast(Part, candidate)
-                break
-            draw -= want
-        families[family] = part
-        taken[part] += 1
+    pins = list(pinned.values())
+    to_validate = max(0.0, validation * len(categories) - pins.count("validation"))
+    held_out = _evenly(free, to_validate + max(0.0, test * len(categories) - pins.count("test")), rng)
+    validating = set(_evenly(held_out, to_validate, rng))
+    for family in free:
+        families[family] = "validation" if family in validating else "test" if family in held_out else "train"
     spare = [family for family in free if families[family] == "train"]
-    if quota["validation"] and "validation" not in families.values() and len(spare) > 1:
+    if validation and "validation" not in families.values() and len(spare) > 1:
         families[rng.choice(spare)] = "validation"  # else there is nothing to calibrate on
     return Split(seed=seed, families=dict(sorted(families.items())))
+
+
+def _evenly(families: Sequence[str], count: float, rng: random.Random) -> list[str]:
+    """Takes families at even steps from a random one on, so that neighbours, those of a category, are spread."""
+    step, begin = (count / len(families) if families else 0.0), rng.random()
+    return [family for at, family in enumerate(families) if int((at + 1) * step + begin) > int(at * step + begin)]
 
 
 def write_split(split: Split, path: Path) -> None:

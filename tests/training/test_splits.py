@@ -26,6 +26,13 @@ def test_a_family_is_never_divided_and_every_task_has_a_part() -> None:
     assert not families[0] & families[1] | families[0] & families[2] | families[1] & families[2]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_each_categorys_families_are_spread_over_the_parts(seed: int) -> None:
+    split = split_families(TASKS, seed)
+    for part in ("train", "validation", "test"):
+        assert {task.category for task in split.select(TASKS, part)} == {"c0", "c1", "c2"}
+
+
 def test_of_few_families_one_is_left_to_calibrate_on() -> None:
     for seed in range(60):
         parts = split_families(TASKS[:9], seed).families.values()

@@ -3,7 +3,7 @@
 import { field, h, newId, table } from "../elements.js";
 import { nats, percent, visible } from "../figures.js";
 
-// Where one colour gives way to the next, from the least to the least sure.
+// Where one colour gives way to the next, from the surest to the least sure.
 const MEASURES = {
   probability: {
     label: "probability",
