@@ -90,6 +90,9 @@ def eval_command(
             of_kind: list[Any] = [row for row in rows if isinstance(row[2], kind)]
             if of_kind and not as_json:
                 typer.echo(markdown(of_kind, level) + "\n")
-        table += [{level: name, "shots": k, **scores.model_dump()} for name, k, scores in rows]
+        table += [
+            {level: name, "shots": k, "free_text": isinstance(scores, TextScores), **scores.model_dump()}
+            for name, k, scores in rows
+        ]
     if as_json:
         print_json(table)
