@@ -203,7 +203,8 @@ def check_replaceable(folder: Path, task: str) -> None:
 
     Raises:
         AbmllError: There is a file, or a folder that holds other things than a posterior, or the global posterior where
-            a task's is to be, or the other way round: they would be lost. Or it cannot be made there.
+            a task's is to be, or the other way round: they would be lost.
+        StoreFailure: It cannot be made there.
     """
     held = _task_of(folder)
     if held is not None and (held == GLOBAL) != (task == GLOBAL):
@@ -218,7 +219,7 @@ def check_replaceable(folder: Path, task: str) -> None:
         )
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise AbmllError(f"{folder} cannot be made: nothing can be written in {above}; name another", field="out")
+        raise StoreFailure(f"{folder} cannot be made, nothing can be written in {above}; choose another folder", "out")
 
 
 def _task_of(folder: Path) -> str | None:

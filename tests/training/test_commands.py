@@ -169,11 +169,13 @@ def test_wrong_input_is_one_line(trained: tuple[Path, Path, str], tmp_path: Path
         "setting seed": ["train", "--tasks", data, "--config", tmp_path / "seed.toml", *out],
         "setting learning_rate": ["train", "--tasks", data, "--config", tmp_path / "inf.toml", *out],
         "device 'meta' cannot be used": ["eval", theta, "--tasks", data, "--device", "meta"],
-        "cannot be made: nothing can be written": ["adapt", theta, *examples, "--task", "a", "--out", flat / "sub"],
         "of task 'one'; give the global": ["adapt", tmp_path / "one", *examples, "--task", "a", *out],
         "give the global one that it": ["calibrate", tmp_path / "one", "--tasks", data],
         "serve it with its own base model": ["adapt", theta, *examples, "--task", "a", "--model", "abmll-small", *out],
     }
+    nowhere = abmll("adapt", theta, *examples, "--task", "a", "--out", flat / "sub")
+    assert nowhere.code == 1  # the disk's failure, told before the work
+    assert "cannot be made, nothing can be written" in nowhere.err
     for message, arguments in cases.items():
         ran = abmll(*arguments)
         assert (ran.code, ran.out) == (2, ""), ran
