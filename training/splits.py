@@ -81,7 +81,8 @@ def split_families(
     free.sort(key=lambda family: categories[family])
     pins = list(pinned.values())
     to_validate = max(0.0, validation * len(categories) - pins.count("validation"))
-    held_out = _evenly(free, to_validate + max(0.0, test * len(categories) - pins.count("test")), rng)
+    to_hold_out = to_validate + max(0.0, test * len(categories) - pins.count("test"))
+    held_out = _evenly(free, min(to_hold_out, len(free) - 1), rng)  # one at least is left to train on
     validating = set(_evenly(held_out, to_validate, rng))
     for family in free:
         families[family] = "validation" if family in validating else "test" if family in held_out else "train"

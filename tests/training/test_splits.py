@@ -53,6 +53,15 @@ def test_pins_hold_and_count() -> None:
         split_families(TASKS, 0, pinned={"nobody": "test"})
 
 
+def test_the_last_family_that_is_free_is_trained_on() -> None:
+    tasks = TASKS[:9]
+    for seed in range(20):
+        split = split_families(tasks, seed, pinned={"f00": "test", "f01": "test"})
+        assert split.families["f02"] == "train"
+        pinned = split_families(tasks, seed, pinned=dict.fromkeys(("f00", "f01", "f02"), "train"))
+        assert set(pinned.families.values()) == {"train"}
+
+
 def test_a_split_is_written_and_read(tmp_path: Path) -> None:
     split = split_families(TASKS, 0)
     write_split(split, tmp_path / "split.json")
