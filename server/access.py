@@ -60,7 +60,9 @@ class Access:
         """
         assert self.keys is not None
         scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
-        key = await self._find(secret.strip()) if scheme.lower() == "bearer" else None
+        key = None
+        if scheme.lower() == "bearer":
+            key = await asyncio.get_running_loop().run_in_executor(self._readers, self.keys.find, secret.strip())
         if key is None:
             wrong = "this key is unknown or revoked" if secret else "a key is needed"
             raise Unauthorized(f"{wrong}; send one as `Authorization: Bearer KEY`")
@@ -70,10 +72,6 @@ class Access:
         if right != ANY and right not in key.rights:
             raise Forbidden(f"the key {key.name!r} lacks the right {right!r}; it has {', '.join(sorted(key.rights))}")
         self._check_rate(key)
-
-    async def _find(self, secret: str) -> Key | None:
-        assert self.keys is not None
-        return await asyncio.get_running_loop().run_in_executor(self._readers, self.keys.find, secret)
 
     def _check_rate(self, key: Key) -> None:
         if key.rate is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from typing import Any
 
 from fastapi import Request
@@ -74,20 +73,12 @@ class BoundedRequest(Request):
         """
         body = await self.body()
         value = json.loads(body) if len(body) < _SHORT else await run_in_threadpool(json.loads, body)
-        for count, _ in enumerate(_values(value), start=1):
+        count, left = 1, [value]
+        while left:
+            each = left.pop()
+            inside = each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
+            count += len(inside)
             if count > MAX_VALUES:
                 raise HTTPException(413, f"the body holds more than {MAX_VALUES} values; send less at a time")
+            left += inside
         return value
-
-
-def _values(value: Any) -> Iterator[Any]:
-    """All values within a JSON value, without recursion."""
-    left: list[Iterator[Any]] = [iter([value])]
-    while left:
-        for each in left[-1]:
-            yield each
-            if isinstance(each, list | dict):
-                left.append(iter(each.values() if isinstance(each, dict) else each))
-                break
-        else:
-            left.pop()

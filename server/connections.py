@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
-import typing
+from typing import Any, cast
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -40,7 +40,7 @@ class ImpatientProtocol(H11Protocol):
     @property
     def _waits(self) -> bool:
         # uvicorn's annotation does not say that there is none before the first request.
-        cycle = typing.cast("typing.Any", self.cycle)
+        cycle = cast(Any, self.cycle)
         return cycle is None or cycle.response_complete
 
     def _watch(self) -> None:

@@ -90,15 +90,15 @@ class _Checkpoint:
         replace_file(self.path, stream.getvalue())
 
     def _read(self) -> dict[str, Any]:
-        """What is in the file; nothing where it is damaged."""
+        """What is in the file; nothing where it is damaged, which each process then tells."""
         try:
+            # To the CPU: it may have been written on a device that is not here, and goes to every process.
             read = torch.load(self.path, map_location="cpu", weights_only=True)
             return {key: read[key] for key in ("settings", "step", "seconds", "theta", "optimizer")}
         except (RuntimeError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError):
             return {}
 
     def load(self, leaves: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-        # To the CPU: it may have been written on a device that is not here, and goes to every process.
         state = self._ranks.of_main(self._read() if self._there() else None)
         if state is None:
             return 0, 0.0

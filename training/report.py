@@ -35,14 +35,15 @@ def grouped(
     """
     rows: list[tuple[str, int, _Measures]] = []
     names = sorted({key(item.task) for item in predictions})
-    groups = [(name, [item for item in predictions if key(item.task) == name]) for name in names]
+    groups = [
+        (f"{name} (its own)" if name == ALL else name, [item for item in predictions if key(item.task) == name])
+        for name in names
+    ]
     for name, group in [*groups, (ALL, predictions)]:
         for shots in sorted({item.shots for item in predictions}):
             inside = [item for item in group if item.shots == shots]
             if inside:
-                rows.append(
-                    (f"{name} (its own)" if name == ALL and group is not predictions else name, shots, measure(inside))
-                )
+                rows.append((name, shots, measure(inside)))
     return rows
 
 

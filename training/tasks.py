@@ -58,12 +58,8 @@ class Task:
         return max(counts.values()) / len(self.examples)
 
 
-def _mapping(record: object) -> object:
-    return dict(record) if isinstance(record, Mapping) else record
-
-
 def _example(record: Any, where: str) -> Example:
-    if not isinstance(record, dict):
+    if not isinstance(record, Mapping):
         raise InvalidExamples(f'{where}: an item must be an object {{"input", "options", "answer"}}', field=where)
     text = record.get("input", record.get("prompt"))
     options = record.get("options")
@@ -96,7 +92,7 @@ def examples_of(records: Iterable[Example | Mapping[str, Any]]) -> tuple[Example
         InvalidExamples: There are none, one is malformed, or some have options and some have not.
     """
     found = tuple(
-        record if isinstance(record, Example) else _example(_mapping(record), f"examples[{number}]")
+        record if isinstance(record, Example) else _example(record, f"examples[{number}]")
         for number, record in enumerate(records)
     )
     if not found:
