@@ -23,6 +23,11 @@ def brier(probabilities: Tensor, answers: Tensor) -> float:
     return ((probabilities.double() - truth) ** 2).sum(-1).mean().item()
 
 
+def bin_of(confidence: Tensor, bins: int = 15) -> Tensor:
+    """Number of each answer's bin, of ``bins`` of equal width over [0, 1]; an edge belongs to the bin below it."""
+    return (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
+
+
 def calibration_bins(confidence: Tensor, correct: Tensor, bins: int = 15) -> tuple[Tensor, Tensor, Tensor]:
     """Groups answers by confidence into bins of equal width.
 
@@ -34,7 +39,7 @@ def calibration_bins(confidence: Tensor, correct: Tensor, bins: int = 15) -> tup
     Returns:
         Count, mean confidence and accuracy of each bin, shape (bins,) each; 0 in empty bins.
     """
-    index = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
+    index = bin_of(confidence, bins)
     count = torch.zeros(bins, dtype=torch.float64).index_add(0, index, torch.ones_like(confidence, dtype=torch.float64))
     sums = torch.zeros(bins, dtype=torch.float64)
     safe = count.clamp_min(1)

@@ -17,6 +17,7 @@ import server.config_commands
 import server.doctor
 import server.draws_command
 import server.key_commands
+import server.measure_command
 import training.cli
 from abmll.errors import AbmllError, DeadlineExceeded, EngineFailure, HubFailure, StoreFailure
 from clients.errors import ClientError
@@ -63,6 +64,7 @@ def create_cli() -> typer.Typer:
     app.command("serve", epilog=_SETTINGS)(with_settings(serve_command))
     clients.cli.register(app)
     training.cli.register(app)
+    server.measure_command.register(app)
     server.draws_command.register(app)
     app.command("plan")(plan_command)
     server.key_commands.register(app)

@@ -1,0 +1,165 @@
+"""What a served task's answers to labelled questions were worth: do its confidences hold when counted?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from abmll import metrics
+from abmll.examples import Example
+from abmll.meanings import normalized
+from clients.replies import Answer
+
+LEAST = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+_BINS = 10
+_SAMPLES = 1000
+
+
+class Share(BaseModel, frozen=True):
+    """Some of the answers: what they said of themselves, and how many were right."""
+
+    low: float = Field(description="their confidence is above this (from it on, in at_least)")
+    high: float = Field(description="and not above this")
+    answers: int
+    confidence: float = Field(description="their mean confidence")
+    accuracy: float = Field(description="share of them that was right")
+    accuracy_low: float = Field(description="95 % Wilson interval of accuracy, from")
+    accuracy_high: float = Field(description="to")
+
+
+class HeldOut(BaseModel, frozen=True):
+    """Measures of a task's answers to labelled questions."""
+
+    task: str
+    versions: list[int] = Field(description="the versions that answered")
+    questions: int
+    free_text: bool
+    uncalibrated: int = Field(description="answers whose confidence is not calibrated")
+    accuracy: float
+    accuracy_low: float = Field(description="95 % Wilson interval of accuracy, from")
+    accuracy_high: float = Field(description="to")
+    confidence: float = Field(description="mean confidence")
+    ece: float = Field(description="expected calibration error, 15 bins of equal width")
+    ece_by_chance: float = Field(
+        description="ECE that so many answers exceed in 5 % of cases where every confidence is true"
+    )
+    nll: float = Field(description="nats: -log p(right option); of free text, of being right or wrong as it was")
+    brier: float = Field(description="summed over the options; of free text, (confidence - right)^2")
+    auroc: float | None = Field(description="of confidence for telling right from wrong; null where all are the same")
+    set_coverage: float | None = Field(description="share of prediction sets that hold the right option")
+    set_size: float | None = Field(description="their mean size")
+    epistemic: float = Field(description="mean, nats (of free text, per token)")
+    aleatoric: float = Field(description="mean, nats (of free text, per token)")
+    draws: float = Field(description="mean number of draws")
+    bins: list[Share] = Field(description=f"by confidence, those with answers, of {_BINS} of equal width")
+    at_least: list[Share] = Field(description="all answers that are at least so sure")
+
+
+def measure(rows: Sequence[Example], answers: Sequence[Answer]) -> HeldOut:
+    """Measures answers.
+
+    Args:
+        rows: Labelled questions of one kind, at least one.
+        answers: The answer to each, none of them withheld.
+    """
+    free_text = rows[0].is_free_text
+    confidence = torch.tensor([answer.confidence for answer in answers], dtype=torch.float64)
+    correct = torch.tensor([is_right(row, answer) for row, answer in zip(rows, answers, strict=True)])
+    if free_text:
+        probabilities, truth = torch.stack([1 - confidence, confidence], dim=1), correct.long()
+        brier = ((confidence - correct.double()) ** 2).mean().item()
+    else:
+        probabilities = _padded([answer.probabilities or [] for answer in answers])
+        truth = torch.tensor([row.answer for row in rows])
+        brier = metrics.brier(probabilities, truth)
+    sets = [(row.text.strip(), answer.prediction_set) for row, answer in zip(rows, answers, strict=True)]
+    told = [(right, [option.strip() for option in inside]) for right, inside in sets if inside is not None]
+    auroc = metrics.confidence_auroc(confidence, correct)
+    whole = share_of(confidence, correct, 0.0, 1.0)
+    edges = [at / _BINS for at in range(_BINS + 1)]
+    index = metrics.bin_of(confidence, _BINS)
+    return HeldOut(
+        task=answers[0].task,
+        versions=sorted({answer.posterior.version for answer in answers}),
+        questions=len(rows),
+        free_text=free_text,
+        uncalibrated=sum(answer.calibrated is not True for answer in answers),
+        accuracy=whole.accuracy,
+        accuracy_low=whole.accuracy_low,
+        accuracy_high=whole.accuracy_high,
+        confidence=whole.confidence,
+        ece=metrics.expected_calibration_error(confidence, correct),
+        ece_by_chance=ece_by_chance(confidence),
+        nll=metrics.negative_log_likelihood(probabilities, truth),
+        brier=brier,
+        auroc=None if auroc != auroc else auroc,
+        set_coverage=_mean([float(right in inside) for right, inside in told]),
+        set_size=_mean([float(len(inside)) for _, inside in told]),
+        epistemic=sum(answer.uncertainty.epistemic for answer in answers) / len(answers),
+        aleatoric=sum(answer.uncertainty.aleatoric for answer in answers) / len(answers),
+        draws=sum(answer.draws for answer in answers) / len(answers),
+        bins=[
+            share_of(confidence[index == at], correct[index == at], edges[at], edges[at + 1])
+            for at in range(_BINS)
+            if (index == at).any()
+        ],
+        at_least=[
+            share_of(confidence[confidence >= least], correct[confidence >= least], least, 1.0)
+            for least in LEAST
+            if (confidence >= least).any()
+        ],
+    )
+
+
+def is_right(row: Example, answer: Answer) -> bool:
+    """Whether an answer is the right option, or a text that was not cut short and says the same as the right one."""
+    if not row.is_free_text:
+        return answer.answer_index == row.answer
+    return answer.finish != "length" and normalized(answer.answer or "") == normalized(row.text)
+
+
+def share_of(confidence: Tensor, correct: Tensor, low: float, high: float) -> Share:
+    """Counts answers, at least one: confidence and whether they were right, shape (n,) each."""
+    from scipy.stats import binomtest
+
+    right, count = int(correct.sum()), len(correct)
+    interval = binomtest(right, count).proportion_ci(0.95, method="wilson")
+    return Share(
+        low=low,
+        high=high,
+        answers=count,
+        confidence=confidence.mean().item(),
+        accuracy=right / count,
+        accuracy_low=float(interval.low),
+        accuracy_high=float(interval.high),
+    )
+
+
+def ece_by_chance(confidence: Tensor, seed: int = 0) -> float:
+    """The 95 % quantile of ECE where each answer is right with the probability that its confidence says.
+
+    An ECE of few answers is far from 0 by chance alone (Bröcker & Smith 2007, consistency bars): one below this is no
+    sign that confidence is off.
+
+    Args:
+        confidence: Of each answer, shape (n,).
+        seed: Seed of the simulated answers.
+    """
+    drawn = torch.from_numpy(np.random.default_rng(seed).random((_SAMPLES, len(confidence)))) < confidence
+    bins = torch.nn.functional.one_hot(metrics.bin_of(confidence)).double()
+    errors = ((drawn.double() - confidence) @ bins).abs().sum(1) / len(confidence)
+    return errors.quantile(0.95).item()
+
+
+def _padded(rows: Sequence[Sequence[float]]) -> Tensor:
+    """Probabilities of rows with different numbers of options, shape (n, most), 0 where there is no option."""
+    most = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[0.0] * (most - len(row))] for row in rows], dtype=torch.float64)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,181 @@
+"""The command ``abmll measure``: a served task, counted on labelled questions that it was not taught."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from clients.command_line import ConfigFile, Timeout, Url, complete_task, connected, console
+
+if TYPE_CHECKING:
+    from abmll.examples import Example
+    from clients.http import Client
+    from clients.replies import Answer
+    from server.held_out import HeldOut, Share
+
+T = TypeVar("T")
+_PATIENCE_SECONDS = 120.0
+
+
+def register(app: typer.Typer) -> None:
+    """Adds ``abmll measure`` to the command line."""
+    app.command("measure")(measure_command)
+
+
+def measure_command(
+    task: Annotated[str, typer.Argument(help="Task to ask.", autocompletion=complete_task)],
+    file: Annotated[
+        Path, typer.Argument(help="JSON Lines as for `abmll teach`, any number of lines, none of them taught.")
+    ],
+    version: Annotated[
+        int | None, typer.Option(min=1, show_default="the one that is served", help="Version of the task.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest free-text answer, in tokens.")] = 32,
+    at_once: Annotated[int, typer.Option(min=1, max=256, help="Questions under way at the same time.")] = 8,
+    feedback: Annotated[
+        bool,
+        typer.Option("--feedback", help="Tell the server what was right, too: for reliability and recalibration."),
+    ] = False,
+    url: Url = None,
+    timeout: Timeout = None,
+    config: ConfigFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the measures as JSON.")] = False,
+) -> None:
+    """Ask a task labelled questions, and count whether its confidence holds."""
+    from server.held_out import is_right, measure
+    from training.tasks import read_examples
+
+    rows = read_examples(file)
+    with connected(url, timeout, config) as client:
+
+        def ask(row: Example) -> Answer:
+            options = None if row.is_free_text else row.options
+            reply = _patiently(
+                lambda: client.generate(
+                    row.prompt, task=task, version=version, options=options, seed=seed, max_tokens=max_tokens
+                )
+            )
+            if feedback:
+                _patiently(lambda: _tell(client, row, reply, is_right(row, reply)))
+            return reply
+
+        answers = _ask_all(rows, ask, file, at_once)
+    found = measure(rows, answers)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+    else:
+        console().print(_text(found), markup=False, soft_wrap=True)
+
+
+def _tell(client: Client, row: Example, reply: Answer, right: bool) -> None:
+    if row.is_free_text:
+        client.feedback(reply, correct=right)
+    else:
+        client.feedback(reply, answer=row.answer)
+
+
+def _ask_all(rows: Sequence[Example], ask: Callable[[Example], Answer], file: Path, at_once: int) -> list[Answer]:
+    """Asks all questions, in their order; the first that cannot be answered ends it."""
+    from rich.progress import Progress
+
+    from clients.errors import InvalidArgument, InvalidFile, RequestRejected
+
+    answers: list[Answer] = []
+    screen = console(stderr=True)
+    with (
+        ThreadPoolExecutor(at_once) as threads,
+        Progress(console=screen) if screen.is_terminal else nullcontext() as progress,
+    ):
+        under_way = [threads.submit(ask, row) for row in rows]
+        shown = None if progress is None else progress.add_task("asking", total=len(rows))
+        try:
+            for number, each in enumerate(under_way, start=1):
+                try:
+                    answers.append(each.result())
+                except (InvalidArgument, RequestRejected) as error:
+                    raise InvalidFile(f"{file}, question {number}: {error}") from error
+                if progress is not None and shown is not None:
+                    progress.advance(shown)
+        finally:
+            threads.shutdown(cancel_futures=True)
+    return answers
+
+
+def _patiently(call: Callable[[], T]) -> T:
+    """Calls again while the server is overloaded, or has had too many requests of this key."""
+    from clients.errors import ServerUnavailable
+
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            return call()
+        except ServerUnavailable as error:
+            pause = float(error.retry_after or 1)
+            if time.monotonic() + pause > end:
+                raise
+            time.sleep(pause)
+
+
+def _text(found: HeldOut) -> str:
+    """The measures as text."""
+    answered = ", ".join(map(str, found.versions))
+    lines = [f"{found.task} version {answered}: {found.questions} questions", ""]
+    whole = found.at_least[0]
+    lines.append(f"right             {_percent(found.accuracy)}   {_interval(whole)}")
+    lines.append(f"mean confidence   {_percent(found.confidence)}")
+    lines.append(f"ECE               {100 * found.ece:5.1f} points   {_verdict(found)}")
+    lines.append(f"NLL               {found.nll:7.3f} nats")
+    lines.append(f"Brier             {found.brier:7.3f}")
+    if found.auroc is not None:
+        lines.append(f"AUROC             {found.auroc:7.3f}   of confidence, for telling right from wrong answers")
+    if found.set_coverage is not None:
+        held, size = _percent(found.set_coverage), f"{found.set_size:.2f} options each"
+        lines.append(f"prediction sets   {held}   hold the right option; {size}")
+    lines.append(f"draws             {found.draws:7.1f}")
+    if found.uncalibrated:
+        lines.append(f"not calibrated    {found.uncalibrated} answers: their confidence promises nothing")
+    lines += ["", *_table("confidence", [(_bounds(share), share) for share in found.bins], found.questions)]
+    lines += ["", *_table("if answered", [(_from(share), share) for share in found.at_least], found.questions)]
+    return "\n".join(lines)
+
+
+def _verdict(found: HeldOut) -> str:
+    bound = f"{100 * found.ece_by_chance:.1f}"
+    if found.ece <= found.ece_by_chance:
+        return f"no sign that confidence is off: up to {bound} would be chance, with so many answers"
+    how = "too sure" if found.confidence > found.accuracy else "too doubtful"
+    return f"{how}: were confidence true, it would be above {bound} in 5 % of cases only"
+
+
+def _table(head: str, rows: Sequence[tuple[str, Share]], questions: int) -> list[str]:
+    lines = [f"{head:<16}  answers       of all      said     right   95 % interval"]
+    for name, share in rows:
+        of_all = _percent(share.answers / questions)
+        lines.append(
+            f"{name:<16}  {share.answers:7}  {of_all:>11}  {_percent(share.confidence):>8}  "
+            f"{_percent(share.accuracy):>8}   {_interval(share)}"
+        )
+    return lines
+
+
+def _bounds(share: Share) -> str:
+    return f"{100 * share.low:3.0f} to {100 * share.high:3.0f} %"
+
+
+def _from(share: Share) -> str:
+    return f"from {100 * share.low:.0f} % on" if share.low else "always"
+
+
+def _interval(share: Share) -> str:
+    return f"{100 * share.accuracy_low:.1f} to {100 * share.accuracy_high:.1f} %"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:5.1f} %"
