@@ -28,15 +28,12 @@ _LEAST_VARIANCE = 1e-3
 
 
 class Scatter(BaseModel, frozen=True):
-    """How the answer's probability usually scatters between mirrored draws.
+    """How the answer's probability usually scatters between mirrored draws."""
 
-    Attributes:
-        within: Root mean square of d / sqrt(v) over questions.
-        curvature: c.
-    """
-
-    within: float = Field(ge=0)
-    curvature: float = Field(ge=0)
+    within: float = Field(
+        ge=0, description="Root mean square, over questions, of half a pair's difference over sqrt(p (1 - p))."
+    )
+    curvature: float = Field(ge=0, description="c: pairs' means scatter by c d^2 / (p (1 - p)) with d that half.")
 
 
 def fit_scatter(scores: Sequence[Tensor], temperatures: Sequence[float]) -> Scatter | None:

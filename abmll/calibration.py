@@ -187,38 +187,44 @@ def prediction_set(probabilities: Tensor, threshold: float) -> Tensor:
 
 
 class ShotCalibration(BaseModel, frozen=True):
-    """Calibration after adaptation with a number of shots.
+    """Calibration after adaptation with a number of shots."""
 
-    Attributes:
-        shots: Labelled examples that the tasks were adapted with.
-        temperature: Divides the scores of every draw, see ``predictive``: the median of tasks', or one task's own.
-        spread: Standard deviation of log T among tasks; 0 where all share one temperature, or it is a task's own.
-        support: Held-out answers of its support set that a task's own temperature was fitted on; else 0.
-        conformal: Coverage (as text, "0.9") to threshold on nonconformity after tempering.
-        risk: Risk (as text, "0.10") to the confidence that answers must pass, see ``risk_thresholds``.
-        ece_before: Expected calibration error before tempering, on the answers that it was fitted on: those of the
-            validation tasks, or a version's own that were judged.
-        ece_after: After it, on held-out folds of them.
-        questions: Answers that it was fitted on.
-        scatter: Of the answer's probability between draws; None where it is not known.
-        confidence: Mean confidence on them, after tempering; None where it is not known.
-        epistemic: Mean epistemic uncertainty on them, in nats, after tempering; None where it is not known.
-        curves: Of the answers that ``ece_after`` is of; None where they are not known.
-    """
-
-    shots: int = Field(ge=0)
-    temperature: float = Field(gt=0)
-    spread: float = Field(default=0.0, ge=0)
-    support: int = Field(default=0, ge=0)
-    conformal: dict[str, float]
-    risk: dict[str, float] = Field(default_factory=dict)
-    ece_before: float
-    ece_after: float
-    questions: int
-    scatter: Scatter | None = None
-    confidence: float | None = None
-    epistemic: float | None = None
-    curves: Curves | None = None
+    shots: int = Field(ge=0, description="Labelled examples that the tasks were adapted with.")
+    temperature: float = Field(
+        gt=0, description="Divides the scores of every draw: the median of tasks' temperatures, or one task's own."
+    )
+    spread: float = Field(
+        default=0.0,
+        ge=0,
+        description="Standard deviation of log temperature among tasks; 0 where all share one, or it is a task's own.",
+    )
+    support: int = Field(
+        default=0,
+        ge=0,
+        description="Held-out answers of its support set that a task's own temperature was fitted on; else 0.",
+    )
+    conformal: dict[str, float] = Field(
+        description='Coverage (as text, "0.9") to the threshold on nonconformity after tempering.'
+    )
+    risk: dict[str, float] = Field(
+        default_factory=dict, description='Risk (as text, "0.10") to the confidence that answers must pass.'
+    )
+    ece_before: float = Field(
+        description="Expected calibration error before tempering, on the answers that it was fitted on: those of the "
+        "validation tasks, or a version's own that were judged."
+    )
+    ece_after: float = Field(description="After it, on held-out folds of them.")
+    questions: int = Field(description="Answers that it was fitted on.")
+    scatter: Scatter | None = Field(
+        default=None, description="Of the answer's probability between draws; null: not known."
+    )
+    confidence: float | None = Field(
+        default=None, description="Mean confidence on them, after tempering; null: not known."
+    )
+    epistemic: float | None = Field(
+        default=None, description="Mean epistemic uncertainty on them, in nats, after tempering; null: not known."
+    )
+    curves: Curves | None = Field(default=None, description="Of the answers that `ece_after` is of; null: not known.")
 
     def risk_threshold(self, risk: float) -> float | None:
         """Returns the confidence that answers must pass for a risk of at most this; None where none is known."""
@@ -242,19 +248,16 @@ _Entry = TypeVar("_Entry", ShotCalibration, TextCalibration)
 
 
 class Calibration(BaseModel, frozen=True):
-    """How a posterior's confidence is made from its predictive distribution.
+    """How a posterior's confidence is made from its predictive distribution."""
 
-    Attributes:
-        by_shots: For questions with options, one entry a number of shots, ascending; none for a task taught without.
-        texts: For free text, likewise; none for a task taught with options.
-        fitted_on: Names of the validation tasks.
-        draws: Draws used in fitting.
-    """
-
-    by_shots: list[ShotCalibration]
-    texts: list[TextCalibration] = Field(default_factory=list)
-    fitted_on: list[str]
-    draws: int
+    by_shots: list[ShotCalibration] = Field(
+        description="For questions with options: one a number of shots, ascending; none for a task taught without."
+    )
+    texts: list[TextCalibration] = Field(
+        default_factory=list, description="For free text, likewise; none for a task taught with options."
+    )
+    fitted_on: list[str] = Field(description="Names of the validation tasks.")
+    draws: int = Field(description="Draws used in fitting.")
 
     @model_validator(mode="after")
     def _of_something(self) -> Calibration:

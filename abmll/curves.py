@@ -15,8 +15,8 @@ _POINTS = 20
 class Bin(BaseModel, frozen=True):
     """Answers with a confidence above ``low`` and up to ``high``."""
 
-    low: float = Field(examples=[0.8])
-    high: float = Field(examples=[0.8667])
+    low: float = Field(description="Their confidence is above this,", examples=[0.8])
+    high: float = Field(description="and not above this.", examples=[0.8667])
     count: int = Field(description="Answers.", examples=[57])
     confidence: float = Field(description="Their mean confidence.", examples=[0.83])
     accuracy: float = Field(description="Share of them that were right.", examples=[0.81])

@@ -50,15 +50,11 @@ def text_logits(log_probs: Tensor) -> Tensor:
 class TextConfidence(BaseModel, frozen=True):
     """How probable it is that a text is right: Platt scaling (Platt 1999) of its predictive probability.
 
-        P(right | text) = sigmoid(slope logit p(text) + offset)
-
-    Attributes:
-        slope: Above 0, so that of two texts the likelier one has more confidence.
-        offset: Log-odds of a text with a predictive probability of a half.
+    P(right | text) = sigmoid(slope logit p(text) + offset)
     """
 
-    slope: float = Field(gt=0)
-    offset: float
+    slope: float = Field(gt=0, description="Above 0, so that of two texts the likelier one has more confidence.")
+    offset: float = Field(description="Log-odds of a text with a predictive probability of a half.")
 
     def confidence(self, logits: Tensor) -> Tensor:
         """Returns the probability that texts are right, of the same shape as ``logits``."""
@@ -66,25 +62,19 @@ class TextConfidence(BaseModel, frozen=True):
 
 
 class TextCalibration(TextConfidence, frozen=True):
-    """How free texts' confidence is made after adaptation with a number of shots.
+    """How free texts' confidence is made after adaptation with a number of shots."""
 
-    Attributes:
-        shots: Labelled examples that the tasks were adapted with.
-        risk: Risk (as text, "0.10") to the confidence that answers must pass, see ``risk_thresholds``.
-        accuracy: Share of right answers on the validation tasks.
-        ece_before: Expected calibration error of the predictive probability on the validation tasks.
-        ece_after: Of the confidence, on held-out families.
-        questions: Validation answers that it was fitted on.
-        curves: Of the answers that ``ece_after`` is of; None where they are not known.
-    """
-
-    shots: int = Field(ge=0)
-    risk: dict[str, float] = Field(default_factory=dict)
-    accuracy: float
-    ece_before: float
-    ece_after: float
-    questions: int
-    curves: Curves | None = None
+    shots: int = Field(ge=0, description="Labelled examples that the tasks were adapted with.")
+    risk: dict[str, float] = Field(
+        default_factory=dict, description='Risk (as text, "0.10") to the confidence that answers must pass.'
+    )
+    accuracy: float = Field(description="Share of right answers on the validation tasks.")
+    ece_before: float = Field(
+        description="Expected calibration error of the predictive probability on the validation tasks."
+    )
+    ece_after: float = Field(description="Of the confidence, on held-out families.")
+    questions: int = Field(description="Validation answers that it was fitted on.")
+    curves: Curves | None = Field(default=None, description="Of the answers that `ece_after` is of; null: not known.")
 
     def risk_threshold(self, risk: float) -> float | None:
         """Returns the confidence that answers must pass for a risk of at most this; None where none is known."""

@@ -157,7 +157,7 @@ class PosteriorId(BaseModel):
 class Usage(BaseModel):
     """Tokens of a question and its answer, each counted once whatever the number of draws."""
 
-    prompt_tokens: int = Field(examples=[17])
+    prompt_tokens: int = Field(description="Of the question, as the model reads it.", examples=[17])
     answer_tokens: int = Field(description="Of the likeliest answer, given or withheld.", examples=[2])
 
 
@@ -172,7 +172,7 @@ class Timing(BaseModel):
 class OtherToken(BaseModel):
     """A token that might stand in a place."""
 
-    text: str = Field(examples=[" Paris"])
+    text: str = Field(description="Its text.", examples=[" Paris"])
     probability: float = Field(description="Predictive probability in this place.", examples=[0.71])
 
 
@@ -234,14 +234,17 @@ class Semantics(BaseModel):
 class Candidate(BaseModel):
     """What might have been the answer."""
 
-    answer: str = Field(examples=["positive"])
+    answer: str = Field(description="The option, or the text.", examples=["positive"])
     probability: float = Field(description="As in `probabilities`; of free text, `raw_confidence`.", examples=[0.55])
 
 
 class Abstained(BaseModel):
     """Why there is no answer."""
 
-    reason: str = Field(examples=["the likeliest answer has a confidence of 55.0 %, below the 80.0 % asked for"])
+    reason: str = Field(
+        description="For a person to read.",
+        examples=["the likeliest answer has a confidence of 55.0 %, below the 80.0 % asked for"],
+    )
     threshold: float = Field(
         description="The confidence that an answer must reach; with `target_risk`, pass.", examples=[0.8]
     )
@@ -253,7 +256,7 @@ class GenerateReply(BaseModel):
 
     request_id: str = Field(description="Also in the header `X-Request-ID`.", examples=["a1b2c3d4e5f60718"])
     task: str = Field(description="The task that was asked.", examples=["global"])
-    posterior: PosteriorId
+    posterior: PosteriorId = Field(description="Which posterior answered.")
     answer: str | None = Field(
         description="The most probable option, or the free text; null where it is not sure enough (`abstained`).",
         examples=["positive"],
@@ -286,7 +289,9 @@ class GenerateReply(BaseModel):
         "free text or without calibration.",
         examples=[["positive"]],
     )
-    uncertainty: Uncertainty
+    uncertainty: Uncertainty = Field(
+        description="Entropies in nats, of what `probabilities` gives; of free text, in nats per token."
+    )
     standard_error: float = Field(
         description="Monte Carlo standard error of `confidence`; of free text, of `raw_confidence`.", examples=[0.02]
     )
@@ -299,27 +304,30 @@ class GenerateReply(BaseModel):
         "null with options, and for a text that was scored.",
         examples=[None],
     )
-    usage: Usage
+    usage: Usage = Field(description="Tokens of the question and its answer, each counted once.")
     tokens: list[TokenReply] | None = Field(description="Of a free text, where it was asked to tell them.")
     semantics: Semantics | None = Field(description="Of a free text, where `samples` were asked for.")
-    timing: Timing
+    timing: Timing = Field(description="Where the time went, in milliseconds.")
 
 
 class Health(BaseModel):
     """Whether the server lives, or answers."""
 
-    status: str = Field(examples=["ok"])
+    status: str = Field(description="`ok`, or what is wrong.", examples=["ok"])
 
 
 class ErrorBody(BaseModel):
     """What was wrong and what would be right."""
 
     type: str = Field(description="Kind of error.", examples=["TaskNotFound"])
-    message: str = Field(examples=["there is no task 'films'; known tasks: global, film-reviews"])
+    message: str = Field(
+        description="What was wrong and what would be right.",
+        examples=["there is no task 'films'; known tasks: global, film-reviews"],
+    )
     field: str | None = Field(description="The input at fault, where there is one.", examples=["task"])
 
 
 class ErrorReply(BaseModel):
     """Every error has this form."""
 
-    error: ErrorBody
+    error: ErrorBody = Field(description="What was wrong and what would be right.")

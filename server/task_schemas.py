@@ -43,7 +43,7 @@ class JobReply(BaseModel):
     """An adaptation job."""
 
     job: str = Field(description="Id of the job.", examples=["9c1185a5c5e9fc54"])
-    task: str = Field(examples=["film-reviews"])
+    task: str = Field(description="The task that it makes.", examples=["film-reviews"])
     status: Status = Field(description="queued, running, done, failed or cancelled.")
     progress: float = Field(description="0 to 1.", examples=[0.4])
     error: str | None = Field(description="Why it failed.")
@@ -65,7 +65,7 @@ class JobReply(BaseModel):
 class TaskSummary(BaseModel):
     """A task in the list."""
 
-    task: str = Field(examples=["film-reviews"])
+    task: str = Field(description="Its name.", examples=["film-reviews"])
     status: Literal["ready", "damaged"] = Field(description="damaged: no version that may answer can be used.")
     error: str | None = Field(description="What is wrong with its newest version, or the one that it is pinned to.")
     version: int | None = Field(
@@ -73,30 +73,30 @@ class TaskSummary(BaseModel):
         "cannot be read.",
         examples=[2],
     )
-    posterior: PosteriorId | None
+    posterior: PosteriorId | None = Field(description="Which posterior answers; null: none can.")
     shots: int | None = Field(description="Labelled examples that it was adapted with.", examples=[16])
     created: str | None = Field(description="UTC, ISO 8601.")
-    calibrated: bool
+    calibrated: bool = Field(description="Whether its confidence is calibrated.")
 
 
 class VersionReply(BaseModel):
     """One version of a task."""
 
-    version: int
-    status: Literal["ready", "damaged"]
-    error: str | None
+    version: int = Field(description="Its number, from 1.")
+    status: Literal["ready", "damaged"] = Field(description="damaged: it cannot be used.")
+    error: str | None = Field(description="What is wrong with it.")
     id: str | None = Field(description="Hash of the parameters.")
     parent: str | None = Field(description="Id of the posterior that it was adapted from.")
-    shots: int | None
-    seed: int | None
-    created: str | None
+    shots: int | None = Field(description="Labelled examples that it was adapted with.")
+    seed: int | None = Field(description="Seed that it was adapted with.")
+    created: str | None = Field(description="UTC, ISO 8601.")
 
 
 class TaskReply(TaskSummary):
     """One task, with its history."""
 
     base_model: str | None = Field(description="Base model that the posterior is over.")
-    calibration: Calibration | None
+    calibration: Calibration | None = Field(description="How its confidence is made; null: it is not calibrated.")
     versions: list[VersionReply] = Field(description="Oldest first.")
     serving: dict[str, float] | None = Field(
         description="Share of the questions by version; null: the newest answers.", examples=[{"1": 0.9, "2": 0.1}]
@@ -129,8 +129,8 @@ class FeedbackRequest(Request):
 class FeedbackReply(BaseModel):
     """Feedback that is stored."""
 
-    request_id: str
-    task: str
+    request_id: str = Field(description="Of the answer.")
+    task: str = Field(description="The task that had answered.")
     version: int = Field(description="The version that had answered.")
     correct: bool = Field(description="Whether the answer was right.")
 
@@ -145,7 +145,7 @@ class RecalibrateRequest(Request):
 class Measured(BaseModel):
     """Measures of judged answers."""
 
-    accuracy: float
+    accuracy: float = Field(description="Share of right answers.")
     ece: float = Field(description="Expected calibration error, 15 bins.")
     nll: float = Field(description="Mean negative log-likelihood of the right option, in nats.")
     brier: float = Field(description="Mean Brier score, 0 to 2.")
@@ -154,8 +154,8 @@ class Measured(BaseModel):
 class ReliabilityReply(BaseModel):
     """How far a version's confidence held."""
 
-    task: str
-    version: int
+    task: str = Field(description="The task.")
+    version: int = Field(description="Its version.")
     validation: Curves | None = Field(
         description="On validation tasks taught with about as many examples, each family calibrated on the others; "
         "null: not known."
@@ -169,12 +169,12 @@ class ReliabilityReply(BaseModel):
 class RecalibrationReply(BaseModel):
     """A temperature fitted to feedback, beside the present one."""
 
-    task: str
+    task: str = Field(description="The task.")
     version: int = Field(description="The version whose answers were judged.")
     answers: int = Field(description="Judged answers that it was fitted to.")
-    temperature_before: float
-    temperature_after: float
-    before: Measured
+    temperature_before: float = Field(description="The present one.")
+    temperature_after: float = Field(description="The one that was fitted.")
+    before: Measured = Field(description="On these answers, with the present temperature.")
     after: Measured = Field(description="On answers that the temperature was not fitted on (five folds).")
     applied: int | None = Field(
         description="The new version, same weights with the new temperature; null: nothing was changed. It answers "

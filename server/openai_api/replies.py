@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 
 from server.schemas import (
     Abstained,
+    GenerateReply,
     PosteriorId,
     Semantics,
     Timing,
@@ -18,118 +19,123 @@ from server.schemas import (
 FinishReason = Literal["stop", "length", "content_filter"]
 
 
+def _as_replied(name: str) -> str | None:
+    """What the reply to `POST /generate` says of a field of the same name."""
+    return GenerateReply.model_fields[name].description
+
+
 class Confidence(BaseModel):
     """How sure an answer is; every field as in the reply to `POST /generate`."""
 
-    request_id: str
-    posterior: PosteriorId
-    confidence: float
-    raw_confidence: float
-    calibrated: bool
-    uncertainty: Uncertainty
-    standard_error: float
-    draws: int
-    options: list[str] | None
-    probabilities: list[float] | None
-    prediction_set: list[str] | None
-    abstained: Abstained | None
-    semantics: Semantics | None
-    timing: Timing
+    request_id: str = Field(description=_as_replied("request_id"))
+    posterior: PosteriorId = Field(description=_as_replied("posterior"))
+    confidence: float = Field(description=_as_replied("confidence"))
+    raw_confidence: float = Field(description=_as_replied("raw_confidence"))
+    calibrated: bool = Field(description=_as_replied("calibrated"))
+    uncertainty: Uncertainty = Field(description=_as_replied("uncertainty"))
+    standard_error: float = Field(description=_as_replied("standard_error"))
+    draws: int = Field(description=_as_replied("draws"))
+    options: list[str] | None = Field(description=_as_replied("options"))
+    probabilities: list[float] | None = Field(description=_as_replied("probabilities"))
+    prediction_set: list[str] | None = Field(description=_as_replied("prediction_set"))
+    abstained: Abstained | None = Field(description=_as_replied("abstained"))
+    semantics: Semantics | None = Field(description=_as_replied("semantics"))
+    timing: Timing = Field(description=_as_replied("timing"))
 
 
 class TokenUsage(BaseModel):
     """Tokens of all questions and all choices."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
+    prompt_tokens: int = Field(description="Of the questions.")
+    completion_tokens: int = Field(description="Of the answers.")
+    total_tokens: int = Field(description="Of both.")
 
 
 class TopLogprob(BaseModel):
     """A token that might stand in a place; with `options`, an option."""
 
-    token: str
-    bytes: list[int]
+    token: str = Field(description="Its text.")
+    bytes: list[int] = Field(description="Its text in UTF-8.")
     logprob: float = Field(description="Predictive log-probability, in nats.")
 
 
 class TokenLogprob(TopLogprob):
     """A token of the answer; with `options`, the answer as one."""
 
-    top_logprobs: list[TopLogprob]
+    top_logprobs: list[TopLogprob] = Field(description="The likeliest in this place; with `options`, all of them.")
     uncertainty: Uncertainty | None = Field(description="Of this place, in nats.")
 
 
 class ChatLogprobs(BaseModel):
     """The answer token by token, and how sure it is as a whole."""
 
-    content: list[TokenLogprob] | None
-    refusal: None = None
+    content: list[TokenLogprob] | None = Field(description="The answer's tokens; null where there is no answer.")
+    refusal: None = Field(default=None, description="Always null.")
     confidence: float | None = Field(description="Also in `abmll`, which some clients drop.")
-    calibrated: bool | None
+    calibrated: bool | None = Field(description="Likewise.")
 
 
 class AssistantMessage(BaseModel):
     """The answer."""
 
-    role: Literal["assistant"] = "assistant"
+    role: Literal["assistant"] = Field(default="assistant", description="Always `assistant`.")
     content: str | None = Field(description="null where it is not sure enough.")
-    refusal: str | None = Field(None, description="Why there is no answer.")
+    refusal: str | None = Field(default=None, description="Why there is no answer.")
 
 
-class ChatChoice(BaseModel):
+class _Choice(BaseModel):
+    index: int = Field(description="Its number, from 0.")
+    finish_reason: FinishReason = Field(
+        description="`stop`: the answer ended; `length`: `max_tokens` ended it; `content_filter`: not sure enough."
+    )
+    abmll: Confidence = Field(description="How sure the answer is.")
+
+
+class ChatChoice(_Choice):
     """An answer."""
 
-    index: int
-    message: AssistantMessage
-    finish_reason: FinishReason
-    logprobs: ChatLogprobs | None
-    abmll: Confidence
+    message: AssistantMessage = Field(description="The answer.")
+    logprobs: ChatLogprobs | None = Field(description="Where they were asked for.")
 
 
-class ChatCompletion(BaseModel):
+class _Completion(BaseModel):
+    id: str = Field(description="Of the reply.")
+    created: int = Field(description="Seconds since 1970.")
+    model: str = Field(description="The task that answered, as it was asked for.")
+    system_fingerprint: str = Field(description="Id of the posterior that answered.")
+    usage: TokenUsage = Field(description="Tokens of all questions and all choices.")
+
+
+class ChatCompletion(_Completion):
     """The reply to `POST /v1/chat/completions`."""
 
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int = Field(description="Seconds since 1970.")
-    model: str
-    system_fingerprint: str = Field(description="Id of the posterior that answered.")
-    choices: list[ChatChoice]
-    usage: TokenUsage
+    object: Literal["chat.completion"] = Field(default="chat.completion", description="The kind of reply.")
+    choices: list[ChatChoice] = Field(description="The answers.")
 
 
 class CompletionLogprobs(BaseModel):
     """The answer token by token; lists of the same length."""
 
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
-    confidence: float | None = None
-    calibrated: bool | None = None
+    tokens: list[str] = Field(description="Texts of the tokens; with `options`, the answer as one.")
+    token_logprobs: list[float] = Field(description="Predictive log-probabilities, in nats.")
+    top_logprobs: list[dict[str, float]] = Field(description="Of the likeliest in each place.")
+    text_offset: list[int] = Field(description="Where each begins in the answer.")
+    confidence: float | None = Field(default=None, description="Also in `abmll`, which some clients drop.")
+    calibrated: bool | None = Field(default=None, description="Likewise.")
 
 
-class CompletionChoice(BaseModel):
+class CompletionChoice(_Choice):
     """An answer."""
 
-    index: int
     text: str = Field(description="Empty where it is not sure enough; `abmll.abstained` says why.")
-    finish_reason: FinishReason
-    logprobs: CompletionLogprobs | None
-    abmll: Confidence
+    logprobs: CompletionLogprobs | None = Field(description="Where they were asked for.")
 
 
-class Completion(BaseModel):
+class Completion(_Completion):
     """The reply to `POST /v1/completions`."""
 
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int = Field(description="Seconds since 1970.")
-    model: str
-    system_fingerprint: str = Field(description="Id of the posterior that answered.")
-    choices: list[CompletionChoice]
-    usage: TokenUsage
+    object: Literal["text_completion"] = Field(default="text_completion", description="The kind of reply.")
+    choices: list[CompletionChoice] = Field(description="The answers.")
 
 
 class Delta(BaseModel):
@@ -175,18 +181,18 @@ class Chunk(BaseModel):
 class Model(BaseModel):
     """A task, or a version of it, that can be asked."""
 
-    id: str = Field(examples=["film-reviews"])
-    object: Literal["model"] = "model"
+    id: str = Field(description="What to ask for as `model`.", examples=["film-reviews"])
+    object: Literal["model"] = Field(default="model", description="Always `model`.")
     created: int = Field(description="Seconds since 1970; 0 where it is not known.")
-    owned_by: Literal["abmll"] = "abmll"
+    owned_by: Literal["abmll"] = Field(default="abmll", description="Always `abmll`.")
     root: str | None = Field(description="The base model.")
     parent: str | None = Field(description="The task that this is a version of.")
     shots: int | None = Field(description="Labelled examples that it was adapted with.")
-    calibrated: bool
+    calibrated: bool = Field(description="Whether its confidence is calibrated.")
 
 
 class ModelList(BaseModel):
     """All that can be asked."""
 
-    object: Literal["list"] = "list"
-    data: list[Model]
+    object: Literal["list"] = Field(default="list", description="Always `list`.")
+    data: list[Model] = Field(description="Tasks and their versions.")

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from abmll.adaptive import TOLERANCE
 from abmll.errors import InvalidRequest
 from abmll.examples import MAX_OPTIONS
-from server.schemas import MAX_TOKENS, Text
+from server.schemas import MAX_TOKENS, GenerateRequest, Text
 from training.settings import SEED_LIMIT
 
 MAX_CHOICES = 16
@@ -20,12 +20,17 @@ _CHAT_TOKENS = 128
 _Stop = Annotated[str, Field(min_length=1, max_length=64)]
 
 
+def _as_asked(name: str) -> str | None:
+    """What `POST /generate` says of a field of the same name."""
+    return GenerateRequest.model_fields[name].description
+
+
 class StreamOptions(BaseModel):
     """What a stream tells besides."""
 
     model_config = ConfigDict(extra="forbid")
 
-    include_usage: bool | None = False
+    include_usage: bool | None = Field(False, description="Whether a last chunk tells the tokens.")
     include_obfuscation: bool | None = Field(None, description="Has no effect.")
 
 
@@ -46,7 +51,7 @@ class OpenAIRequest(BaseModel):
     stop: _Stop | list[_Stop] | None = Field(None, description="At most 8 strings that end the text.")
     seed: int | None = Field(None, ge=0, lt=SEED_LIMIT, description="null: 0. The same request gives the same reply.")
     stream: bool | None = Field(None, description="Whether the reply is a stream of server-sent events.")
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions | None = Field(None, description="What a stream tells besides.")
     presence_penalty: float | None = Field(None, description="0 alone is possible.")
     frequency_penalty: float | None = Field(None, description="0 alone is possible.")
     logit_bias: dict[str, float] | None = Field(None, description="Must be empty.")
@@ -57,12 +62,12 @@ class OpenAIRequest(BaseModel):
         description=f"2 to {MAX_OPTIONS} distinct answers to choose from; as in `POST /generate`, and so the others.",
         examples=[None],
     )
-    draws: int | Literal["auto"] = "auto"
-    tolerance: float = Field(TOLERANCE, ge=0, le=1)
-    abstain_below: float | None = Field(None, ge=0, le=1)
-    target_risk: float | None = Field(None, gt=0, lt=1, examples=[None])
-    samples: int = Field(0, ge=0, le=32)
-    meaning: Literal["normalized", "entailment"] = "normalized"
+    draws: int | Literal["auto"] = Field("auto", description=_as_asked("draws"))
+    tolerance: float = Field(TOLERANCE, ge=0, le=1, description=_as_asked("tolerance"))
+    abstain_below: float | None = Field(None, ge=0, le=1, description=_as_asked("abstain_below"))
+    target_risk: float | None = Field(None, gt=0, lt=1, description=_as_asked("target_risk"), examples=[None])
+    samples: int = Field(0, ge=0, le=32, description=_as_asked("samples"))
+    meaning: Literal["normalized", "entailment"] = Field("normalized", description=_as_asked("meaning"))
 
 
 class CompletionRequest(OpenAIRequest):
@@ -95,7 +100,7 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="Who says it.")
     content: Text | list[dict[str, Any]] | None = Field(
         description='Text, or parts of it: `{"type": "text", "text": ...}`.',
         examples=["The film was a delight. Sentiment?"],
@@ -130,12 +135,14 @@ class ResponseFormat(BaseModel):
 class ChatRequest(OpenAIRequest):
     """A request of `POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=256)
+    messages: list[ChatMessage] = Field(
+        min_length=1, max_length=256, description="The conversation, in its order; its texts are the question."
+    )
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS, description=f"null: {_CHAT_TOKENS}.")
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS, description="In place of `max_tokens`.")
     logprobs: bool | None = Field(None, description="Whether log-probabilities are told; they are predictive ones.")
     top_logprobs: int | None = Field(None, ge=0, le=5, description="Of how many tokens in each place.")
-    response_format: ResponseFormat | None = None
+    response_format: ResponseFormat | None = Field(None, description="The form of the answer: text alone.")
     tools: list[Any] | None = Field(None, description="Must be empty.")
     metadata: dict[str, str] | None = Field(None, description="Has no effect.")
     store: bool | None = Field(None, description="Has no effect.")

@@ -612,6 +612,20 @@ def test_the_log_holds_no_prompt(server: Server) -> None:
     assert "xyzzyplugh" not in server.log.read_text()
 
 
+def test_every_field_on_the_openapi_page_says_what_it_means(server: Server) -> None:
+    schemas = server.http.get("/openapi.json").json()["components"]["schemas"]
+    silent = [
+        f"{name}.{field}"
+        for name, schema in schemas.items()
+        for field, told in schema.get("properties", {}).items()
+        # A model that a field refers to may speak for it.
+        if not (told if "description" in told else schemas[told["$ref"].split("/")[-1]]).get("description")
+    ]
+    assert len(schemas) > 40
+    assert silent == []
+    assert [name for name, schema in schemas.items() if "Attributes:" in schema.get("description", "")] == []
+
+
 def test_every_error_on_the_openapi_page_is_the_one_that_is_sent(server: Server) -> None:
     schemas = server.http.get("/openapi.json").json()["components"]["schemas"]
     assert "ErrorReply" in schemas
