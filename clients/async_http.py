@@ -226,6 +226,10 @@ class AsyncClient:
         """Removes a task with all its versions."""
         await self._send(calls.delete_task(name))
 
+    async def delete_version(self, name: str, version: int) -> None:
+        """Removes a version of a task that does not answer and is not the newest."""
+        await self._send(calls.delete_version(name, version))
+
     async def serve(self, name: str, versions: Mapping[int, float] | int | None) -> TaskInfo:
         """Says which version of a task answers, or which share the questions; None: always the newest."""
         return await self._send(calls.serve(name, versions))

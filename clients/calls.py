@@ -148,6 +148,11 @@ def delete_task(name: str) -> Call[None]:
     return Call("DELETE", f"/tasks/{quote(name, safe='')}", lambda _: None)
 
 
+def delete_version(name: str, version: int) -> Call[None]:
+    """Removes a version of a task."""
+    return Call("DELETE", f"/tasks/{quote(name, safe='')}/versions/{version}", lambda _: None)
+
+
 def serve(name: str, versions: Mapping[int, float] | int | None) -> Call[TaskInfo]:
     """Says which versions of a task answer."""
     shares = {versions: 1.0} if isinstance(versions, int) else versions

@@ -246,6 +246,10 @@ class Client:
         """Removes a task with all its versions."""
         self._send(calls.delete_task(name))
 
+    def delete_version(self, name: str, version: int) -> None:
+        """Removes a version of a task that does not answer and is not the newest."""
+        self._send(calls.delete_version(name, version))
+
     def serve(self, name: str, versions: Mapping[int, float] | int | None) -> TaskInfo:
         """Says which version of a task answers, or which share the questions; None: always the newest."""
         return self._send(calls.serve(name, versions))

@@ -8,6 +8,7 @@ from importlib.metadata import version as installed_version
 from typing import Annotated
 
 from fastapi import FastAPI, Query, Request, Response
+from fastapi import Path as PathParameter
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
@@ -250,6 +251,20 @@ def _add_tasks(app: FastAPI, service: Service, access: Access) -> None:
             raise TaskConflict(f"a job for task {name!r} is under way; cancel it first", field="name")
         await service.delete(name)
         audit("delete", task=name)
+
+    @app.delete(
+        "/tasks/{name}/versions/{version}",
+        status_code=204,
+        tags=["tasks"],
+        responses=errors(404, 409, 422, 503, *access.statuses),
+        dependencies=access.needs("admin"),
+    )
+    async def delete_version(  # pyright: ignore[reportUnusedFunction] -- a route
+        name: str, version: Annotated[int, PathParameter(ge=1, description="Its number.")]
+    ) -> None:
+        """Removes a version that does not answer and is not the newest, with what was said of its answers."""
+        await service.delete_version(name, version)
+        audit("delete_version", task=name, version=version)
 
 
 def _add_operation(app: FastAPI, service: Service, access: Access, metrics: Metrics) -> None:

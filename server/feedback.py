@@ -188,8 +188,9 @@ class Feedback:
         self._writing = threading.Lock()
         self._waiting: deque[Answered] = deque(maxlen=_BUFFERED)
         self._windows: dict[tuple[str, int], Window] = {}
-        self._forgotten: dict[str, float] = {}
-        self._to_delete: set[str] = set()
+        # By task and version; None for all versions.
+        self._forgotten: dict[tuple[str, int | None], float] = {}
+        self._to_delete: set[tuple[str, int | None]] = set()
 
     def _add_posterior(self) -> None:
         """Adds the column to a file of an earlier version."""
@@ -243,7 +244,7 @@ class Feedback:
     def note(self, answered: Answered) -> None:
         """Keeps an answer, to be written soon; not one of a task that was deleted after the question came."""
         with self._lock:
-            if answered.begun < self._forgotten.get(answered.task, -math.inf):
+            if answered.begun < self._forgotten_at(answered.task, answered.version):
                 return
             self._waiting.append(answered)
             if answered.options is not None:
@@ -266,7 +267,7 @@ class Feedback:
             if not batch and not gone:
                 return
             with self._database.transaction() as db:
-                db.executemany("DELETE FROM answers WHERE task = ?", [(task,) for task in gone])
+                db.executemany("DELETE FROM answers WHERE task = ?1 AND (?2 IS NULL OR version = ?2)", gone)
                 db.executemany(_INSERT, [answered.row() for answered in batch])
                 db.execute("DELETE FROM answers WHERE number <= (SELECT MAX(number) FROM answers) - ?", (self.kept,))
             with self._lock:
@@ -310,7 +311,7 @@ class Feedback:
         if row["options"] is not None or row["standard"]:
             with self._lock:
                 window = self._window(judged.task, judged.version)
-                if begun >= self._forgotten.get(judged.task, -math.inf) and window.is_of(judged.posterior):
+                if begun >= self._forgotten_at(judged.task, judged.version) and window.is_of(judged.posterior):
                     window.judge(request_id, judged)
         return judged
 
@@ -332,22 +333,27 @@ class Feedback:
             for draws, scores, label in rows
         ]
 
-    def forget(self, task: str, before: float) -> None:
-        """Removes all that is kept of a task, from the disk as soon as it takes it.
+    def forget(self, task: str, before: float, version: int | None = None) -> None:
+        """Removes all that is kept of a task, or of one version, from the disk as soon as it takes it.
 
         Answers that are still under way are not kept either: another task may soon have the name.
 
         Args:
             task: The task.
             before: When it was deleted, in seconds of ``time.monotonic``.
+            version: The version; None for all.
         """
+
+        def is_gone(of: str, number: int) -> bool:
+            return of == task and version in (None, number)
+
         with self._writing, self._lock:
-            self._waiting = deque((a for a in self._waiting if a.task != task), maxlen=_BUFFERED)
-            self._windows = {key: window for key, window in self._windows.items() if key[0] != task}
+            self._waiting = deque((a for a in self._waiting if not is_gone(a.task, a.version)), maxlen=_BUFFERED)
+            self._windows = {key: window for key, window in self._windows.items() if not is_gone(*key)}
             still = time.monotonic() - _LONGEST_ANSWER
             self._forgotten = {name: when for name, when in self._forgotten.items() if when > still}
-            self._forgotten[task] = before
-            self._to_delete.add(task)
+            self._forgotten[task, version] = before
+            self._to_delete.add((task, version))
         try:
             self.flush()
         except StoreFailure as error:
@@ -378,6 +384,9 @@ class Feedback:
         if not found:
             return None
         return curves(torch.tensor([item.confidence for item in found]), torch.tensor([item.correct for item in found]))
+
+    def _forgotten_at(self, task: str, version: int) -> float:
+        return max(self._forgotten.get((task, of), -math.inf) for of in (None, version))
 
     def _window(self, task: str, version: int) -> Window:
         return self._windows.setdefault((task, version), Window())

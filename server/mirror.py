@@ -113,6 +113,16 @@ class Mirror:
             self.objects.remove(name, number, pointer)
         return bool(versions)
 
+    def remove_version(self, name: str, number: int, there: Listing) -> None:
+        """Deletes a version there, of what a listing says; it may be that there is none.
+
+        Raises:
+            StoreFailure: It cannot be; the version is still there.
+        """
+        pointer = there.versions[name].get(number)
+        if pointer is not None or number in there.unreadable[name]:
+            self.objects.remove(name, number, pointer)
+
     def _bring(
         self, name: str, number: int, here: dict[int, _Mark | None], pointers: dict[int, Pointer], place: str
     ) -> None:

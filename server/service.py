@@ -397,14 +397,30 @@ class Service:
         before = time.monotonic()
         await self._forget(task, await self._changing(lambda: self.store.delete(task)), before)
 
-    async def _forget(self, task: str, digests: Sequence[str], before: float) -> None:
-        """Ends what engine, measures and feedback have of a task that is gone, but for answers after ``before``."""
-        self._reference = {key: value for key, value in self._reference.copy().items() if key[0] != task}
+    async def delete_version(self, task: str, version: int) -> None:
+        """Removes a version that does not answer, as ``delete`` does a task.
+
+        Raises:
+            TaskNotFound: There is no such task or version.
+            TaskConflict: The version answers, or is the newest; or the task is ``global``.
+            StoreFailure: The disk is full or not writable.
+        """
+        before = time.monotonic()
+        digests = await self._changing(lambda: self.store.delete_version(task, version))
+        await self._forget(task, digests, before, version)
+
+    async def _forget(self, task: str, digests: Sequence[str], before: float, version: int | None = None) -> None:
+        """Ends what engine, measures and feedback have of a task that is gone, but for answers after ``before``.
+
+        With ``version``, of that version alone.
+        """
+        gone = {key for key in self._reference.copy() if key[0] == task and version in (None, key[1])}
+        self._reference = {key: value for key, value in self._reference.copy().items() if key not in gone}
         for digest in digests:
             if self.engine is not None:
                 with contextlib.suppress(EngineFailure):  # a dead engine has forgotten already
                     await self.engine.release(digest)
-        await asyncio.to_thread(self.feedback.forget, task, before)
+        await asyncio.to_thread(self.feedback.forget, task, before, version)
 
     async def close(self) -> None:
         """Stops everything; jobs under way are taken up again at the next start."""

@@ -345,24 +345,72 @@ class TaskStore:
             if elsewhere and not self._numbers(name):
                 return []  # it could not be fetched
             self._known(name)  # another may have deleted it while this one waited
-            grave: Path | None = None
-            try:
-                grave = Path(tempfile.mkdtemp(prefix=".deleted.", dir=self.tasks))
-                folder.rename(grave / name)
-            except OSError as error:
-                if grave is not None:
-                    grave.rmdir()
-                raise StoreFailure(f"task {name!r} cannot be deleted: {error}; mend the store's disk") from error
+            grave = self._bury(folder, f"task {name!r}")
         gone = self._unload(name)
         shutil.rmtree(grave, ignore_errors=True)
         return gone
 
-    def _unload(self, name: str) -> list[str]:
-        """Forgets a task that is gone; gives the digests of its posteriors that had been loaded."""
+    def delete_version(self, name: str, number: int) -> list[str]:
+        """Removes a version of a task that does not answer; its number is not given again.
+
+        Returns:
+            The digest of its posterior, if it had been loaded.
+
+        Raises:
+            TaskNotFound: There is no such task or version.
+            TaskConflict: The version answers, or is the newest; or the task is ``global``.
+            StoreFailure: The disk is full or not writable, or object storage does not take it; the version is there.
+        """
+        if name == GLOBAL:
+            raise TaskConflict("the global posterior has one version, which cannot be deleted", "name")
+        with self._changing():
+            there = None if self._mirror is None else self._mirror.refresh()
+            known = self._known(name)
+            if number not in known:
+                raise TaskNotFound(f"task {name!r} has no version {number}; it has {known}", "version")
+            answering, shares = self.answering(name)
+            if shares == {}:
+                raise TaskConflict(f"nothing is deleted of task {name!r}: {UNKNOWN_SERVING}", "name")
+            # Beside those that share the questions, the newest: the next one is numbered after it.
+            needed = {version.number for version in answering if version.stored is not None} | {
+                *(shares or ()),
+                known[-1],
+            }
+            if number in needed:
+                raise TaskConflict(
+                    f"version {number} of task {name!r} answers, or is the newest; only others can be deleted: say "
+                    "with PUT /tasks/{name}/serving which answers, or delete the whole task",
+                    "version",
+                )
+            if self._mirror is not None and there is not None:
+                self._mirror.remove_version(name, number, there)
+            grave = self._bury(self._folder(name, number), f"version {number} of task {name!r}")
+        gone = self._unload(name, number)
+        shutil.rmtree(grave, ignore_errors=True)
+        return gone
+
+    def _bury(self, folder: Path, what: str) -> Path:
+        """Moves a folder out of sight; says where it is to be removed."""
+        grave: Path | None = None
+        try:
+            grave = Path(tempfile.mkdtemp(prefix=".deleted.", dir=self.tasks))
+            folder.rename(grave / folder.name)
+        except OSError as error:
+            if grave is not None:
+                grave.rmdir()
+            raise StoreFailure(f"{what} cannot be deleted: {error}; mend the store's disk") from error
+        return grave
+
+    def _unload(self, name: str, number: int | None = None) -> list[str]:
+        """Forgets a task that is gone, or a version; gives the digests of its posteriors that had been loaded."""
         folder = self.tasks / name
+
+        def is_gone(key: _Key) -> bool:
+            return key[0].parent == folder if number is None else key[0] == self._folder(name, number)
+
         with self._lock:
-            gone = [self._loaded.pop(key) for key in self._loaded.present() if key[0].parent == folder]
-            self._damaged = {key: found for key, found in self._damaged.items() if key[0].parent != folder}
+            gone = [self._loaded.pop(key) for key in self._loaded.present() if is_gone(key)]
+            self._damaged = {key: found for key, found in self._damaged.items() if not is_gone(key)}
         return [version.stored.digest for version in gone if version is not None and version.stored is not None]
 
     def sweep(self) -> None:

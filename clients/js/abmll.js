@@ -235,6 +235,18 @@ export class Client {
   }
 
   /**
+   * Removes a version of a task that does not answer and is not the newest.
+   *
+   * @param {string} name
+   * @param {number} version
+   * @param {Aborted} [settings]
+   * @returns {Promise<void>}
+   */
+  deleteVersion(name, version, { signal } = {}) {
+    return this.#connection.json("DELETE", `/tasks/${encodeURIComponent(name)}/versions/${version}`, { signal });
+  }
+
+  /**
    * Says which version of a task answers, or which share the questions; null: always the newest.
    *
    * @param {string} name

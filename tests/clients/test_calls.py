@@ -155,6 +155,7 @@ def test_a_reply_that_breaks_the_contract_is_an_invalid_reply(body: str):
 
 def test_a_deletion_has_no_content():
     assert calls.read(calls.delete_task("t"), 204, "") is None
+    assert calls.read(calls.delete_version("t", 1), 204, "") is None
 
 
 @pytest.mark.parametrize(("header", "seconds"), [("7", 7), ("soon", None), (None, None)])

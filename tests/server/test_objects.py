@@ -13,7 +13,7 @@ from fsspec.core import url_to_fs
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
-from abmll.errors import StoreFailure, TaskNotFound
+from abmll.errors import StoreFailure, TaskConflict, TaskNotFound
 from abmll.store import Record, StoredPosterior, replace_file
 from server.objects import Objects
 from server.service import REFRESH_SECONDS
@@ -96,6 +96,12 @@ def test_what_one_store_does_the_others_do_too(
     third = other.add("t", random_posterior(tiny_model_folder, 3), None, record("t"))
     assert third.record.version == 3
     other.current("t")
+    assert one.delete_version("t", 1) == [made[0].digest]
+    assert sorted(Objects(place).listing().versions["t"]) == [2, 3]
+    other.refresh()
+    assert [version.number for version in other.versions("t")] == [2, 3]
+    with pytest.raises(TaskConflict):
+        other.delete_version("t", 3)
     one.delete("t")
     assert Objects(place).listing().versions == {}
     (gone,) = other.refresh().items()

@@ -156,39 +156,44 @@ def test_a_draw_and_the_weights_take_what_was_planned(tmp_path: Path) -> None:
 
 
 def test_the_command_tells_the_plan_and_what_is_wrong(abmll: CommandLine, tmp_path: Path) -> None:
-    told = abmll("plan", "--rows", 2, "--tokens", 16, "--json").json
-    assert told["training"]["peak"] > told["training"]["base"]
-    assert told["commands"][1].startswith("abmll serve --model abmll-small")
     shown = abmll("plan", "--rows", 2, "--tokens", 16, "--gpu", "l4").out
-    assert f"{told['training']['base_parameters']:,}" in shown
+    assert "abmll serve --model abmll-small" in shown
+    # The others with two of its blocks: a plan goes through every operation.
+    config = AutoConfig.from_pretrained(BASE)
+    config.num_hidden_layers = 2
+    config.save_pretrained(tmp_path / "shallow")
+    plan = ("plan", "--model", tmp_path / "shallow", "--tokens", 16)
+    told = abmll(*plan, "--rows", 2, "--json").json
+    assert told["training"]["peak"] > told["training"]["base"]
+    alike = abmll(*plan, "--rows", 2, "--gpu", "l4").out
+    assert f"{told['training']['base_parameters']:,}" in alike
     assert "does not fit" not in shown
     # Weights and draws would fit on the whole of it, but not a question beside them in the part that vLLM takes.
-    small = abmll("plan", "--rows", 1, "--tokens", 1_000_000, "--utilization", 0.05, "--gpu", "l4").out
+    small = abmll("plan", "--rows", 1, "--episode", 1, "--tokens", 1_000_000, "--utilization", 0.05, "--gpu", "l4").out
     assert "serving does not fit on one l4 (1.1 GiB of it)" in small
     assert "abmll-small reads 1,024 tokens at most, not 1,000,000" in small
     assert told["training"]["objective"] > told["training"]["step"]  # 32 examples, as train has
-    alone = abmll("plan", "--rows", 2, "--tokens", 16, "--episode", 2, "--json").json["training"]
+    alone = abmll(*plan, "--rows", 2, "--episode", 2, "--json").json["training"]
     assert alone["peak"] < told["training"]["peak"]
     assert alone["adaptation"] == told["training"]["adaptation"]
     options = ("--layers", "last", "--revision", "main", "--dtype", "float32", "--utilization", 0.5, "--slots", 9)
-    train, serve = abmll("plan", "--rows", 2, "--tokens", 16, *options, "--draws", 99, "--json").json["commands"]
+    train, serve = abmll(*plan, "--rows", 2, *options, "--draws", 99, "--json").json["commands"]
     assert all(words in train for words in ("--layers last", "--revision main", "--dtype float32"))
     assert all(words in serve for words in ("--revision main", "--draws 99 --max-draws 99", "--engine vllm"))
     assert "--vllm-option gpu_memory_utilization=0.5 --vllm-option max_loras=9" in serve
-    config = AutoConfig.from_pretrained(BASE)
-    shared = abmll("plan", "--rows", 4, "--tokens", 16, "--shards", 2, "--json").json
+    shared = abmll(*plan, "--rows", 4, "--shards", 2, "--json").json
     embedding = 2 * config.vocab_size * config.hidden_size  # tied to the head, each process has a share of two
     assert shared["training"]["base"] == (told["training"]["base"] + embedding) // 2
     assert shared["training"]["step_flops"] == told["training"]["step_flops"]  # two rows in each process
     assert shared["commands"][0].startswith("torchrun --nproc-per-node 2 -m server.cli train")
     assert shared["commands"][0].split()[-3:] == ["--shard-base", "--out", "posterior"]
-    apart = abmll("plan", "--rows", 2, "--tokens", 16, "--tensor-parallel", 2, "--json").json
+    apart = abmll(*plan, "--rows", 2, "--tensor-parallel", 2, "--json").json
     assert apart["serving"]["weights"] == -(-told["serving"]["weights"] // 2)
     assert told["serving"]["slots"] / 2 < apart["serving"]["slots"] < told["serving"]["slots"]
-    heads = AutoConfig.from_pretrained(BASE).num_key_value_heads
+    heads = config.num_key_value_heads
     assert apart["serving"]["kv_token"] * heads == told["serving"]["kv_token"] * max(1, heads // 2)
     assert apart["commands"][1].endswith("--engine vllm --vllm-option tensor_parallel_size=2")
-    assert "attention heads cannot be divided among 5" in abmll("plan", "--tensor-parallel", 5).refusal
+    assert "attention heads cannot be divided among 5" in abmll(*plan, "--tensor-parallel", 5).refusal
     LlamaConfig(hidden_size=16384, intermediate_size=53248, num_hidden_layers=12, vocab_size=4096).save_pretrained(
         tmp_path
     )
@@ -196,12 +201,15 @@ def test_the_command_tells_the_plan_and_what_is_wrong(abmll: CommandLine, tmp_pa
     assert "training: base weights gathered beside it" in large
     assert "training does not fit on each l4 (22.5 GiB)" in large
     assert "(--shards 4)" in large
-    packed = abmll("plan", "--rows", 2, "--tokens", 16, "--dtype", "nf4", "--json").json
-    assert packed["training"]["base"] < 0.7 * told["training"]["base"]
-    assert packed["serving"] == told["serving"]  # vLLM packs no weights so
+    config.num_hidden_layers, config.vocab_size = 2, 512  # an embedding is not packed
+    config.save_pretrained(tmp_path / "deep")
+    deep = ("plan", "--model", tmp_path / "deep", "--tokens", 16, "--rows", 1)
+    plain, packed = abmll(*deep, "--json").json, abmll(*deep, "--dtype", "nf4", "--json").json
+    assert packed["training"]["base"] < 0.4 * plain["training"]["base"]
+    assert packed["serving"] == plain["serving"]  # vLLM packs no weights so
     assert "--dtype nf4" in packed["commands"][0]
     assert "--dtype nf4" in packed["commands"][1]  # of adaptation
     assert abmll("plan", "--dtype", "float16").code == 2  # train does not take it
-    assert "known: l4" in abmll("plan", "--gpu", "abacus").refusal
+    assert "known: l4" in abmll(*plan, "--gpu", "abacus").refusal
     assert "linear layers are" in abmll("plan", "--targets", "x").refusal
     assert "config.json" in abmll("plan", "--model", "/nowhere").refusal

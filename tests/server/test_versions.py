@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 
+from abmll.errors import TaskConflict
+from abmll.store import Record, StoredPosterior
+from clients.http import Client
+from server.store import TaskStore
 from tests.server.conftest import Server
 from tests.server.test_http import QUESTION, adapt
 
@@ -98,3 +102,63 @@ def test_a_roll_back_survives_a_restart_and_its_damage_is_told(
     assert listed["global"]["status"] == "ready"
     assert server.http.put(URL, json={"versions": {"1": 1}}).status_code == 200
     assert answering(server) == 1
+
+
+def test_a_version_that_does_not_answer_is_deleted_with_what_was_said_of_it(
+    start_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    server = start_server(tmp_path / "store")
+    for seed in range(3):
+        assert server.wait_job(adapt(server, "versioned", steps=1, seed=seed)["job"])["status"] == "done"
+    asked = {
+        version: server.http.post("/generate", json=QUESTION | {"task": "versioned", "version": version}).json()
+        for version in (1, 2, 3)
+    }
+    versions = "/tasks/versioned/versions"
+    assert server.http.put(URL, json={"versions": {"2": 1}}).status_code == 200
+    for version, why in ((2, "answers"), (3, "newest")):
+        refused = server.http.delete(f"{versions}/{version}")
+        assert (refused.status_code, refused.json()["error"]["field"]) == (409, "version")
+        assert why in refused.json()["error"]["message"]
+    for url, status in ((f"{versions}/9", 404), (f"{versions}/0", 422), (f"{versions}/x", 422),
+                        ("/tasks/nowhere/versions/1", 404), ("/tasks/global/versions/1", 409)):  # fmt: skip
+        assert server.http.delete(url).status_code == status, url
+    assert server.http.post("/feedback", json={"request_id": asked[1]["request_id"], "answer": 0}).status_code == 200
+
+    assert server.http.delete(f"{versions}/1").status_code == 204
+    assert [row["version"] for row in server.http.get("/tasks/versioned").json()["versions"]] == [2, 3]
+    assert sorted(path.name for path in (tmp_path / "store/tasks").rglob("v0*")) == ["v0002", "v0003"]
+    assert server.http.delete(f"{versions}/1").status_code == 404
+    assert server.http.post("/generate", json=QUESTION | {"task": "versioned", "version": 1}).status_code == 404
+    said = {
+        version: server.http.post("/feedback", json={"request_id": reply["request_id"], "answer": 0}).status_code
+        for version, reply in asked.items()
+    }
+    assert said == {1: 404, 2: 200, 3: 200}
+    lines = server.http.get("/metrics").text.splitlines()
+    counted = {line.split('version="')[1][0] for line in lines if line.startswith("abmll_feedback_count{")}
+    assert counted == {"2", "3"}
+    assert answering(server) == 2
+    with Client(server.url) as client:
+        client.serve("versioned", None)
+        client.delete_version("versioned", 2)
+        assert [row.version for row in client.task("versioned").versions or []] == [3]
+    assert server.wait_job(adapt(server, "versioned", steps=1, seed=3)["job"])["posterior"]["version"] == 4
+
+
+def test_nothing_is_deleted_where_nobody_knows_which_version_answers(
+    global_posterior: tuple[Path, StoredPosterior], tmp_path: Path
+) -> None:
+    store = TaskStore(tmp_path, global_posterior[1])
+    for _ in range(3):
+        store.add("t", global_posterior[1].posterior, None, lambda number: Record(task="t", version=number))
+    (tmp_path / "tasks/t/serving.json").write_text("{")
+    with pytest.raises(TaskConflict, match="PUT /tasks"):
+        store.delete_version("t", 1)
+    (tmp_path / "tasks/t/serving.json").unlink()
+    (tmp_path / "tasks/t/v0003/posterior.safetensors").write_bytes(b"damaged")
+    store = TaskStore(tmp_path, global_posterior[1])
+    with pytest.raises(TaskConflict, match="answers"):
+        store.delete_version("t", 2)  # in place of the damaged one
+    store.delete_version("t", 1)
+    assert [version.number for version in store.versions("t")] == [2, 3]

@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 OLD, NEW, BIN, CUT, PART, EMPTY = (letter * 40 for letter in "abcdef")
 READER, OTHER = "hf_reader", "hf_other"
 OPEN, GATED = "org/open", "org/gated"
+PLAN = ("plan", "--rows", 1, "--tokens", 16, "--episode", 1)  # a plan goes through every operation
 SETTINGS = "[inner]\nsteps = 1\n[episodes]\nshots = [2]\nqueries = 2\n"
 
 
@@ -76,7 +77,7 @@ class World:
         """Every command that loads a base model, and ``abmll.load``."""
         posterior, pinned = self.posterior(model, revision), () if revision is None else ("--revision", revision)
         return [
-            ("plan", "--model", model, *pinned),
+            (*PLAN, "--model", model, *pinned),
             ("train", "--tasks", self.tasks, "--model", model, *pinned, "--out", out / "theta"),
             ("adapt", posterior, "--examples", self.examples, "--task", "t", "--out", out / "phi"),
             ("eval", posterior, "--tasks", self.tasks, "--part", "all"),
@@ -182,7 +183,7 @@ def test_a_token_without_access_is_told_from_none(world: World, tmp_path: Path) 
 def test_offline_or_without_a_network_the_cache_alone_counts(world: World, tmp_path: Path) -> None:
     home, nowhere = tmp_path / "home", f"http://127.0.0.1:{free_port()}"
     absent = world.commands("org/absent", "v1", tmp_path)
-    plan, load = ("plan", "--model", GATED, "--revision", "v1"), ("load", world.posterior(OPEN, OLD))
+    plan, load = (*PLAN, "--model", GATED, "--revision", "v1"), ("load", world.posterior(OPEN, OLD))
     assert [ran.code for ran in world.run([plan, load], home, HF_TOKEN=READER)] == [0, 0]
     before = len(world.hub.asked)
 
@@ -231,7 +232,7 @@ def test_a_pinned_revision_is_recorded_as_its_commit_and_held_to(world: World, t
         assert posterior.config.base_fingerprint == checkpoint_fingerprint(world.folder / commit, posterior.layers)
 
     before = len(world.hub.asked)
-    offline = [[*adapt, tmp_path / "again"], evaluate, ["load", theta], ["plan", "--model", GATED, "--revision", "v1"]]
+    offline = [[*adapt, tmp_path / "again"], evaluate, ["load", theta], [*PLAN, "--model", GATED, "--revision", "v1"]]
     done = world.run(offline, tmp_path / "home", HF_HUB_OFFLINE="1")
     assert [ran.code for ran in done] == [0] * 4, done
     assert load_posterior(tmp_path / "again").digest == load_posterior(tmp_path / "phi").digest
