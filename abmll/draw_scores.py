@@ -15,10 +15,7 @@ from abmll.scoring import Batch, Question, option_scores, pack
 
 def rows_of_draws(signs: dict[str, Signs], rows: int, device: torch.device) -> dict[str, Signs]:
     """Repeats stacked signs for a draw-major batch: (draws, d) to (draws * rows, d)."""
-    return {
-        name: Signs(s.u.to(device).repeat_interleave(rows, 0), s.v.to(device).repeat_interleave(rows, 0))
-        for name, s in signs.items()
-    }
+    return {name: each.map(lambda tensor: tensor.to(device).repeat_interleave(rows, 0)) for name, each in signs.items()}
 
 
 def under_draws(

@@ -6,14 +6,15 @@ the dense Gaussian for every layer, since E[v_j v_k] = E[u_j u_k] = 1 if j = k, 
 signs go on the core's noise, B (C + diag(u) S diag(v)) A: a draw has the mean's own rank.
 
 Draws come in mirrored pairs (antithetic sampling, Hammersley & Morton 1956): the noise of draw 2k + 1 is that of draw
-2k, negated. Each is still a draw, and what a prediction owes to the noise linearly cancels in a pair's mean.
+2k, negated. Each is still a draw, and what a prediction owes to the noise linearly cancels in a pair's mean. Of a
+mixture the pairs take the members in turn.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +32,16 @@ class Signs:
     Attributes:
         u: Entries -1 or 1, shape (..., rows of S): d_out, or the core's width.
         v: Entries -1 or 1, shape (..., columns of S): d_in, or the core's width.
+        member: Which Gaussian of a mixture each draw is from, shape (...); None where there is one.
     """
 
     u: Tensor
     v: Tensor
+    member: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Signs:
+        """Returns the signs with ``function`` applied to each tensor."""
+        return Signs(function(self.u), function(self.v), None if self.member is None else function(self.member))
 
 
 def _random_signs(size: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
@@ -61,16 +68,20 @@ def draw_signs(posterior: Posterior, seed: int, index: int) -> dict[str, Signs]:
         dtype = layer.a.dtype
         rows, columns = layer.noise_shape
         u = _random_signs(rows, generator, dtype)
-        signs[name] = Signs(-u if mirrored else u, _random_signs(columns, generator, dtype))
+        member = torch.tensor(pair % layer.members) if layer.members > 1 else None
+        signs[name] = Signs(-u if mirrored else u, _random_signs(columns, generator, dtype), member)
     return signs
 
 
 def stack_signs(signs: Sequence[Mapping[str, Signs]]) -> dict[str, Signs]:
-    """Stacks the signs of several draws: module name to u (draws, rows), v (draws, columns)."""
-    return {
-        name: Signs(torch.stack([draw[name].u for draw in signs]), torch.stack([draw[name].v for draw in signs]))
-        for name in signs[0]
-    }
+    """Stacks the signs of several draws: module name to u (draws, rows), v (draws, columns), member (draws,)."""
+
+    def stacked(name: str) -> Signs:
+        members = [member for draw in signs if (member := draw[name].member) is not None]
+        u, v = torch.stack([draw[name].u for draw in signs]), torch.stack([draw[name].v for draw in signs])
+        return Signs(u, v, torch.stack(members) if members else None)
+
+    return {name: stacked(name) for name in signs[0]}
 
 
 def scale_factors(layer: LayerPosterior) -> tuple[Tensor, Tensor]:
@@ -90,11 +101,19 @@ def scale_factors(layer: LayerPosterior) -> tuple[Tensor, Tensor]:
     )
 
 
-def drawn_core(layer: LayerPosterior, core: Tensor, signs: Signs | None) -> Tensor:
-    """Returns C + diag(u) S diag(v) of a ``subspace`` layer, shape (..., r, r) for signs (..., r); C without signs."""
+def drawn_core(layer: LayerPosterior, signs: Signs | None) -> Tensor:
+    """Returns C + diag(u) S diag(v) of a ``subspace`` layer, shape (..., r, r) for signs (..., r).
+
+    Without signs, the mean C; of a mixture that over its members.
+    """
+    core, scale = layer.mean_core if signs is None else layer.core, layer.scale["log_s"].exp()
+    if core is None:
+        raise ValueError("only a subspace posterior has a core")
     if signs is None:
         return core
-    return core + signs.u[..., :, None] * layer.scale["log_s"].exp() * signs.v[..., None, :]
+    if signs.member is not None:
+        core, scale = core[signs.member], scale[signs.member]
+    return core + signs.u[..., :, None] * scale * signs.v[..., None, :]
 
 
 def draw_factors(layer: LayerPosterior, signs: Signs | None) -> tuple[Tensor, Tensor]:
@@ -103,7 +122,7 @@ def draw_factors(layer: LayerPosterior, signs: Signs | None) -> tuple[Tensor, Te
     Without signs, the mean.
     """
     if layer.core is not None:
-        return layer.a, layer.b @ drawn_core(layer, layer.core, signs)
+        return layer.a, layer.b @ drawn_core(layer, signs)
     if signs is None:
         return layer.a, layer.b
     b_scale, a_scale = scale_factors(layer)

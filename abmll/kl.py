@@ -96,6 +96,8 @@ def kl(q: Posterior, p: Posterior) -> Tensor:
     """
     if q.layers.keys() != p.layers.keys():
         raise ValueError("KL needs posteriors over the same layers")
+    if max(q.config.members, p.config.members) > 1:
+        raise ValueError("KL of a mixture has no closed form; the mean of its members' is at least as large")
     alike: dict[object, list[str]] = {}
     for name, layer in q.layers.items():
         key = name if layer.family == "lowrank" else (layer.a.shape, layer.b.shape, layer.family, p.layers[name].family)

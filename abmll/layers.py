@@ -56,7 +56,7 @@ class VariationalLinear(nn.Module):
             return z
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(layer.a.dtype)
-            update = _update(layer, x, signs) if layer.core is None else _core_update(layer, layer.core, x, signs)
+            update = _update(layer, x, signs) if layer.core is None else _core_update(layer, x, signs)
         return z + update.to(z.dtype)
 
 
@@ -72,11 +72,11 @@ def _update(layer: LayerPosterior, x: Tensor, signs: Signs | None) -> Tensor:
     return update + noise.view_as(update)
 
 
-def _core_update(layer: LayerPosterior, core: Tensor, x: Tensor, signs: Signs | None) -> Tensor:
-    projected, drawn = x @ layer.a.T, drawn_core(layer, core, signs)
+def _core_update(layer: LayerPosterior, x: Tensor, signs: Signs | None) -> Tensor:
+    projected, drawn = x @ layer.a.T, drawn_core(layer, signs)
     if signs is None:
         return (projected @ drawn.T) @ layer.b.T
-    moved = projected.reshape(len(drawn), -1, core.shape[1]) @ drawn.transpose(1, 2)
+    moved = projected.reshape(len(drawn), -1, projected.shape[-1]) @ drawn.transpose(1, 2)
     return moved.view_as(projected) @ layer.b.T
 
 

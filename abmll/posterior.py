@@ -7,19 +7,20 @@ have this form (ABMLL, arXiv 2508.14285, section 3); families ``lowrank`` and ``
 In the third family, ``subspace``, the update is B C A: the factors belong to theta alone, all tasks share them,
 and a task's Gaussian is over the small core C, as in LoRA-XS (Balazy et al. 2024, arXiv 2405.17604) and in
 variational inference in a subspace (ScalaBL, Samplawski et al. 2025, arXiv 2506.21408). There are few enough
-Gaussian weights for KL to count beside a handful of labels.
+Gaussian weights for KL to count beside a handful of labels. A task's posterior may be a mixture of several such
+Gaussians, equal in weight, as deep ensembles are (Wilson & Izmailov 2020, arXiv 2002.08791, section 3.2).
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from abmll.examples import Template
@@ -64,8 +65,17 @@ class PosteriorConfig(BaseModel, frozen=True, allow_inf_nan=False):
     normalize: Normalize = Field(
         default="mean", description="an option's score: log-probability of its text, or per token"
     )
+    members: int = Field(
+        default=1, ge=1, le=32, description="Gaussians that it is a mixture of, equal in weight; subspace alone"
+    )
     suffix: str = Field(default=Template().suffix, description="prompt template: follows the question")
     separator: str = Field(default=Template().separator, description="prompt template: stands before an option")
+
+    @model_validator(mode="after")
+    def _of_cores(self) -> PosteriorConfig:
+        if self.members > 1 and self.family != "subspace":
+            raise ValueError(f"members is {self.members}; only a subspace posterior can be a mixture: give 1")
+        return self
 
     @property
     def draw_rank(self) -> int:
@@ -98,7 +108,8 @@ class LayerPosterior:
             exp(log_t)^T. ``lowrank``: ``a`` (r_s, d_in) and ``b`` (d_out, r_s), S = |b a + c|.
             ``subspace``: ``log_s`` (r, r), S = exp(log_s), of the core.
         offset: c of ``lowrank``; 0 for the others.
-        core: Mean of the core C, shape (r, r); ``subspace`` only.
+        core: Mean of the core C, shape (r, r); ``subspace`` only. Of a mixture, those of its members, shape
+            (members, r, r), as ``log_s`` is then.
     """
 
     a: Tensor
@@ -117,7 +128,17 @@ class LayerPosterior:
     @property
     def noise_shape(self) -> tuple[int, int]:
         """Shape of S: that of the update, or of the core."""
-        return (self.b.shape[0], self.a.shape[1]) if self.core is None else (self.core.shape[0], self.core.shape[1])
+        return (self.b.shape[0], self.a.shape[1]) if self.core is None else (self.core.shape[-2], self.core.shape[-1])
+
+    @property
+    def members(self) -> int:
+        """Gaussians that it is a mixture of."""
+        return 1 if self.core is None or self.core.dim() == 2 else len(self.core)
+
+    @property
+    def mean_core(self) -> Tensor | None:
+        """Mean of the core, of a mixture that over its members, shape (r, r); None where there is no core."""
+        return self.core if self.core is None or self.members == 1 else self.core.mean(dim=0)
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns all parameters by name: mean.* and scale.* are a task's own, shared.* are theta's alone."""
@@ -178,8 +199,9 @@ class Posterior:
 
     def digest(self) -> str:
         """Hash of configuration and parameters, 16 hexadecimal digits: equal posteriors, equal digests."""
-        # Posteriors of before there was a choice of layers keep their digests.
-        chosen = {"layers"} if self.config.layers == "all" else None
+        # Posteriors of before there was a choice of layers, and mixtures, keep their digests.
+        usual = {"layers": "all", "members": 1}
+        chosen = {name for name, value in usual.items() if getattr(self.config, name) == value}
         state = hashlib.sha256(self.config.model_dump_json(exclude=chosen).encode())
         for key, tensor in self.tensors().items():
             state.update(key.encode())
@@ -217,7 +239,41 @@ def init_layer(
 
 def mean(layer: LayerPosterior) -> Tensor:
     """The update's mean, B A or B C A, shape (d_out, d_in). Dense: for tests and small layers."""
-    return layer.b @ layer.a if layer.core is None else layer.b @ layer.core @ layer.a
+    core = layer.mean_core
+    return layer.b @ layer.a if core is None else layer.b @ core @ layer.a
+
+
+def mixture(members: Sequence[Posterior]) -> Posterior:
+    """Returns the mixture of posteriors, equal in weight, that share their factors and differ in their cores.
+
+    Raises:
+        ValueError: One of them is a mixture itself.
+    """
+    if any(member.config.members > 1 for member in members):
+        raise ValueError("a mixture of mixtures is not supported")
+    if len(members) == 1:
+        return members[0]
+    config = PosteriorConfig.model_validate(members[0].config.model_dump() | {"members": len(members)})
+    each = [member.tensors() for member in members]
+    stacked = {
+        key: tensor if ".shared." in key else torch.stack([tensors[key] for tensors in each])
+        for key, tensor in each[0].items()
+    }
+    return replace(members[0].with_tensors(stacked), config=config)
+
+
+def members_of(posterior: Posterior) -> list[Posterior]:
+    """Returns the Gaussians that a posterior is a mixture of; of a single one itself."""
+    if posterior.config.members == 1:
+        return [posterior]
+    config, tensors = posterior.config.model_copy(update={"members": 1}), posterior.tensors()
+    return [
+        replace(
+            posterior.with_tensors({key: t if ".shared." in key else t[number] for key, t in tensors.items()}),
+            config=config,
+        )
+        for number in range(posterior.config.members)
+    ]
 
 
 def signed_scale(layer: LayerPosterior) -> Tensor:

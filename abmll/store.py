@@ -114,6 +114,7 @@ def _card(posterior: Posterior, record: Record, calibration: Calibration | None)
         "",
         f"- targets: {', '.join(config.targets)} ({len(posterior.layers)} layers, {posterior.weights:,} weights)",
         f"- scale family: {config.family}; rank {config.rank}; {posterior.parameters:,} parameters; "
+        f"{'' if config.members == 1 else f'a mixture of {config.members}; '}"
         f"a draw is a LoRA adapter of rank {config.draw_rank}",
         f"- made {record.created}, seed {record.seed}, {record.shots} labelled examples"
         + (f", from posterior {record.parent}" if record.parent else ""),
@@ -342,7 +343,8 @@ def _check_finite(tensors: dict[str, Tensor], where: str) -> None:
 
 
 def _expected_shapes(config: PosteriorConfig, shape: LayerShape) -> dict[str, tuple[int, ...]]:
-    a, b, core = (config.rank, shape.d_in), (shape.d_out, config.rank), (config.rank, config.rank)
+    a, b = (config.rank, shape.d_in), (shape.d_out, config.rank)
+    core = (config.rank, config.rank) if config.members == 1 else (config.members, config.rank, config.rank)
     if config.family == "subspace":
         return {"shared.a": a, "shared.b": b, "mean.core": core, "scale.log_s": core}
     shapes: dict[str, tuple[int, ...]] = {"mean.a": a, "mean.b": b}

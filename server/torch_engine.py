@@ -351,7 +351,7 @@ class TorchEngine:
         )
 
     def _stacked(self, posterior: Posterior, seed: int, draws: Sequence[int]) -> dict[str, Signs]:
-        shape = tuple(layer.noise_shape for layer in posterior.layers.values())
+        shape = tuple((*layer.noise_shape, layer.members) for layer in posterior.layers.values())
         return stack_signs(
             [self._signs.get((shape, seed, i), lambda i=i: draw_signs(posterior, seed, i)) for i in draws]
         )

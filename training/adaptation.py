@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, Field, ValidationError
 
-from abmll.errors import InvalidExamples, InvalidPosterior
+from abmll.errors import AbmllError, InvalidExamples, InvalidPosterior
 from abmll.examples import Example, check_one_kind
 from abmll.layers import Attached
 from abmll.objective import Labelled, task_gradient
-from abmll.posterior import Family, Posterior
+from abmll.posterior import Family, Posterior, mixture
 from training.base_model import BaseModel as Base
 from training.episodes import label, minibatch
 from training.settings import MAX_STEPS
@@ -41,6 +41,16 @@ class AdaptConfig(BaseModel, frozen=True, allow_inf_nan=False):
         "looked at as often as in a set of a batch's size, with 0 there are always K steps",
     )
     max_tokens: int = Field(default=4096, ge=64, description="padded tokens in one forward pass")
+    members: int = Field(
+        default=1,
+        ge=1,
+        le=32,
+        description="Gaussians that a task's posterior is a mixture of, each adapted by itself and begun at a draw "
+        "from the prior: so many times the work; subspace alone. Meta-training has one",
+    )
+    apart: float = Field(
+        default=1.0, ge=0, description="how many of the prior's standard deviations such a draw lies from its mean"
+    )
 
     def steps_on(self, support: Sequence[Labelled]) -> int:
         """Gradient steps on a support set."""
@@ -94,13 +104,21 @@ class InnerLoop:
     (arXiv 2508.14285, algorithm 1), with Adam's scaling of the gradient or without. Shared parameters stay as
     they are in theta.
 
+    Args:
+        attached: The model.
+        theta: The prior.
+        config: Settings.
+        start: Where phi begins, of theta's kind; theta itself by default.
+
     Attributes:
         shared: Sum over the steps of the data term's gradient in the shared parameters, by name.
     """
 
-    def __init__(self, attached: Attached, theta: Posterior, config: AdaptConfig) -> None:
+    def __init__(
+        self, attached: Attached, theta: Posterior, config: AdaptConfig, start: Posterior | None = None
+    ) -> None:
         self.attached, self.theta, self.config = attached, theta, config
-        self.leaves = {key: tensor.detach().clone() for key, tensor in theta.tensors().items()}
+        self.leaves = {key: tensor.detach().clone() for key, tensor in (start or theta).tensors().items()}
         self.shared = {key: torch.zeros_like(leaf) for key, leaf in self.leaves.items() if ".shared." in key}
         groups = [
             {"params": [leaf for key, leaf in self.leaves.items() if ".mean." in key], "lr": config.learning_rate},
@@ -151,9 +169,10 @@ def run_inner(
     config: AdaptConfig,
     generator: torch.Generator,
     on_step: Callable[[int, int], None] | None = None,
+    start: Posterior | None = None,
 ) -> InnerLoop:
-    """Runs the inner loop on tokenized examples; it stays at ``theta`` for no examples or no steps."""
-    loop = InnerLoop(attached, theta, config)
+    """Runs the inner loop on tokenized examples; it stays at ``start`` (``theta``) for no examples or no steps."""
+    loop = InnerLoop(attached, theta, config, start)
     order = random.Random(int(torch.randint(0, 2**31, (), generator=generator)))
     steps = config.steps_on(support)
     for step in range(steps):
@@ -161,6 +180,62 @@ def run_inner(
             on_step(step, steps)
         loop.step(minibatch(support, config.batch, order), len(support), generator)
     return loop
+
+
+def task_posterior(
+    attached: Attached,
+    theta: Posterior,
+    support: Sequence[Labelled],
+    config: AdaptConfig,
+    generator: torch.Generator,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Posterior:
+    """Adapts to tokenized examples: one Gaussian, or a mixture of ``config.members``, each by an inner loop of its own.
+
+    The members begin at draws from the prior and are held near its mean by KL all the same: where they end differs as
+    far as the examples leave it open. Without examples or steps it is ``theta``.
+
+    Args:
+        attached: The model.
+        theta: The global posterior, on the model's device.
+        support: The support set.
+        config: Settings.
+        generator: Source of all chance.
+        on_step: Called before each step with (step, steps) of all members.
+
+    Raises:
+        AbmllError: A mixture is asked for of another family than ``subspace``.
+    """
+    members, steps = config.members, config.steps_on(support)
+    if members > 1 and theta.config.family != "subspace":
+        raise AbmllError(
+            f"members is {members}, but only a subspace posterior can be a mixture, not a {theta.config.family} one: "
+            "give 1",
+            field="members",
+        )
+    if members == 1 or steps == 0:
+        return run_inner(attached, theta, support, config, generator, on_step).phi
+    found: list[Posterior] = []
+    for number in range(members):
+
+        def report(step: int, steps: int, number: int = number) -> None:
+            if on_step is not None:
+                on_step(number * steps + step, members * steps)
+
+        start = _drawn_start(theta, config.apart, generator)
+        found.append(run_inner(attached, theta, support, config, generator, report, start).phi)
+    return mixture(found)
+
+
+def _drawn_start(theta: Posterior, apart: float, generator: torch.Generator) -> Posterior:
+    """Theta with each core at a draw from it, so many standard deviations away."""
+    tensors = theta.tensors()
+    for name, layer in theta.layers.items():
+        core, key = layer.core, f"{name}.mean.core"
+        assert core is not None
+        noise = torch.randn(core.shape, generator=generator).to(core)
+        tensors[key] = core + apart * layer.scale["log_s"].exp() * noise
+    return theta.with_tensors(tensors)
 
 
 def adapt(
@@ -190,13 +265,14 @@ def adapt(
     Raises:
         InvalidExamples: There are no examples, they are of two kinds, or adaptation diverged on them.
         PromptTooLong: An example exceeds the model's context.
+        AbmllError: A mixture is asked for of another family than ``subspace``.
     """
     if not examples:
         raise InvalidExamples("adaptation needs at least one labelled example", field="examples")
     check_one_kind(examples)
     support = label(base, prior.config.template, examples)
     generator = torch.Generator().manual_seed(seed)
-    phi = run_inner(attached, prior, support, config, generator, on_step).phi
+    phi = task_posterior(attached, prior, support, config, generator, on_step)
     if not all(torch.isfinite(tensor).all() for tensor in phi.tensors().values()):
         raise InvalidExamples("adaptation diverged on these examples; lower learning_rate or steps", field="examples")
     return phi

@@ -37,7 +37,7 @@ from abmll.posterior import Posterior
 from abmll.predictive import Predictive, predictive
 from abmll.risk import risk_thresholds
 from abmll.text_calibration import TextCalibration
-from training.adaptation import AdaptConfig, run_inner
+from training.adaptation import AdaptConfig, task_posterior
 from training.base_model import BaseModel as Base
 from training.episodes import draw_support, label, relabelled, without_twins
 from training.progress import Progress, silent
@@ -139,7 +139,7 @@ def predict_task(
     some, others = support_and_query(task, shots, config, repeat)
     support, query = (label(base, theta.config.template, part) for part in (some, others))
     generator = torch.Generator().manual_seed(config.seed)
-    phi = run_inner(attached, theta, support, inner, generator).phi
+    phi = task_posterior(attached, theta, support, inner, generator)
     questions = [item.question for item in query]
     scores = score_draws(attached, phi, questions, range(config.draws), config.seed)
     answers = torch.tensor([item.answer for item in query])

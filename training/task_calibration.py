@@ -14,7 +14,7 @@ from abmll.examples import Example, check_one_kind
 from abmll.layers import Attached
 from abmll.objective import Labelled
 from abmll.posterior import Posterior
-from training.adaptation import AdaptConfig, adapt, run_inner
+from training.adaptation import AdaptConfig, adapt, task_posterior
 from training.base_model import BaseModel as Base
 from training.episodes import label
 
@@ -78,7 +78,7 @@ def held_out_scores(
             if on_step is not None:
                 on_step(fold * steps + step, folds * steps)
 
-        phi = run_inner(attached, theta, rest, config, torch.Generator().manual_seed(seed), report).phi
+        phi = task_posterior(attached, theta, rest, config, torch.Generator().manual_seed(seed), report)
         part = score_draws(attached, phi, [support[i].question for i in left_out], range(draws), seed)
         scores[:, left_out, : part.shape[-1]] = part
     if scores.isnan().any():
@@ -126,7 +126,7 @@ def adapt_and_calibrate(
 
     def report(step: int, steps: int) -> None:
         if on_step is not None:
-            on_step(step, steps * (1 + folds))
+            on_step(step, steps * (1 + folds))  # of all members
 
     phi = adapt(base, attached, prior, examples, config, seed=seed, on_step=report)
     if calibration is None:
@@ -135,7 +135,7 @@ def adapt_and_calibrate(
         return phi, calibration.for_text_task(shots)
     held_out = None
     if folds:
-        done = config.steps_on(support)
+        done = config.steps_on(support) * config.members
 
         def report_fold(step: int, steps: int) -> None:
             if on_step is not None:

@@ -16,7 +16,7 @@ from abmll.examples import Example
 from abmll.layers import Attached
 from abmll.posterior import Posterior
 from abmll.text_calibration import TextCalibration, TextConfidence, fit_texts
-from training.adaptation import AdaptConfig, run_inner
+from training.adaptation import AdaptConfig, task_posterior
 from training.base_model import BaseModel as Base
 from training.decoded_texts import DecodedTexts, decode_texts
 from training.episodes import label
@@ -64,7 +64,7 @@ def adapt_without_options(
     some, others = support_and_query(task, shots, config, repeat)
     support, query = ([example.as_free_text() for example in part] for part in (some, others))
     generator = torch.Generator().manual_seed(config.seed)
-    return run_inner(attached, theta, label(base, theta.config.template, support), inner, generator).phi, query
+    return task_posterior(attached, theta, label(base, theta.config.template, support), inner, generator), query
 
 
 def predict_text_task(

@@ -15,7 +15,10 @@ from training.benchmark.point import Ensemble, InContext, Lora, McDropout, Multi
 from training.benchmark.world import World
 from training.settings import checked
 
-OURS = ("abmll subspace", "abmll kronecker", "abmll lowrank", "abmll subspace in-context")
+OURS = ("abmll subspace", "abmll kronecker", "abmll lowrank", "abmll subspace in-context", "abmll subspace mixture")
+
+# A pair of the usual eight draws for each.
+MEMBERS = 4
 
 
 def catalogue(world: World | None) -> list[Method]:
@@ -37,6 +40,7 @@ def catalogue(world: World | None) -> list[Method]:
         Abmll("kronecker"),
         Abmll("lowrank"),
         Abmll("subspace", in_context=True),
+        Abmll("subspace", members=MEMBERS),
     ]
     return methods if world is None else [ExactBayes(world), *methods]
 
