@@ -206,13 +206,8 @@ def task_posterior(
     Raises:
         AbmllError: A mixture is asked for of another family than ``subspace``.
     """
+    check_mixture(config, theta.config.family)
     members, steps = config.members, config.steps_on(support)
-    if members > 1 and theta.config.family != "subspace":
-        raise AbmllError(
-            f"members is {members}, but only a subspace posterior can be a mixture, not a {theta.config.family} one: "
-            "give 1",
-            field="members",
-        )
     if members == 1 or steps == 0:
         return run_inner(attached, theta, support, config, generator, on_step).phi
     found: list[Posterior] = []
@@ -225,6 +220,19 @@ def task_posterior(
         start = _drawn_start(theta, config.apart, generator)
         found.append(run_inner(attached, theta, support, config, generator, report, start).phi)
     return mixture(found)
+
+
+def check_mixture(config: AdaptConfig, family: Family) -> None:
+    """Checks that posteriors of a family can be what is to be made.
+
+    Raises:
+        AbmllError: A mixture is asked for of another family than ``subspace``.
+    """
+    if config.members > 1 and family != "subspace":
+        raise AbmllError(
+            f"members is {config.members}, but only subspace posteriors can be mixtures, not {family} ones; give 1",
+            field="members",
+        )
 
 
 def _drawn_start(theta: Posterior, apart: float, generator: torch.Generator) -> Posterior:

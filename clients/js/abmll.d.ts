@@ -1,4 +1,4 @@
-// Made by types.mjs from what has the hash 6219692df60a7a54e49a9cfb4f13a280be91817fc27e52c2590f8b4ebc57a638
+// Made by types.mjs from what has the hash 03865812df589bd9e2b3e9462a1c8fa496da644586b89ae14a13ba1e966bdca7
 /**
  * Whether nothing more will happen to a job.
  *
@@ -138,6 +138,15 @@ export class Client {
      * @returns {Promise<void>}
      */
     deleteTask(name: string, { signal }?: Aborted): Promise<void>;
+    /**
+     * Removes a version of a task that does not answer and is not the newest.
+     *
+     * @param {string} name
+     * @param {number} version
+     * @param {Aborted} [settings]
+     * @returns {Promise<void>}
+     */
+    deleteVersion(name: string, version: number, { signal }?: Aborted): Promise<void>;
     /**
      * Says which version of a task answers, or which share the questions; null: always the newest.
      *

@@ -20,7 +20,7 @@ from abmll.adaptive import Scatter
 from abmll.calibration import Calibration, ShotCalibration
 from abmll.curves import curves
 from abmll.layers import attach, init_posterior
-from abmll.posterior import Posterior, PosteriorConfig
+from abmll.posterior import Posterior, PosteriorConfig, mixture
 from abmll.store import Record, StoredPosterior, save_posterior
 from abmll.text_calibration import TextCalibration
 from server.settings import Settings
@@ -41,7 +41,11 @@ TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
 def random_posterior(
     folder: Path, seed: int, *, family: Any = "kronecker", noise: float = 0.05, layers: str = "all"
 ) -> Posterior:
-    """A posterior whose mean and scales differ from their start."""
+    """A posterior whose mean and scales differ from their start; a ``mixture`` of two, as if it were a family."""
+    if family == "mixture":
+        one, two = (random_posterior(folder, seed + n, family="subspace", noise=noise, layers=layers) for n in (0, 100))
+        shared = {key: tensor for key, tensor in one.tensors().items() if ".shared." in key}
+        return mixture([one, two.with_tensors(two.tensors() | shared)])
     model = load_base(str(folder)).model
     config = PosteriorConfig(base_model=str(folder), targets=TARGETS, layers=layers, family=family, scale_init=0.02)
     posterior = init_posterior(attach(model, config.targets, layers), config, seed)

@@ -67,7 +67,7 @@ def peft_scores(folder: Path, posterior: Posterior, question: Question, seed: in
     return torch.stack(scores)
 
 
-@pytest.mark.parametrize("family", ["kronecker", "lowrank", "subspace"])
+@pytest.mark.parametrize("family", ["kronecker", "lowrank", "subspace", "mixture"])
 def test_scores_are_those_of_peft_with_the_draws_adapters(
     tiny_model_folder: Path, base: BaseModel, tmp_path: Path, family: str
 ) -> None:

@@ -106,7 +106,7 @@ def test_lora_on_the_cpu_runs_by_our_code(engine: VllmEngine) -> None:
     assert engine.slow_lora is None
 
 
-@pytest.mark.parametrize("family", ["kronecker", "lowrank", "subspace"])
+@pytest.mark.parametrize("family", ["kronecker", "lowrank", "subspace", "mixture"])
 def test_scores_are_those_of_the_torch_model(
     loop: Loop, engine: VllmEngine, reference: tuple[BaseModel, Attached], tiny_model_folder: Path, family: str
 ) -> None:

@@ -3,15 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from abmll.errors import InvalidExamples, InvalidPosterior, PromptTooLong
+from abmll.errors import AbmllError, InvalidExamples, InvalidPosterior, PromptTooLong
 from abmll.examples import Example
 from abmll.kl import kl
 from abmll.layers import Attached, init_posterior
 from abmll.objective import Labelled, data_loss
-from abmll.posterior import Posterior, PosteriorConfig
+from abmll.posterior import Posterior, PosteriorConfig, members_of
 from abmll.scoring import Question
 from tests.training.conftest import TARGETS, rule_task
-from training.adaptation import AdaptConfig, adapt
+from training.adaptation import AdaptConfig, adapt, task_posterior
 from training.base_model import BaseModel
 from training.episodes import label
 
@@ -90,3 +90,33 @@ def test_input_that_cannot_be_adapted_to(base: BaseModel, attached: Attached, th
         adapt(base, attached, theta, EXAMPLES, CONFIG.model_copy(update={"learning_rate": 1e30}))
     with pytest.raises(InvalidPosterior, match="malformed inner-loop settings"):
         AdaptConfig.from_record({"inner": {"steps": -1}})
+
+
+def test_a_mixture_is_adapted_member_by_member(base: BaseModel, attached: Attached) -> None:
+    cores = init_posterior(attached, PosteriorConfig(base_model="tiny", targets=TARGETS, family="subspace"), 0)
+    one = AdaptConfig(steps=6, learning_rate=5e-2, scale_rate=5e-2, beta=1e-2, batch=4, growth=0.0)
+    several = one.model_copy(update={"members": 3})
+    told: list[tuple[int, int]] = []
+    mixed = adapt(base, attached, cores, EXAMPLES, several, seed=1, on_step=lambda *step: told.append(step))
+    assert told == [(step, 18) for step in range(18)]
+    assert mixed.config.members == 3
+    assert mixed.digest() == adapt(base, attached, cores, EXAMPLES, several, seed=1).digest()
+    assert mixed.digest() != adapt(base, attached, cores, EXAMPLES, several, seed=2).digest()
+    members = members_of(mixed)
+    assert len({member.digest() for member in members}) == 3
+    assert all(loss(base, attached, member) < loss(base, attached, cores) for member in members)
+
+    def spread(config: AdaptConfig) -> float:
+        found = adapt(base, attached, cores, EXAMPLES, config, seed=1)
+        return sum(t.std(dim=0).mean().item() for key, t in found.tensors().items() if key.endswith("mean.core"))
+
+    wide, near = (several.model_copy(update={"apart": apart}) for apart in (3.0, 0.1))
+    assert spread(wide) > spread(several) > spread(near) > 0
+    generator = torch.Generator().manual_seed(0)
+    assert task_posterior(attached, cores, [], several, generator).digest() == cores.digest()
+
+
+def test_only_subspace_posteriors_are_mixed(base: BaseModel, attached: Attached, theta: Posterior) -> None:
+    with pytest.raises(AbmllError, match="members is 2, but only subspace") as refused:
+        adapt(base, attached, theta, EXAMPLES, CONFIG.model_copy(update={"members": 2}))
+    assert refused.value.field == "members"

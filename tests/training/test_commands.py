@@ -232,3 +232,35 @@ def test_calibration_leaves_out_what_the_model_cannot_read(
     ran = abmll("calibrate", theta, "--tasks", data, "--shots", "0", "--draws", 2, "--queries", 10)
     assert ran.code == 0, ran
     assert "task rule_0: 40 of 80 items left out, the first is number 1" in ran.err
+
+
+@pytest.mark.slow
+def test_a_posterior_is_calibrated_for_mixtures_which_are_then_made(
+    tiny_model_folder: Path, trained: tuple[Path, Path, str], tmp_path: Path, abmll: CommandLine
+) -> None:
+    data, kronecker, _ = trained
+    theta, out = tmp_path / "theta", ("--out", tmp_path / "theta")
+    settings = ["train", "--tasks", data, "--model", tiny_model_folder, "--steps", 1, "--calibration-draws", 4, *PINS]
+    settings += ["--config", tmp_path / "settings.toml", "--family", "subspace"]
+    (tmp_path / "settings.toml").write_text("[inner]\nsteps = 2\n[episodes]\nshots = [4]\nqueries = 4\n")
+    assert "only subspace" in abmll(*settings[:-1], "kronecker", *out, "--members", 2).refusal
+    (tmp_path / "wrong.toml").write_text("[posterior]\nmembers = 2\n")
+    wrong = ["train", "--tasks", data, "--family", "subspace", "--config", tmp_path / "wrong.toml", *out]
+    assert "give inner.members" in abmll(*wrong).refusal
+    assert not theta.exists()
+    assert abmll(*settings, *out, "--members", 3).code == 0
+    stored = load_posterior(theta)
+    assert (stored.posterior.config.members, stored.record.training["inner"]["members"]) == (1, 3)
+
+    measured = ["--tasks", data, "--shots", "4", "--draws", 4, "--queries", 10]
+    assert abmll("calibrate", theta, *measured, "--members", 2).code == 0
+    again = load_posterior(theta)
+    assert again.digest == stored.digest
+    assert again.record.training == stored.record.training | {"inner": again.record.training["inner"]}
+    assert again.record.training["inner"] == stored.record.training["inner"] | {"members": 2}
+    assert again.calibration != stored.calibration
+    assert "only subspace" in abmll("calibrate", kronecker, *measured, "--members", 2).refusal
+    taught = ["adapt", theta, "--examples", data / "tasks" / "rule_4.jsonl", "--task", "t", "--out", tmp_path / "phi"]
+    assert abmll(*taught).code == 0
+    assert load_posterior(tmp_path / "phi").posterior.config.members == 2
+    assert abmll("eval", theta, *measured).code == 0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from training.commands.document import print_json
 from training.commands.opening import join_ranks, open_base
-from training.commands.options import Device, Dtype, Jobs, Json, OwnModel, Seed, ShardBase, Tasks
+from training.commands.options import Device, Dtype, Jobs, Json, Members, OwnModel, Seed, ShardBase, Tasks
 from training.commands.parts import tasks_of_part, tell_of_small, tell_of_unfamiliar, within_context
 from training.settings import checked, numbers
 
@@ -23,6 +23,7 @@ def calibrate_command(
     draws: Annotated[int, typer.Option(help="Draws.")] = 8,
     queries: Annotated[int, typer.Option(help="Items predicted in each task, at most.")] = 100,
     supports: Annotated[int, typer.Option(help="Support sets of each task and number of shots.")] = 1,
+    members: Members = None,
     seed: Seed = 0,
     jobs: Jobs = 1,
     dtype: Dtype = "float32",
@@ -33,7 +34,7 @@ def calibrate_command(
     """Calibrate a global posterior anew, on validation families and tasks of the training families."""
     from abmll.names import GLOBAL
     from abmll.store import check_replaceable, load_global, save_posterior
-    from training.adaptation import AdaptConfig
+    from training.adaptation import AdaptConfig, check_mixture
     from training.base.corpus import unseen_items
     from training.calibrate import calibrate_all
     from training.embedded import resolve
@@ -43,9 +44,13 @@ def calibrate_command(
     from training.tasks import load_tasks
 
     stored = load_global(posterior)
+    inner = AdaptConfig.from_record(stored.record.training)
+    if members is not None:
+        inner = checked(AdaptConfig, inner.model_dump() | {"members": members})
+    check_mixture(inner, stored.posterior.config.family)
     check_replaceable(posterior, GLOBAL)
     loaded = load_tasks(tasks)
-    own = {} if split is None else {"split": read_split(split).model_dump()}
+    own: dict[str, Any] = {} if split is None else {"split": read_split(split).model_dump()}
     validation = tasks_of_part(loaded, split, "validation", stored)
     training = unseen_items(
         Path(resolve(model or stored.posterior.config.base_model)), tasks_of_part(loaded, split, "train", stored)
@@ -57,7 +62,6 @@ def calibrate_command(
     ranks = join_ranks(device, shard_base, jobs)
     base, attached, theta = open_base(stored.posterior, model, dtype, device, ranks)
     progress = track if ranks.main else silent
-    inner = AdaptConfig.from_record(stored.record.training)
     validation = within_context(base, theta.config.template, validation, ranks.main)
     training = within_context(base, theta.config.template, training, ranks.main)
     tell_of_small(validation, config.shots, ranks.main)
@@ -68,6 +72,9 @@ def calibrate_command(
     ranks.leave()
     if not ranks.main:
         return
+    own |= (
+        {} if members is None else {"inner": inner.model_dump()}
+    )  # what is adapted from now on is what was calibrated
     record = stored.record.model_copy(update={"results": results, "training": stored.record.training | own})
     save_posterior(posterior, stored.posterior, record, calibration)
     if as_json:

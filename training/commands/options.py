@@ -32,6 +32,13 @@ ShardBase = Annotated[
         help="For a base model too large for one GPU: torchrun's processes hold it together (FSDP).",
     ),
 ]
+Members = Annotated[
+    int | None,
+    typer.Option(
+        help="Gaussians that task posteriors are mixtures of, each so much work more; subspace alone.",
+        show_default="as the posterior says, 1",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as one JSON document.")]
 
 

@@ -15,6 +15,7 @@ from training.commands.options import (
     Dtype,
     Jobs,
     Json,
+    Members,
     Model,
     Pins,
     Revision,
@@ -47,6 +48,7 @@ def train_command(
     beta: Annotated[
         float | None, typer.Option(help="Weight of KL. Default: 1e-4; 1e-2 for subspace.", show_default=False)
     ] = None,
+    members: Members = None,
     config: ConfigFile = None,
     books: Annotated[Path | None, typer.Option(help="Book shards to make pseudo-tasks from.")] = None,
     pseudo: Annotated[int, typer.Option("--pseudo-tasks", help="Pseudo-tasks of each kind.")] = 30,
@@ -67,7 +69,7 @@ def train_command(
     from abmll.names import GLOBAL
     from abmll.posterior import PosteriorConfig
     from abmll.store import Record, check_replaceable, save_posterior
-    from training.adaptation import family_settings
+    from training.adaptation import check_mixture, family_settings
     from training.base.corpus import unseen_items
     from training.base_model import load_base
     from training.calibrate import calibrate_all
@@ -85,13 +87,24 @@ def train_command(
         raise AbmllError(
             f"setting posterior.{of_base[0]}: the base model is named by --model and --revision", of_base[0]
         )
+    if "members" in told:
+        raise AbmllError(
+            "setting posterior.members: a task's posterior may be a mixture, not the global one; give inner.members or "
+            "--members",
+            "members",
+        )
     posterior_values |= told | typed(ctx, family=family, layers=layers, targets=names, rank=rank)
-    inner = family_settings(posterior_values["family"]) | pop_table(values, "inner") | typed(ctx, beta=beta)
+    inner = (
+        family_settings(posterior_values["family"])
+        | pop_table(values, "inner")
+        | typed(ctx, beta=beta, members=members)
+    )
     values = {"steps": steps, "minutes": minutes, "seed": seed} | values
     settings = checked(MetaConfig, values | typed(ctx, steps=steps, minutes=minutes, seed=seed) | {"inner": inner})
     seed = settings.seed
     posterior_config = checked(PosteriorConfig, {"base_model": model or NAME} | posterior_values)
     evaluation = checked(EvalConfig, {"draws": calibration_draws, "seed": seed})
+    check_mixture(settings.inner, posterior_config.family)
     check_replaceable(out, GLOBAL)
     loaded = load_tasks(tasks)
     work = out.with_name(out.name + ".work")
