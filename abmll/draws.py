@@ -111,7 +111,9 @@ def drawn_core(layer: LayerPosterior, signs: Signs | None) -> Tensor:
         raise ValueError("only a subspace posterior has a core")
     if signs is None:
         return core
-    if signs.member is not None:
+    if layer.members > 1:
+        if signs.member is None:
+            raise ValueError("signs of a mixture's draws say which member each is from")
         core, scale = core[signs.member], scale[signs.member]
     return core + signs.u[..., :, None] * scale * signs.v[..., None, :]
 

@@ -199,10 +199,10 @@ class Posterior:
 
     def digest(self) -> str:
         """Hash of configuration and parameters, 16 hexadecimal digits: equal posteriors, equal digests."""
-        # Posteriors of before there was a choice of layers, and mixtures, keep their digests.
+        # Posteriors of before there was a choice of layers, or of members, keep their digests.
         usual = {"layers": "all", "members": 1}
-        chosen = {name for name, value in usual.items() if getattr(self.config, name) == value}
-        state = hashlib.sha256(self.config.model_dump_json(exclude=chosen).encode())
+        untold = {name for name, value in usual.items() if getattr(self.config, name) == value}
+        state = hashlib.sha256(self.config.model_dump_json(exclude=untold).encode())
         for key, tensor in self.tensors().items():
             state.update(key.encode())
             state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -247,7 +247,7 @@ def mixture(members: Sequence[Posterior]) -> Posterior:
     """Returns the mixture of posteriors, equal in weight, that share their factors and differ in their cores.
 
     Raises:
-        ValueError: One of them is a mixture itself.
+        ValueError: One of them is a mixture itself, or has other factors.
     """
     if any(member.config.members > 1 for member in members):
         raise ValueError("a mixture of mixtures is not supported")
@@ -255,6 +255,8 @@ def mixture(members: Sequence[Posterior]) -> Posterior:
         return members[0]
     config = PosteriorConfig.model_validate(members[0].config.model_dump() | {"members": len(members)})
     each = [member.tensors() for member in members]
+    if any(not torch.equal(t, each[0][key]) for own in each[1:] for key, t in own.items() if ".shared." in key):
+        raise ValueError("members share their factors, and these do not")
     stacked = {
         key: tensor if ".shared." in key else torch.stack([tensors[key] for tensors in each])
         for key, tensor in each[0].items()
@@ -277,7 +279,7 @@ def members_of(posterior: Posterior) -> list[Posterior]:
 
 
 def signed_scale(layer: LayerPosterior) -> Tensor:
-    """S up to the sign of its entries, of ``noise_shape``. Dense: for tests and small layers."""
+    """S up to the sign of its entries, of ``noise_shape``; of a mixture each member's. Dense: for tests."""
     if layer.core is not None:
         return layer.scale["log_s"].exp()
     if layer.family == "kronecker":
@@ -286,5 +288,5 @@ def signed_scale(layer: LayerPosterior) -> Tensor:
 
 
 def standard_deviation(layer: LayerPosterior) -> Tensor:
-    """The standard deviation S, of ``noise_shape``. Dense: for tests and small layers."""
+    """The standard deviation S, of ``noise_shape``, of a mixture each member's. Dense: for tests and small layers."""
     return signed_scale(layer).abs()

@@ -366,6 +366,8 @@ def load_global(folder: Path) -> StoredPosterior:
             f"{folder} holds the posterior of task {stored.record.task!r}; give the global one that it was made from",
             field="posterior",
         )
+    if stored.posterior.config.members > 1:
+        raise InvalidPosterior(f"{folder} holds a mixture; a global posterior is one Gaussian, which tasks begin at")
     return stored
 
 

@@ -121,12 +121,19 @@ class Answerer:
                 f"no answer within {seconds:g} s; ask again later, or with fewer draws", field="timeout"
             ) from error
 
+    def _for_all_members(self, draws: int, members: int) -> int:
+        """Draws of a mixture: as many pairs of each member, where the server allows that."""
+        pairs = 2 * members
+        even = -(-draws // pairs) * pairs
+        return draws if members == 1 or even > self.settings.max_draws else even
+
     async def _answer(
         self, request: GenerateRequest | ScoreRequest, request_id: str, tell: Tell | None = None
     ) -> GenerateReply:
         begun, clock = time.monotonic(), start_clock()
         draws = self._check(request)
         stored = await asyncio.to_thread(self.store.choose, request.task, request.version, _lot(request))
+        draws = self._for_all_members(draws, stored.posterior.config.members)
         least = None if isinstance(request, ScoreRequest) else limit(request, calibration_of(stored, request))
         question = await self._tokenize(stored, request)
         options: list[str] | None = None
@@ -258,7 +265,8 @@ class Answerer:
         """Chooses among options; gives the scores, shape (draws, options), too."""
         served, entry = Served(stored.digest, stored.posterior), options_calibration(stored, request)
         normalize = request.normalize or stored.posterior.config.normalize
-        if request.draws == "auto" and entry is not None and entry.scatter is not None:
+        one = stored.posterior.config.members == 1
+        if request.draws == "auto" and one and entry is not None and entry.scatter is not None:
             scores = await self._adaptive(served, question, request, draws, entry, least)
         else:
             scores = await self._score(served, question, range(draws), request.seed, normalize)

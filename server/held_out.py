@@ -31,7 +31,7 @@ class Share(BaseModel, frozen=True):
     accuracy_high: float = Field(description="to")
 
 
-class HeldOut(BaseModel, frozen=True):
+class HeldOutMeasures(BaseModel, frozen=True):
     """Measures of a task's answers to labelled questions."""
 
     task: str
@@ -59,7 +59,7 @@ class HeldOut(BaseModel, frozen=True):
     at_least: list[Share] = Field(description="all answers that are at least so sure")
 
 
-def measure(rows: Sequence[Example], answers: Sequence[Answer]) -> HeldOut:
+def measure(rows: Sequence[Example], answers: Sequence[Answer]) -> HeldOutMeasures:
     """Measures answers.
 
     Args:
@@ -82,7 +82,7 @@ def measure(rows: Sequence[Example], answers: Sequence[Answer]) -> HeldOut:
     whole = share_of(confidence, correct, 0.0, 1.0)
     edges = [at / _BINS for at in range(_BINS + 1)]
     index = metrics.bin_of(confidence, _BINS)
-    return HeldOut(
+    return HeldOutMeasures(
         task=answers[0].task,
         versions=sorted({answer.posterior.version for answer in answers}),
         questions=len(rows),
@@ -149,10 +149,12 @@ def ece_by_chance(confidence: Tensor, seed: int = 0) -> float:
         confidence: Of each answer, shape (n,).
         seed: Seed of the simulated answers.
     """
-    drawn = torch.from_numpy(np.random.default_rng(seed).random((_SAMPLES, len(confidence)))) < confidence
-    bins = torch.nn.functional.one_hot(metrics.bin_of(confidence)).double()
-    errors = ((drawn.double() - confidence) @ bins).abs().sum(1) / len(confidence)
-    return errors.quantile(0.95).item()
+    random, bins = np.random.default_rng(seed), torch.nn.functional.one_hot(metrics.bin_of(confidence)).double()
+    errors: list[Tensor] = []
+    for _ in range(_SAMPLES):  # one by one: all at once are gigabytes for a long file
+        drawn = torch.from_numpy(random.random(len(confidence))) < confidence
+        errors.append(((drawn.double() - confidence) @ bins).abs().sum() / len(confidence))
+    return torch.stack(errors).quantile(0.95).item()
 
 
 def _padded(rows: Sequence[Sequence[float]]) -> Tensor:

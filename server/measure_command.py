@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from clients.command_line import ConfigFile, Timeout, Url, complete_task, connected, console
+from training.settings import SEED_LIMIT
 
 if TYPE_CHECKING:
     from abmll.examples import Example
     from clients.http import Client
     from clients.replies import Answer
-    from server.held_out import HeldOut, Share
+    from server.held_out import HeldOutMeasures, Share
 
 T = TypeVar("T")
 _PATIENCE_SECONDS = 120.0
@@ -36,7 +37,7 @@ def measure_command(
     version: Annotated[
         int | None, typer.Option(min=1, show_default="the one that is served", help="Version of the task.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEED_LIMIT - 1, help="Seed of the draws.")] = 0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest free-text answer, in tokens.")] = 32,
     at_once: Annotated[int, typer.Option(min=1, max=256, help="Questions under way at the same time.")] = 8,
     feedback: Annotated[
@@ -66,12 +67,13 @@ def measure_command(
                 _patiently(lambda: _tell(client, row, reply, is_right(row, reply)))
             return reply
 
+        client.task(task)  # a server that is not there is told at once
         answers = _ask_all(rows, ask, file, at_once)
     found = measure(rows, answers)
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
     else:
-        console().print(_text(found), markup=False, soft_wrap=True)
+        console().print(as_text(found), markup=False, soft_wrap=True)
 
 
 def _tell(client: Client, row: Example, reply: Answer, right: bool) -> None:
@@ -109,22 +111,22 @@ def _ask_all(rows: Sequence[Example], ask: Callable[[Example], Answer], file: Pa
 
 
 def _patiently(call: Callable[[], T]) -> T:
-    """Calls again while the server is overloaded, or has had too many requests of this key."""
-    from clients.errors import ServerUnavailable
+    """Calls again while the server is overloaded, starts anew, or has had too many requests of this key."""
+    from clients.errors import ServerUnavailable, ServerUnreachable
 
     end = time.monotonic() + _PATIENCE_SECONDS
     while True:
         try:
             return call()
-        except ServerUnavailable as error:
-            pause = float(error.retry_after or 1)
+        except (ServerUnavailable, ServerUnreachable) as error:
+            pause = float((error.retry_after if isinstance(error, ServerUnavailable) else None) or 1)
             if time.monotonic() + pause > end:
                 raise
             time.sleep(pause)
 
 
-def _text(found: HeldOut) -> str:
-    """The measures as text."""
+def as_text(found: HeldOutMeasures) -> str:
+    """The measures as a person reads them."""
     answered = ", ".join(map(str, found.versions))
     lines = [f"{found.task} version {answered}: {found.questions} questions", ""]
     whole = found.at_least[0]
@@ -146,11 +148,13 @@ def _text(found: HeldOut) -> str:
     return "\n".join(lines)
 
 
-def _verdict(found: HeldOut) -> str:
+def _verdict(found: HeldOutMeasures) -> str:
     bound = f"{100 * found.ece_by_chance:.1f}"
     if found.ece <= found.ece_by_chance:
         return f"no sign that confidence is off: up to {bound} would be chance, with so many answers"
     how = "too sure" if found.confidence > found.accuracy else "too doubtful"
+    if found.accuracy_low <= found.confidence <= found.accuracy_high:
+        how = "off, though not on average (see the table)"
     return f"{how}: were confidence true, it would be above {bound} in 5 % of cases only"
 
 

@@ -44,7 +44,8 @@ class GenerateRequest(Request):
     draws: int | Literal["auto"] = Field(
         "auto",
         description="Draws from the posterior: more is slower and steadier. `auto`: with options, as many as settle "
-        "the answer and its confidence to within `tolerance`, at most the server's default; else that default.",
+        "the answer and its confidence to within `tolerance`, at most the server's default; else that default. Of a "
+        "task that is a mixture there are as many pairs of each member: rounded up, and `auto` takes all.",
     )
     tolerance: float = Field(
         TOLERANCE,

@@ -205,9 +205,9 @@ class Service:
                     logger.error("the store is not brought up to date, trying again: %s", error)
                 self.up_to_date = False
                 continue
-            for task, digests in gone.items():
+            for (task, version), digests in gone.items():
                 try:
-                    await self._forget(task, digests, before)
+                    await self._forget(task, digests, before, version)
                 except Exception:
                     logger.exception("what is left of task %s, which was deleted elsewhere, is not removed", task)
 
@@ -403,11 +403,10 @@ class Service:
         Raises:
             TaskNotFound: There is no such task or version.
             TaskConflict: The version answers, or is the newest; or the task is ``global``.
-            StoreFailure: The disk is full or not writable.
+            StoreFailure: The disk is full or not writable, or object storage does not take it.
         """
-        before = time.monotonic()
         digests = await self._changing(lambda: self.store.delete_version(task, version))
-        await self._forget(task, digests, before, version)
+        await self._forget(task, digests, time.monotonic(), version)
 
     async def _forget(self, task: str, digests: Sequence[str], before: float, version: int | None = None) -> None:
         """Ends what engine, measures and feedback have of a task that is gone, but for answers after ``before``.

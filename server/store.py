@@ -107,14 +107,14 @@ class TaskStore:
         except OSError as error:
             raise AbmllError(f"cannot make the store {root}: {error}; choose another folder", field="store") from error
         self._mirror = None if objects is None else Mirror(self.tasks, objects)
-        self._seen = set[str]()
+        self._seen = dict[str, list[int]]()
 
-    def refresh(self) -> dict[str, list[str]]:
+    def refresh(self) -> dict[tuple[str, int | None], list[str]]:
         """Brings the store up to date with its object storage.
 
         Returns:
-            Tasks that are gone since the last time, deleted elsewhere, each with the digests of its posteriors that had
-            been loaded.
+            Tasks (None) and versions of them that are gone since the last time, deleted elsewhere, each with the
+            digests of its posteriors that had been loaded.
 
         Raises:
             StoreFailure: It does not answer, or the disk is full or not writable.
@@ -123,9 +123,18 @@ class TaskStore:
             return {}
         with self._changing():
             self._mirror.refresh()
-            there = set(self._folders())
+            there = {name: numbers for name in self._folders() if (numbers := self._numbers_or(name, self._seen))}
         before, self._seen = self._seen, there
-        return {name: self._unload(name) for name in before - there}
+        gone: list[tuple[str, int | None]] = [(name, None) for name in before.keys() - there.keys()]
+        gone += [(name, number) for name, now in there.items() for number in before.get(name, []) if number not in now]
+        return {(name, number): self._unload(name, number) for name, number in gone}
+
+    def _numbers_or(self, name: str, before: dict[str, list[int]]) -> list[int]:
+        """A task's versions; those of before where it cannot be read now."""
+        try:
+            return self._numbers(name)
+        except StoreFailure:
+            return before.get(name, [])
 
     def names(self) -> list[str]:
         """All tasks, ``global`` first.
@@ -266,6 +275,8 @@ class TaskStore:
             normal = {number: share / total for number, share in sorted(shares.items())}
             data = _Serving(shares=normal).model_dump_json().encode()
         with self._changing():
+            if self._mirror is not None:
+                self._mirror.refresh()  # another server may have deleted a version
             known = {version.number: version for version in self.versions(name)}
             for number in shares or ():
                 if number not in known:
@@ -359,7 +370,8 @@ class TaskStore:
         Raises:
             TaskNotFound: There is no such task or version.
             TaskConflict: The version answers, or is the newest; or the task is ``global``.
-            StoreFailure: The disk is full or not writable, or object storage does not take it; the version is there.
+            StoreFailure: The disk is full or not writable, or object storage does not take it; the version is there,
+                or gone from object storage alone, and from here with the next refresh.
         """
         if name == GLOBAL:
             raise TaskConflict("the global posterior has one version, which cannot be deleted", "name")
@@ -402,7 +414,10 @@ class TaskStore:
         return grave
 
     def _unload(self, name: str, number: int | None = None) -> list[str]:
-        """Forgets a task that is gone, or a version; gives the digests of its posteriors that had been loaded."""
+        """Forgets a task that is gone, or a version; gives the digests of its posteriors that had been loaded.
+
+        Not one that another version has, too: a recalibrated one has the same weights.
+        """
         folder = self.tasks / name
 
         def is_gone(key: _Key) -> bool:
@@ -410,8 +425,11 @@ class TaskStore:
 
         with self._lock:
             gone = [self._loaded.pop(key) for key in self._loaded.present() if is_gone(key)]
+            kept = [self._loaded.find(key) for key in self._loaded.present() if key[0].parent == folder]
             self._damaged = {key: found for key, found in self._damaged.items() if not is_gone(key)}
-        return [version.stored.digest for version in gone if version is not None and version.stored is not None]
+        used = {version.stored.digest for version in kept if version is not None and version.stored is not None}
+        lost = [version.stored.digest for version in gone if version is not None and version.stored is not None]
+        return [digest for digest in lost if digest not in used]
 
     def sweep(self) -> None:
         """Removes what processes that were killed have left half written or half removed, where it can."""

@@ -218,20 +218,26 @@ def task_posterior(
                 on_step(number * steps + step, members * steps)
 
         start = _drawn_start(theta, config.apart, generator)
-        found.append(run_inner(attached, theta, support, config, generator, report, start).phi)
+        phi = run_inner(attached, theta, support, config, generator, report, start).phi
+        found.append(phi.map(torch.Tensor.detach))  # without its gradients
     return mixture(found)
 
 
-def check_mixture(config: AdaptConfig, family: Family) -> None:
-    """Checks that posteriors of a family can be what is to be made.
+def check_mixture(config: AdaptConfig, family: Family, draws: int | None = None) -> None:
+    """Checks that posteriors of a family can be what is to be made, and draws stand for all of its members alike.
 
     Raises:
-        AbmllError: A mixture is asked for of another family than ``subspace``.
+        AbmllError: A mixture is asked for of another family than ``subspace``, or draws are no multiple of its pairs.
     """
     if config.members > 1 and family != "subspace":
         raise AbmllError(
             f"members is {config.members}, but only subspace posteriors can be mixtures, not {family} ones; give 1",
             field="members",
+        )
+    if draws is not None and config.members > 1 and draws % (2 * config.members):
+        raise AbmllError(
+            f"draws is {draws}; give a multiple of {2 * config.members}: a pair for each of {config.members} members",
+            field="draws",
         )
 
 

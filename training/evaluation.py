@@ -235,7 +235,7 @@ def calibrate_anew(
     predictions = predict_tasks(base, attached, theta, validation, inner, config, progress, jobs)
     tasks, fewer = familiar_tasks(training, config)
     familiar = predict_tasks(base, attached, theta, tasks, inner, fewer, progress, jobs) if tasks else []
-    return calibrate(predictions, config, familiar), predictions
+    return calibrate(predictions, config, familiar, mixtures=inner.members > 1), predictions
 
 
 def familiar_tasks(training: Sequence[Task], config: EvalConfig) -> tuple[list[Task], EvalConfig]:
@@ -345,7 +345,11 @@ def _with_few_draws(scores: Tensor, temperature: float, scatter: Scatter) -> Pre
 
 
 def calibrate(
-    predictions: Sequence[TaskPredictions], config: EvalConfig, familiar: Sequence[TaskPredictions] = ()
+    predictions: Sequence[TaskPredictions],
+    config: EvalConfig,
+    familiar: Sequence[TaskPredictions] = (),
+    *,
+    mixtures: bool = False,
 ) -> Calibration:
     """Fits how temperatures are spread, and conformal thresholds, for each number of shots.
 
@@ -361,6 +365,8 @@ def calibrate(
         predictions: On validation tasks.
         config: Their settings.
         familiar: On tasks of the training families; for numbers of shots without any, validation tasks count alone.
+        mixtures: Whether task posteriors are mixtures. What scatters between their pairs of draws are members, which
+            few draws cannot stand for: no scatter is told, and automatic draws are all.
     """
     entries: list[ShotCalibration] = []
     for shots in sorted({item.shots for item in predictions}):
@@ -383,7 +389,7 @@ def calibrate(
                 ece_before=score(group, None).ece,
                 ece_after=metrics.expected_calibration_error(*held_out),
                 questions=len(nonconformity),
-                scatter=fit_scatter([item.scores for item in group], temperatures),
+                scatter=None if mixtures and shots else fit_scatter([item.scores for item in group], temperatures),
                 confidence=torch.cat([p.confidence for p in tempered]).mean().item(),
                 epistemic=torch.cat([p.epistemic for p in tempered]).mean().item(),
                 curves=curves(*held_out),

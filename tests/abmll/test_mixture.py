@@ -10,13 +10,13 @@ import torch
 from pydantic import ValidationError
 
 from abmll.draw_scores import score_draws
-from abmll.draws import draw, draw_signs
+from abmll.draws import draw, draw_signs, drawn_core
 from abmll.errors import InvalidPosterior
 from abmll.kl import kl
 from abmll.layers import Attached, attach
 from abmll.posterior import Posterior, PosteriorConfig, mean, members_of, mixture
 from abmll.scoring import Question
-from abmll.store import Record, load_posterior, save_posterior
+from abmll.store import Record, load_global, load_posterior, save_posterior
 from tests.abmll.conftest import random_posterior, tiny_model
 
 TARGETS = ("q_proj", "v_proj")
@@ -75,7 +75,7 @@ def test_its_mean_is_that_of_the_members(attached: Attached, members: list[Poste
     torch.testing.assert_close(found, score_draws(attached, averaged, QUESTIONS, [], 0))
 
 
-def test_it_falls_apart_into_its_members(members: list[Posterior]) -> None:
+def test_it_falls_apart_into_its_members(attached: Attached, members: list[Posterior]) -> None:
     mixed = mixture(members)
     assert mixed.config.members == 3
     assert [member.digest() for member in members_of(mixed)] == [member.digest() for member in members]
@@ -84,6 +84,10 @@ def test_it_falls_apart_into_its_members(members: list[Posterior]) -> None:
     assert mixed.weights == members[0].weights
     with pytest.raises(ValueError, match="mixture of mixtures"):
         mixture([mixed, members[0]])
+    with pytest.raises(ValueError, match="share their factors"):
+        mixture([members[0], random_posterior(attached, "subspace", TARGETS, 9)])
+    with pytest.raises(ValueError, match="which member"):
+        drawn_core(next(iter(mixed.layers.values())), next(iter(draw_signs(members[0], 0, 0).values())))
     with pytest.raises(ValueError, match="no closed form"):
         kl(mixed, members[0])
 
@@ -107,6 +111,9 @@ def test_signs_do_not_depend_on_how_many_members_there_are(members: list[Posteri
 def test_it_is_stored_whole_and_checked(members: list[Posterior], tmp_path: Path) -> None:
     mixed = mixture(members)
     saved = save_posterior(tmp_path / "mixed", mixed, Record(task="t"), None)
+    save_posterior(tmp_path / "global", mixed, Record(), None)
+    with pytest.raises(InvalidPosterior, match="a global posterior is one Gaussian"):
+        load_global(tmp_path / "global")
     found = load_posterior(tmp_path / "mixed")
     assert found.digest == saved.digest == mixed.digest() != members[0].digest()
     assert found.posterior.config.members == 3

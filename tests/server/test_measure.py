@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from clients.http import Client
 from clients.replies import Answer, PosteriorId, Timing, Uncertainty
 from server.held_out import ece_by_chance, measure
 from server.keys import Keys
+from server.measure_command import as_text
 from tests.command_line import CommandLine
 from tests.server.conftest import Server
 from tests.server.test_http import EXAMPLES
@@ -121,6 +122,22 @@ def test_chance_is_simulated_as_ece_is_counted() -> None:
     drawn = [torch.from_numpy(generator.random(40)) < confidence for _ in range(1000)]
     errors = [metrics.expected_calibration_error(confidence, correct) for correct in drawn]
     assert ece_by_chance(confidence) == pytest.approx(np.quantile(errors, 0.95))
+
+
+def test_confidence_that_is_off_is_told_how() -> None:
+    row = Example("q", ("a", "b", "c"), 0)
+
+    def told(confidence: Sequence[float], right: Sequence[bool]) -> str:
+        answers = [answered(c, 0 if ok else 1) for c, ok in zip(confidence, right, strict=True)]
+        return as_text(measure([row] * len(answers), answers))
+
+    half = [True, False] * 50
+    assert "points   too sure: " in told([0.9] * 100, half)
+    assert "points   too doubtful: " in told([0.4] * 100, [True] * 100)
+    assert "points   off, though not on average" in told(
+        [0.9] * 50 + [0.4] * 50, [False] * 20 + [True] * 65 + [False] * 15
+    )
+    assert "points   no sign that confidence is off" in told([0.5] * 100, half)
 
 
 def test_more_answers_leave_less_to_chance() -> None:

@@ -53,6 +53,9 @@ def test_a_task_is_a_mixture_and_answers_as_all_its_members_together(
     scores = torch.stack([apart[index // 2 % 3][index, 0] for index in range(12)])
     assert answer["raw_confidence"] == pytest.approx(predictive(scores).confidence.item(), abs=1e-4)
 
+    for draws, taken in ((1, 6), (7, 12), ("auto", 12), (64, 64)):  # eight are automatic, sixty-four the most
+        asked_for = server.http.post("/generate", json=QUESTION | {"task": "mixed", "draws": draws}).json()
+        assert asked_for["draws"] == taken
     text = server.http.post("/generate", json={"prompt": "a film", "task": "mixed", "max_tokens": 4}).json()
     assert text["answer"] is not None
     ran = abmll("draws", server.settings.store / "tasks" / "mixed" / "v0001", "--out", tmp_path / "d", "--draws", 6)

@@ -98,14 +98,17 @@ def test_what_one_store_does_the_others_do_too(
     other.current("t")
     assert one.delete_version("t", 1) == [made[0].digest]
     assert sorted(Objects(place).listing().versions["t"]) == [2, 3]
-    other.refresh()
+    with pytest.raises(TaskNotFound):
+        other.serve("t", {1: 1.0})  # it has not been told yet, and looks
+    assert other.serving("t") is None
+    assert other.refresh() == {("t", 1): [made[0].digest]}
     assert [version.number for version in other.versions("t")] == [2, 3]
     with pytest.raises(TaskConflict):
         other.delete_version("t", 3)
     one.delete("t")
     assert Objects(place).listing().versions == {}
     (gone,) = other.refresh().items()
-    assert (gone[0], set(gone[1])) == ("t", {made[0].digest, made[1].digest, third.digest})
+    assert (gone[0], set(gone[1])) == (("t", None), {made[1].digest, third.digest})
     assert other.refresh() == {}
     assert other.names() == ["global"]
     with pytest.raises(TaskNotFound):

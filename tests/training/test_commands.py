@@ -240,10 +240,11 @@ def test_a_posterior_is_calibrated_for_mixtures_which_are_then_made(
 ) -> None:
     data, kronecker, _ = trained
     theta, out = tmp_path / "theta", ("--out", tmp_path / "theta")
-    settings = ["train", "--tasks", data, "--model", tiny_model_folder, "--steps", 1, "--calibration-draws", 4, *PINS]
+    settings = ["train", "--tasks", data, "--model", tiny_model_folder, "--steps", 1, "--calibration-draws", 6, *PINS]
     settings += ["--config", tmp_path / "settings.toml", "--family", "subspace"]
     (tmp_path / "settings.toml").write_text("[inner]\nsteps = 2\n[episodes]\nshots = [4]\nqueries = 4\n")
     assert "only subspace" in abmll(*settings[:-1], "kronecker", *out, "--members", 2).refusal
+    assert "give a multiple of 8" in abmll(*settings, *out, "--members", 4).refusal
     (tmp_path / "wrong.toml").write_text("[posterior]\nmembers = 2\n")
     wrong = ["train", "--tasks", data, "--family", "subspace", "--config", tmp_path / "wrong.toml", *out]
     assert "give inner.members" in abmll(*wrong).refusal
@@ -259,6 +260,10 @@ def test_a_posterior_is_calibrated_for_mixtures_which_are_then_made(
     assert again.record.training == stored.record.training | {"inner": again.record.training["inner"]}
     assert again.record.training["inner"] == stored.record.training["inner"] | {"members": 2}
     assert again.calibration != stored.calibration
+    assert stored.calibration is not None
+    assert again.calibration is not None
+    for entry in (*stored.calibration.by_shots, *again.calibration.by_shots):
+        assert (entry.scatter is None) == (entry.shots > 0)  # few draws cannot stand for all members
     assert "only subspace" in abmll("calibrate", kronecker, *measured, "--members", 2).refusal
     taught = ["adapt", theta, "--examples", data / "tasks" / "rule_4.jsonl", "--task", "t", "--out", tmp_path / "phi"]
     assert abmll(*taught).code == 0

@@ -14,7 +14,7 @@ from abmll.draw_scores import score_draws
 from abmll.examples import Example
 from abmll.kl import kl
 from abmll.layers import Attached, attach
-from abmll.posterior import Family, Posterior, PosteriorConfig, members_of
+from abmll.posterior import Family, Posterior, PosteriorConfig, members_of, mixture
 from training.adaptation import AdaptConfig, family_settings, task_posterior
 from training.base_model import BaseModel
 from training.benchmark.method import META_RATE, Budget, Learner, Load, Settings
@@ -104,7 +104,8 @@ class Abmll:
         adapt = inner.model_copy(
             update={"growth": budget.growth, "members": self.members, "apart": settings.get("apart", 1.0)}
         )
-        return _Abmll(base, attached, theta, adapt, theta.parameters, budget.draws, self.in_context)
+        parameters = mixture([theta] * self.members).parameters
+        return _Abmll(base, attached, theta, adapt, parameters, budget.draws, self.in_context)
 
 
 @dataclass

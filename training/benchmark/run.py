@@ -325,7 +325,8 @@ class _Job:
     def learn(self) -> tuple[Learner, float, str]:
         """Learns in this process; gives the learner, the seconds that it took, and the device."""
         disable_progress_bar()  # of loading weights
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.jobs))
+        threads = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else os.cpu_count() or 1
+        torch.set_num_threads(max(1, threads // self.jobs))
         device, config = choose_device(self.device), self.config
         budget = Budget(
             meta_steps=config.meta_steps,

@@ -47,7 +47,7 @@ def calibrate_command(
     inner = AdaptConfig.from_record(stored.record.training)
     if members is not None:
         inner = checked(AdaptConfig, inner.model_dump() | {"members": members})
-    check_mixture(inner, stored.posterior.config.family)
+    check_mixture(inner, stored.posterior.config.family, draws)
     check_replaceable(posterior, GLOBAL)
     loaded = load_tasks(tasks)
     own: dict[str, Any] = {} if split is None else {"split": read_split(split).model_dump()}

@@ -104,7 +104,7 @@ def train_command(
     seed = settings.seed
     posterior_config = checked(PosteriorConfig, {"base_model": model or NAME} | posterior_values)
     evaluation = checked(EvalConfig, {"draws": calibration_draws, "seed": seed})
-    check_mixture(settings.inner, posterior_config.family)
+    check_mixture(settings.inner, posterior_config.family, evaluation.draws)
     check_replaceable(out, GLOBAL)
     loaded = load_tasks(tasks)
     work = out.with_name(out.name + ".work")
