@@ -47,6 +47,7 @@ def _colours(methods: Sequence[str]) -> dict[str, Any]:
         "abmll kronecker": "#e08000",
         "abmll lowrank": "#0040d0",
         "abmll subspace in-context": "#00a0a0",
+        "abmll subspace mixture": "#8000ff",
     }
     palette = plt.get_cmap("tab20")
     others = [name for name in methods if name not in fixed]
