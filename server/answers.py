@@ -15,6 +15,7 @@ import torch
 
 from abmll.adaptive import settled, stages
 from abmll.calibration import ShotCalibration
+from abmll.draws import for_all_members
 from abmll.entailment import ENTAILS, entailment_prompt
 from abmll.errors import DeadlineExceeded, InvalidRequest, PromptTooLong
 from abmll.examples import check_options
@@ -121,19 +122,14 @@ class Answerer:
                 f"no answer within {seconds:g} s; ask again later, or with fewer draws", field="timeout"
             ) from error
 
-    def _for_all_members(self, draws: int, members: int) -> int:
-        """Draws of a mixture: as many pairs of each member, where the server allows that."""
-        pairs = 2 * members
-        even = -(-draws // pairs) * pairs
-        return draws if members == 1 or even > self.settings.max_draws else even
-
     async def _answer(
         self, request: GenerateRequest | ScoreRequest, request_id: str, tell: Tell | None = None
     ) -> GenerateReply:
         begun, clock = time.monotonic(), start_clock()
         draws = self._check(request)
         stored = await asyncio.to_thread(self.store.choose, request.task, request.version, _lot(request))
-        draws = self._for_all_members(draws, stored.posterior.config.members)
+        even = for_all_members(draws, stored.posterior)
+        draws = draws if even > self.settings.max_draws else even
         least = None if isinstance(request, ScoreRequest) else limit(request, calibration_of(stored, request))
         question = await self._tokenize(stored, request)
         options: list[str] | None = None

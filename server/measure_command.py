@@ -128,7 +128,8 @@ def _patiently(call: Callable[[], T]) -> T:
 def as_text(found: HeldOutMeasures) -> str:
     """The measures as a person reads them."""
     answered = ", ".join(map(str, found.versions))
-    lines = [f"{found.task} version {answered}: {found.questions} questions", ""]
+    kind = " in free text" if found.free_text else ""
+    lines = [f"{found.task} version {answered}: {found.questions} questions{kind}", ""]
     whole = found.at_least[0]
     lines.append(f"right             {_percent(found.accuracy)}   {_interval(whole)}")
     lines.append(f"mean confidence   {_percent(found.confidence)}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from abmll.calibration import Calibration
 from abmll.draw_scores import score_draws
+from abmll.draws import for_all_members
 from abmll.errors import AbmllError, InvalidExamples, InvalidRequest
 from abmll.examples import Example, check_options
 from abmll.layers import Attached
@@ -134,7 +135,7 @@ class LoadedPosterior:
         Args:
             prompts: A question, or several.
             options: What to choose from, for all questions or for each; None: free text.
-            draws: Draws from the posterior, at least 1.
+            draws: Draws from the posterior, at least 1; of a mixture rounded up to as many pairs of each member.
             seed: Their seed.
 
         Raises:
@@ -147,6 +148,7 @@ class LoadedPosterior:
                 raise InvalidRequest(f"prompts[{number}] is blank; give a question", field="prompts")
         _check_whole(draws, "draws", 1)
         _check_whole(seed, "seed", 0, SEED_LIMIT - 1)
+        draws = for_all_members(draws, self.posterior)
         if options is None:
             return Predictions(self._texts(asked, draws, seed), self.record.task)
         if isinstance(options, str) or not hasattr(options, "__iter__"):

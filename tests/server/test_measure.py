@@ -97,6 +97,7 @@ def test_a_free_text_is_right_if_it_says_the_same_and_was_not_cut_short() -> Non
     answers = [answered(0.8, None, answer=text, finish=finish) for text, finish in texts]
     found = measure([row] * 3, answers)
     assert found.free_text
+    assert as_text(found).startswith("films version 2: 3 questions in free text\n")
     assert found.accuracy == pytest.approx(1 / 3)
     assert found.nll == pytest.approx(-torch.tensor([0.8, 0.2, 0.2]).log().mean().item())
     assert found.brier == pytest.approx((0.04 + 0.64 + 0.64) / 3)

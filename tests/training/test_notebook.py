@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -53,6 +54,19 @@ def test_it_is_saved_and_loaded_as_it_was(task: LoadedPosterior, tmp_path: Path)
     assert again.record.task == "home"
     asked = "switch off the lamp"
     assert again.predict(asked, OPTIONS)[0] == task.predict(asked, OPTIONS)[0]
+
+
+def test_a_mixture_is_adapted_saved_and_asked_under_all_its_members(posterior: LoadedPosterior, tmp_path: Path) -> None:
+    inner = posterior.record.training["inner"] | {"members": 3, "steps": 2}
+    several = replace(posterior, record=posterior.record.model_copy(update={"training": {"inner": inner}}))
+    mixed = several.adapt(EXAMPLES, task="home")
+    assert mixed.posterior.config.members == 3
+    mixed.save(tmp_path / "home")
+    again = abmll.load(tmp_path / "home")
+    for draws, taken in ((1, 6), (6, 6), (7, 12)):
+        (found,) = again.predict("switch off the lamp", OPTIONS, draws=draws)
+        assert found.draws == taken
+        assert found == mixed.predict("switch off the lamp", OPTIONS, draws=taken)[0]
 
 
 def test_a_frame_teaches_and_answers_come_as_one(posterior: LoadedPosterior, task: LoadedPosterior) -> None:
