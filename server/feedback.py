@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -201,11 +201,12 @@ class Feedback:
         except StoreFailure as error:
             logger.warning("answers cannot be written until this is mended: %s", error.message)
 
-    def load(self, tasks: Collection[str]) -> None:
+    def load(self, tasks: Collection[str], has: Callable[[str, int], bool] = lambda task, version: True) -> None:
         """Reads the rolling measures' windows, as they were when the server stopped.
 
         Args:
             tasks: All that there are: of others, deleted just before a crash, nothing is kept.
+            has: Says whether such a task has such a version; of others nothing is kept either.
 
         Raises:
             StoreFailure: The disk is full or not writable, or the file is damaged.
@@ -214,8 +215,8 @@ class Feedback:
         with self._writing, self._database.open() as db:
             versions = db.execute("SELECT DISTINCT task, version FROM answers").fetchall()
             for task, version in versions:
-                if task not in tasks:
-                    db.execute("DELETE FROM answers WHERE task = ?", (task,))
+                if task not in tasks or not has(task, version):
+                    db.execute("DELETE FROM answers WHERE task = ? AND version = ?", (task, version))
                     continue
                 newest = "SELECT * FROM answers WHERE task = ? AND version = ? AND {} ORDER BY number DESC LIMIT {}"
                 last = db.execute(newest.format("1", 1), (task, version)).fetchone()["posterior"]

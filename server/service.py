@@ -177,7 +177,7 @@ class Service:
         """Writes the answers down that feedback may come to, a second's at a time."""
         failing = False
         try:
-            await asyncio.to_thread(lambda: self.feedback.load(self.store.names()))
+            await asyncio.to_thread(lambda: self.feedback.load(self.store.names(), self.store.has))
         except (StoreFailure, OSError) as error:
             logger.warning("measures of earlier answers are not known: %s", error)
         while True:

@@ -144,6 +144,13 @@ class TaskStore:
         """
         return [GLOBAL, *filter(self._exists, self._folders())]
 
+    def has(self, name: str, number: int) -> bool:
+        """Whether a task has a version, damaged or not; of ``global``, and where that cannot be read, yes."""
+        try:
+            return name == GLOBAL or number in self._numbers(name)
+        except StoreFailure:
+            return True
+
     def _exists(self, name: str) -> bool:
         try:
             return bool(self._numbers(name))

@@ -241,6 +241,16 @@ def test_answers_in_flight_while_their_task_is_deleted_are_not_its_successors(tm
             with pytest.raises(AnswerNotFound):
                 kept.judge(name, 0, None)
     after_a_crash = Feedback(path, kept=9)
+    after_a_crash.load(["t"], lambda task, version: (task, version) == ("t", 1))
+    assert len(after_a_crash.windows()) == 1
+    after_a_crash = Feedback(path, kept=9)
+    after_a_crash.load(["t"], lambda task, version: version != 1)  # a version that was deleted
+    assert after_a_crash.windows() == []
+    with pytest.raises(AnswerNotFound):
+        after_a_crash.judge("new", 0, None)
+    after_a_crash.note(answered("new", scores, begun=time.monotonic()))
+    after_a_crash.flush()
+    after_a_crash = Feedback(path, kept=9)
     after_a_crash.load(["another task"])
     assert after_a_crash.windows() == []
     with pytest.raises(AnswerNotFound):
