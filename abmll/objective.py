@@ -131,7 +131,7 @@ def backward_data(
         if attached.together is not None:
             rows, weight = attached.together.part(len(group))
             group = [group[row] for row in rows]
-            signs = signs and {name: Signs(of.u[rows], of.v[rows]) for name, of in signs.items()}
+            signs = signs and {name: of.map(lambda tensor, rows=rows: tensor[rows]) for name, of in signs.items()}
         with attached.using(phi, signs) as model:
             loss = weight * _negative_log_likelihood(model, phi, group) / len(data)
             loss.backward()  # in here: gradient checkpointing runs the layers again, under the same posterior

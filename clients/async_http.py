@@ -258,11 +258,12 @@ class AsyncClient:
         return await self._check("/readyz")
 
     async def _look(self, job: Job, deadline: float | None, poll: float) -> Job:
-        patience = Patience(job, deadline, poll)
+        patience = Patience(poll, deadline)
         while True:
             try:
                 return await self.job(job.job)
             except PASSING as error:
+                check_deadline(job, deadline)
                 await asyncio.sleep(patience.pause(error))
 
     async def _check(self, path: Literal["/healthz", "/readyz"]) -> bool:

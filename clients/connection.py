@@ -85,26 +85,23 @@ def check_deadline(job: Job, deadline: float | None) -> None:
 
 
 class Patience:
-    """How long a job is asked after while the server does not tell of it: it may be starting anew, or overloaded.
+    """How long a server is asked again that does not answer: it may be starting anew, or overloaded.
 
     Args:
-        job: The job as last seen.
+        poll: Seconds between attempts, where the server does not say them.
         deadline: Until when the caller waits, by ``time.monotonic``; None for as long as it takes.
-        poll: Seconds between looks.
     """
 
-    def __init__(self, job: Job, deadline: float | None, poll: float) -> None:
-        self._job, self._deadline, self._poll = job, deadline, poll
+    def __init__(self, poll: float, deadline: float | None = None) -> None:
+        self._poll, self._deadline = poll, deadline
         self._end = time.monotonic() + _PATIENCE_SECONDS
 
     def pause(self, error: ClientError) -> float:
-        """Returns the seconds until the next look, after one that ended with an error.
+        """Returns the seconds until the next attempt, after one that ended with an error.
 
         Raises:
-            JobTimeout: The caller's time is up.
             ClientError: The error itself: it does not pass.
         """
-        check_deadline(self._job, self._deadline)
         asked = error.retry_after if isinstance(error, ApiError) else None
         pause, now = asked or self._poll, time.monotonic()
         if now + pause > self._end:

@@ -278,11 +278,12 @@ class Client:
         return self._check("/readyz")
 
     def _look(self, job: Job, deadline: float | None, poll: float) -> Job:
-        patience = Patience(job, deadline, poll)
+        patience = Patience(poll, deadline)
         while True:
             try:
                 return self.job(job.job)
             except PASSING as error:
+                check_deadline(job, deadline)
                 time.sleep(patience.pause(error))
 
     def _check(self, path: Literal["/healthz", "/readyz"]) -> bool:

@@ -261,6 +261,7 @@ class Answerer:
         """Chooses among options; gives the scores, shape (draws, options), too."""
         served, entry = Served(stored.digest, stored.posterior), options_calibration(stored, request)
         normalize = request.normalize or stored.posterior.config.normalize
+        # A mixture of one example has the calibration of none, which tells how draws of a single Gaussian scatter.
         one = stored.posterior.config.members == 1
         if request.draws == "auto" and one and entry is not None and entry.scatter is not None:
             scores = await self._adaptive(served, question, request, draws, entry, least)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -19,19 +20,24 @@ _BINS = 10
 _SAMPLES = 1000
 
 
-class Share(BaseModel, frozen=True):
-    """Some of the answers: what they said of themselves, and how many were right."""
+class Counted(BaseModel, frozen=True):
+    """Answers: what they said of themselves, and how many were right."""
 
-    low: float = Field(description="their confidence is above this (from it on, in at_least)")
-    high: float = Field(description="and not above this")
-    answers: int
-    confidence: float = Field(description="their mean confidence")
-    accuracy: float = Field(description="share of them that was right")
+    confidence: float = Field(description="mean confidence")
+    accuracy: float = Field(description="share of right ones")
     accuracy_low: float = Field(description="95 % Wilson interval of accuracy, from")
     accuracy_high: float = Field(description="to")
 
 
-class HeldOutMeasures(BaseModel, frozen=True):
+class Share(Counted, frozen=True):
+    """Some of the answers."""
+
+    low: float = Field(description="their confidence is above this (from it on, in at_least)")
+    high: float = Field(description="and not above this")
+    answers: int
+
+
+class HeldOutMeasures(Counted, frozen=True):
     """Measures of a task's answers to labelled questions."""
 
     task: str
@@ -39,10 +45,6 @@ class HeldOutMeasures(BaseModel, frozen=True):
     questions: int
     free_text: bool
     uncalibrated: int = Field(description="answers whose confidence is not calibrated")
-    accuracy: float
-    accuracy_low: float = Field(description="95 % Wilson interval of accuracy, from")
-    accuracy_high: float = Field(description="to")
-    confidence: float = Field(description="mean confidence")
     ece: float = Field(description="expected calibration error, 15 bins of equal width")
     ece_by_chance: float = Field(
         description="ECE that so many answers exceed in 5 % of cases where every confidence is true"
@@ -79,39 +81,30 @@ def measure(rows: Sequence[Example], answers: Sequence[Answer]) -> HeldOutMeasur
     sets = [(row.text.strip(), answer.prediction_set) for row, answer in zip(rows, answers, strict=True)]
     told = [(right, [option.strip() for option in inside]) for right, inside in sets if inside is not None]
     auroc = metrics.confidence_auroc(confidence, correct)
-    whole = share_of(confidence, correct, 0.0, 1.0)
-    edges = [at / _BINS for at in range(_BINS + 1)]
     index = metrics.bin_of(confidence, _BINS)
+
+    def share(inside: Tensor, low: float, high: float) -> Share:
+        return Share(low=low, high=high, answers=int(inside.sum()), **counted(confidence[inside], correct[inside]))
+
     return HeldOutMeasures(
         task=answers[0].task,
         versions=sorted({answer.posterior.version for answer in answers}),
         questions=len(rows),
         free_text=free_text,
         uncalibrated=sum(answer.calibrated is not True for answer in answers),
-        accuracy=whole.accuracy,
-        accuracy_low=whole.accuracy_low,
-        accuracy_high=whole.accuracy_high,
-        confidence=whole.confidence,
+        **counted(confidence, correct),
         ece=metrics.expected_calibration_error(confidence, correct),
         ece_by_chance=ece_by_chance(confidence),
         nll=metrics.negative_log_likelihood(probabilities, truth),
         brier=brier,
         auroc=None if auroc != auroc else auroc,
-        set_coverage=_mean([float(right in inside) for right, inside in told]),
-        set_size=_mean([float(len(inside)) for _, inside in told]),
-        epistemic=sum(answer.uncertainty.epistemic for answer in answers) / len(answers),
-        aleatoric=sum(answer.uncertainty.aleatoric for answer in answers) / len(answers),
-        draws=sum(answer.draws for answer in answers) / len(answers),
-        bins=[
-            share_of(confidence[index == at], correct[index == at], edges[at], edges[at + 1])
-            for at in range(_BINS)
-            if (index == at).any()
-        ],
-        at_least=[
-            share_of(confidence[confidence >= least], correct[confidence >= least], least, 1.0)
-            for least in LEAST
-            if (confidence >= least).any()
-        ],
+        set_coverage=fmean(right in inside for right, inside in told) if told else None,
+        set_size=fmean(len(inside) for _, inside in told) if told else None,
+        epistemic=fmean(answer.uncertainty.epistemic for answer in answers),
+        aleatoric=fmean(answer.uncertainty.aleatoric for answer in answers),
+        draws=fmean(answer.draws for answer in answers),
+        bins=[share(index == at, at / _BINS, (at + 1) / _BINS) for at in range(_BINS) if (index == at).any()],
+        at_least=[share(confidence >= least, least, 1.0) for least in LEAST if (confidence >= least).any()],
     )
 
 
@@ -122,21 +115,18 @@ def is_right(row: Example, answer: Answer) -> bool:
     return answer.finish != "length" and normalized(answer.answer or "") == normalized(row.text)
 
 
-def share_of(confidence: Tensor, correct: Tensor, low: float, high: float) -> Share:
-    """Counts answers, at least one: confidence and whether they were right, shape (n,) each."""
+def counted(confidence: Tensor, correct: Tensor) -> dict[str, float]:
+    """The fields of ``Counted`` for answers, at least one: confidence and whether they were right, shape (n,) each."""
     from scipy.stats import binomtest
 
     right, count = int(correct.sum()), len(correct)
     interval = binomtest(right, count).proportion_ci(0.95, method="wilson")
-    return Share(
-        low=low,
-        high=high,
-        answers=count,
-        confidence=confidence.mean().item(),
-        accuracy=right / count,
-        accuracy_low=float(interval.low),
-        accuracy_high=float(interval.high),
-    )
+    return {
+        "confidence": confidence.mean().item(),
+        "accuracy": right / count,
+        "accuracy_low": float(interval.low),
+        "accuracy_high": float(interval.high),
+    }
 
 
 def ece_by_chance(confidence: Tensor, seed: int = 0) -> float:
@@ -161,7 +151,3 @@ def _padded(rows: Sequence[Sequence[float]]) -> Tensor:
     """Probabilities of rows with different numbers of options, shape (n, most), 0 where there is no option."""
     most = max(len(row) for row in rows)
     return torch.tensor([[*row, *[0.0] * (most - len(row))] for row in rows], dtype=torch.float64)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None

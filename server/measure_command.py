@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -16,12 +15,10 @@ from training.settings import SEED_LIMIT
 
 if TYPE_CHECKING:
     from abmll.examples import Example
-    from clients.http import Client
     from clients.replies import Answer
-    from server.held_out import HeldOutMeasures, Share
+    from server.held_out import Counted, HeldOutMeasures, Share
 
 T = TypeVar("T")
-_PATIENCE_SECONDS = 120.0
 
 
 def register(app: typer.Typer) -> None:
@@ -64,7 +61,10 @@ def measure_command(
                 )
             )
             if feedback:
-                _patiently(lambda: _tell(client, row, reply, is_right(row, reply)))
+                said: dict[str, Any] = {"answer": row.answer}
+                if row.is_free_text:
+                    said = {"correct": is_right(row, reply)}
+                _patiently(lambda: client.feedback(reply, **said))
             return reply
 
         client.task(task)  # a server that is not there is told at once
@@ -76,53 +76,39 @@ def measure_command(
         console().print(as_text(found), markup=False, soft_wrap=True)
 
 
-def _tell(client: Client, row: Example, reply: Answer, right: bool) -> None:
-    if row.is_free_text:
-        client.feedback(reply, correct=right)
-    else:
-        client.feedback(reply, answer=row.answer)
-
-
 def _ask_all(rows: Sequence[Example], ask: Callable[[Example], Answer], file: Path, at_once: int) -> list[Answer]:
     """Asks all questions, in their order; the first that cannot be answered ends it."""
-    from rich.progress import Progress
+    from rich.progress import track
 
     from clients.errors import InvalidArgument, InvalidFile, RequestRejected
 
-    answers: list[Answer] = []
-    screen = console(stderr=True)
-    with (
-        ThreadPoolExecutor(at_once) as threads,
-        Progress(console=screen) if screen.is_terminal else nullcontext() as progress,
-    ):
-        under_way = [threads.submit(ask, row) for row in rows]
-        shown = None if progress is None else progress.add_task("asking", total=len(rows))
+    def numbered(number: int, row: Example) -> Answer:
         try:
-            for number, each in enumerate(under_way, start=1):
-                try:
-                    answers.append(each.result())
-                except (InvalidArgument, RequestRejected) as error:
-                    raise InvalidFile(f"{file}, question {number}: {error}") from error
-                if progress is not None and shown is not None:
-                    progress.advance(shown)
+            return ask(row)
+        except (InvalidArgument, RequestRejected) as error:
+            raise InvalidFile(f"{file}, question {number}: {error}") from error
+
+    screen = console(stderr=True)
+    with ThreadPoolExecutor(at_once) as threads:
+        under_way = [threads.submit(numbered, number, row) for number, row in enumerate(rows, start=1)]
+        try:
+            shown = track(under_way, "asking", console=screen, disable=not screen.is_terminal)
+            return [each.result() for each in shown]
         finally:
             threads.shutdown(cancel_futures=True)
-    return answers
 
 
 def _patiently(call: Callable[[], T]) -> T:
     """Calls again while the server is overloaded, starts anew, or has had too many requests of this key."""
+    from clients.connection import Patience
     from clients.errors import ServerUnavailable, ServerUnreachable
 
-    end = time.monotonic() + _PATIENCE_SECONDS
+    patience = Patience(1.0)
     while True:
         try:
             return call()
         except (ServerUnavailable, ServerUnreachable) as error:
-            pause = float((error.retry_after if isinstance(error, ServerUnavailable) else None) or 1)
-            if time.monotonic() + pause > end:
-                raise
-            time.sleep(pause)
+            time.sleep(patience.pause(error))
 
 
 def as_text(found: HeldOutMeasures) -> str:
@@ -130,8 +116,7 @@ def as_text(found: HeldOutMeasures) -> str:
     answered = ", ".join(map(str, found.versions))
     kind = " in free text" if found.free_text else ""
     lines = [f"{found.task} version {answered}: {found.questions} questions{kind}", ""]
-    whole = found.at_least[0]
-    lines.append(f"right             {_percent(found.accuracy)}   {_interval(whole)}")
+    lines.append(f"right             {_percent(found.accuracy)}   {_interval(found)}")
     lines.append(f"mean confidence   {_percent(found.confidence)}")
     lines.append(f"ECE               {100 * found.ece:5.1f} points   {_verdict(found)}")
     lines.append(f"NLL               {found.nll:7.3f} nats")
@@ -178,8 +163,8 @@ def _from(share: Share) -> str:
     return f"from {100 * share.low:.0f} % on" if share.low else "always"
 
 
-def _interval(share: Share) -> str:
-    return f"{100 * share.accuracy_low:.1f} to {100 * share.accuracy_high:.1f} %"
+def _interval(counted: Counted) -> str:
+    return f"{100 * counted.accuracy_low:.1f} to {100 * counted.accuracy_high:.1f} %"
 
 
 def _percent(value: float) -> str:

@@ -26,6 +26,11 @@ class Request(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
+def described(model: type[BaseModel], field: str) -> str | None:
+    """What a model says of a field, for another's that means the same."""
+    return model.model_fields[field].description
+
+
 class GenerateRequest(Request):
     """A question."""
 

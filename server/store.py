@@ -391,10 +391,8 @@ class TaskStore:
             if shares == {}:
                 raise TaskConflict(f"nothing is deleted of task {name!r}: {UNKNOWN_SERVING}", "name")
             # Beside those that share the questions, the newest: the next one is numbered after it.
-            needed = {version.number for version in answering if version.stored is not None} | {
-                *(shares or ()),
-                known[-1],
-            }
+            usable = [version.number for version in answering if version.stored is not None]
+            needed = {*usable, *(shares or ()), known[-1]}
             if number in needed:
                 raise TaskConflict(
                     f"version {number} of task {name!r} answers, or is the newest; only others can be deleted: say "

@@ -182,6 +182,11 @@ def run_inner(
     return loop
 
 
+def of_part(on_step: Callable[[int, int], None] | None, part: int, parts: int) -> Callable[[int, int], None] | None:
+    """Returns what is told of the steps of one of several equal parts, and tells of those of all."""
+    return None if on_step is None else lambda step, steps: on_step(part * steps + step, parts * steps)
+
+
 def task_posterior(
     attached: Attached,
     theta: Posterior,
@@ -212,12 +217,8 @@ def task_posterior(
         return run_inner(attached, theta, support, config, generator, on_step).phi
     found: list[Posterior] = []
     for number in range(members):
-
-        def report(step: int, steps: int, number: int = number) -> None:
-            if on_step is not None:
-                on_step(number * steps + step, members * steps)
-
         start = _drawn_start(theta, config.apart, generator)
+        report = of_part(on_step, number, members)
         phi = run_inner(attached, theta, support, config, generator, report, start).phi
         found.append(phi.map(torch.Tensor.detach))  # without its gradients
     return mixture(found)

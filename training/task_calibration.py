@@ -14,7 +14,7 @@ from abmll.examples import Example, check_one_kind
 from abmll.layers import Attached
 from abmll.objective import Labelled
 from abmll.posterior import Posterior
-from training.adaptation import AdaptConfig, adapt, task_posterior
+from training.adaptation import AdaptConfig, adapt, of_part, task_posterior
 from training.base_model import BaseModel as Base
 from training.episodes import label
 
@@ -73,11 +73,7 @@ def held_out_scores(
     for fold in range(folds):
         left_out = [i for group in groups[fold::folds] for i in group]
         rest = [support[i] for group in groups for i in group if i not in left_out]
-
-        def report(step: int, steps: int, fold: int = fold) -> None:
-            if on_step is not None:
-                on_step(fold * steps + step, folds * steps)
-
+        report = of_part(on_step, fold, folds)
         phi = task_posterior(attached, theta, rest, config, torch.Generator().manual_seed(seed), report)
         part = score_draws(attached, phi, [support[i].question for i in left_out], range(draws), seed)
         scores[:, left_out, : part.shape[-1]] = part
@@ -123,12 +119,7 @@ def adapt_and_calibrate(
     usual = None if calibration is None or free_text else calibration.nearest(shots)
     support = [] if usual is None else label(base, prior.config.template, examples)
     folds = folds_of(len(_groups(support))) if usual is not None and usual.spread > 0 else 0
-
-    def report(step: int, steps: int) -> None:
-        if on_step is not None:
-            on_step(step, steps * (1 + folds))  # of all members
-
-    phi = adapt(base, attached, prior, examples, config, seed=seed, on_step=report)
+    phi = adapt(base, attached, prior, examples, config, seed=seed, on_step=of_part(on_step, 0, 1 + folds))
     if calibration is None:
         return phi, None
     if free_text:

@@ -13,34 +13,30 @@ from server.schemas import (
     Semantics,
     Timing,
     Uncertainty,
+    described,
 )
 
 # The last: not sure enough, nothing is told.
 FinishReason = Literal["stop", "length", "content_filter"]
 
 
-def _as_replied(name: str) -> str | None:
-    """What the reply to `POST /generate` says of a field of the same name."""
-    return GenerateReply.model_fields[name].description
-
-
 class Confidence(BaseModel):
     """How sure an answer is; every field as in the reply to `POST /generate`."""
 
-    request_id: str = Field(description=_as_replied("request_id"))
-    posterior: PosteriorId = Field(description=_as_replied("posterior"))
-    confidence: float = Field(description=_as_replied("confidence"))
-    raw_confidence: float = Field(description=_as_replied("raw_confidence"))
-    calibrated: bool = Field(description=_as_replied("calibrated"))
-    uncertainty: Uncertainty = Field(description=_as_replied("uncertainty"))
-    standard_error: float = Field(description=_as_replied("standard_error"))
-    draws: int = Field(description=_as_replied("draws"))
-    options: list[str] | None = Field(description=_as_replied("options"))
-    probabilities: list[float] | None = Field(description=_as_replied("probabilities"))
-    prediction_set: list[str] | None = Field(description=_as_replied("prediction_set"))
-    abstained: Abstained | None = Field(description=_as_replied("abstained"))
-    semantics: Semantics | None = Field(description=_as_replied("semantics"))
-    timing: Timing = Field(description=_as_replied("timing"))
+    request_id: str = Field(description=described(GenerateReply, "request_id"))
+    posterior: PosteriorId = Field(description=described(GenerateReply, "posterior"))
+    confidence: float = Field(description=described(GenerateReply, "confidence"))
+    raw_confidence: float = Field(description=described(GenerateReply, "raw_confidence"))
+    calibrated: bool = Field(description=described(GenerateReply, "calibrated"))
+    uncertainty: Uncertainty = Field(description=described(GenerateReply, "uncertainty"))
+    standard_error: float = Field(description=described(GenerateReply, "standard_error"))
+    draws: int = Field(description=described(GenerateReply, "draws"))
+    options: list[str] | None = Field(description=described(GenerateReply, "options"))
+    probabilities: list[float] | None = Field(description=described(GenerateReply, "probabilities"))
+    prediction_set: list[str] | None = Field(description=described(GenerateReply, "prediction_set"))
+    abstained: Abstained | None = Field(description=described(GenerateReply, "abstained"))
+    semantics: Semantics | None = Field(description=described(GenerateReply, "semantics"))
+    timing: Timing = Field(description=described(GenerateReply, "timing"))
 
 
 class TokenUsage(BaseModel):

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from abmll.adaptive import TOLERANCE
 from abmll.errors import InvalidRequest
 from abmll.examples import MAX_OPTIONS
-from server.schemas import MAX_TOKENS, GenerateRequest, Text
+from server.schemas import MAX_TOKENS, GenerateRequest, Text, described
 from training.settings import SEED_LIMIT
 
 MAX_CHOICES = 16
@@ -18,11 +18,6 @@ _COMPLETION_TOKENS = 16
 _CHAT_TOKENS = 128
 
 _Stop = Annotated[str, Field(min_length=1, max_length=64)]
-
-
-def _as_asked(name: str) -> str | None:
-    """What `POST /generate` says of a field of the same name."""
-    return GenerateRequest.model_fields[name].description
 
 
 class StreamOptions(BaseModel):
@@ -62,12 +57,16 @@ class OpenAIRequest(BaseModel):
         description=f"2 to {MAX_OPTIONS} distinct answers to choose from; as in `POST /generate`, and so the others.",
         examples=[None],
     )
-    draws: int | Literal["auto"] = Field("auto", description=_as_asked("draws"))
-    tolerance: float = Field(TOLERANCE, ge=0, le=1, description=_as_asked("tolerance"))
-    abstain_below: float | None = Field(None, ge=0, le=1, description=_as_asked("abstain_below"))
-    target_risk: float | None = Field(None, gt=0, lt=1, description=_as_asked("target_risk"), examples=[None])
-    samples: int = Field(0, ge=0, le=32, description=_as_asked("samples"))
-    meaning: Literal["normalized", "entailment"] = Field("normalized", description=_as_asked("meaning"))
+    draws: int | Literal["auto"] = Field("auto", description=described(GenerateRequest, "draws"))
+    tolerance: float = Field(TOLERANCE, ge=0, le=1, description=described(GenerateRequest, "tolerance"))
+    abstain_below: float | None = Field(None, ge=0, le=1, description=described(GenerateRequest, "abstain_below"))
+    target_risk: float | None = Field(
+        None, gt=0, lt=1, description=described(GenerateRequest, "target_risk"), examples=[None]
+    )
+    samples: int = Field(0, ge=0, le=32, description=described(GenerateRequest, "samples"))
+    meaning: Literal["normalized", "entailment"] = Field(
+        "normalized", description=described(GenerateRequest, "meaning")
+    )
 
 
 class CompletionRequest(OpenAIRequest):
