@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from abmll.errors import AbmllError, InvalidExamples, InvalidPosterior
 from abmll.examples import Example, check_one_kind
@@ -31,6 +31,15 @@ class AdaptConfig(BaseModel, frozen=True, allow_inf_nan=False):
     optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: float = Field(default=5e-3, gt=0, description="alpha of the means")
     scale_rate: float = Field(default=1e-2, ge=0, description="alpha of the scales' parameters")
+    factor_rate: float = Field(
+        default=0.0,
+        ge=0,
+        description="alpha of the factors around a core, for examples with options: a task then has factors of its "
+        "own; with 0 they stay theta's. subspace alone, and no mixture",
+    )
+    factor_examples: int = Field(
+        default=17, ge=1, description="fewest examples of a task that has factors of its own: more than a batch"
+    )
     beta: float = Field(default=1e-4, ge=0, description="weight of KL")
     batch: int = Field(default=16, ge=1, description="support examples in a step; all of them if fewer")
     growth: float = Field(
@@ -52,6 +61,15 @@ class AdaptConfig(BaseModel, frozen=True, allow_inf_nan=False):
         default=1.0, ge=0, description="how many of the prior's standard deviations such a draw lies from its mean"
     )
 
+    @model_validator(mode="after")
+    def _one_way_apart(self) -> AdaptConfig:
+        if self.members > 1 and self.factor_rate > 0:
+            raise ValueError(
+                f"members is {self.members} and factor_rate {self.factor_rate:g}; members share their factors: give "
+                "one of the two"
+            )
+        return self
+
     def steps_on(self, support: Sequence[Labelled]) -> int:
         """Gradient steps on a support set."""
         if not support:
@@ -59,6 +77,14 @@ class AdaptConfig(BaseModel, frozen=True, allow_inf_nan=False):
         if support[0].is_free_text:
             return self.steps if self.text_steps is None else self.text_steps
         return grown(self.steps, self.growth, len(support), self.batch)
+
+    def factors_move(self, support: Sequence[Labelled]) -> bool:
+        """Whether a task with such a support set has factors of its own."""
+        return self.factor_rate > 0 and len(support) >= self.factor_examples and not support[0].is_free_text
+
+    def for_parts_of(self, support: Sequence[Labelled]) -> AdaptConfig:
+        """The same settings, by which parts of a support set have factors of their own where the whole has."""
+        return self.model_copy(update={"factor_examples": 1} if self.factors_move(support) else {"factor_rate": 0.0})
 
     def with_steps(self, steps: int) -> AdaptConfig:
         """The same settings with so many steps, whatever the examples."""
@@ -101,28 +127,39 @@ class InnerLoop:
     """Gradient steps on one task's phi, begun at theta and held near it by KL.
 
     phi^{k+1} = phi^k - alpha grad [ -E_q log p(support | phi) + beta KL(q(phi) || p(phi | theta)) ]
-    (arXiv 2508.14285, algorithm 1), with Adam's scaling of the gradient or without. Shared parameters stay as
-    they are in theta.
+    (arXiv 2508.14285, algorithm 1), with Adam's scaling of the gradient or without. The factors around a core stay as
+    they are in theta, or are a point estimate of the task's own (``factors_move``), of which KL, over cores, says
+    nothing: what holds them near theta's is that they begin there and have few steps.
 
     Args:
         attached: The model.
         theta: The prior.
         config: Settings.
         start: Where phi begins, of theta's kind; theta itself by default.
+        factors_move: Whether the task has factors of its own.
 
     Attributes:
         shared: Sum over the steps of the data term's gradient in the shared parameters, by name.
     """
 
     def __init__(
-        self, attached: Attached, theta: Posterior, config: AdaptConfig, start: Posterior | None = None
+        self,
+        attached: Attached,
+        theta: Posterior,
+        config: AdaptConfig,
+        start: Posterior | None = None,
+        *,
+        factors_move: bool = False,
     ) -> None:
         self.attached, self.theta, self.config = attached, theta, config
         self.leaves = {key: tensor.detach().clone() for key, tensor in (start or theta).tensors().items()}
         self.shared = {key: torch.zeros_like(leaf) for key, leaf in self.leaves.items() if ".shared." in key}
+        rates = {".mean.": config.learning_rate, ".scale.": config.scale_rate}
+        if factors_move:
+            rates[".shared."] = config.factor_rate
         groups = [
-            {"params": [leaf for key, leaf in self.leaves.items() if ".mean." in key], "lr": config.learning_rate},
-            {"params": [leaf for key, leaf in self.leaves.items() if ".scale." in key], "lr": config.scale_rate},
+            {"params": [leaf for key, leaf in self.leaves.items() if kind in key], "lr": rate}
+            for kind, rate in rates.items()
         ]
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.Adam(groups, betas=(0.9, 0.99)) if config.optimizer == "adam" else torch.optim.SGD(groups)
@@ -172,7 +209,7 @@ def run_inner(
     start: Posterior | None = None,
 ) -> InnerLoop:
     """Runs the inner loop on tokenized examples; it stays at ``start`` (``theta``) for no examples or no steps."""
-    loop = InnerLoop(attached, theta, config, start)
+    loop = InnerLoop(attached, theta, config, start, factors_move=config.factors_move(support))
     order = random.Random(int(torch.randint(0, 2**31, (), generator=generator)))
     steps = config.steps_on(support)
     for step in range(steps):
@@ -209,9 +246,9 @@ def task_posterior(
         on_step: Called before each step with (step, steps) of all members.
 
     Raises:
-        AbmllError: A mixture is asked for of another family than ``subspace``.
+        AbmllError: See ``check_family``.
     """
-    check_mixture(config, theta.config.family)
+    check_family(config, theta.config.family)
     members, steps = config.members, config.steps_on(support)
     if members == 1 or steps == 0:
         return run_inner(attached, theta, support, config, generator, on_step).phi
@@ -224,16 +261,23 @@ def task_posterior(
     return mixture(found)
 
 
-def check_mixture(config: AdaptConfig, family: Family, draws: int | None = None) -> None:
+def check_family(config: AdaptConfig, family: Family, draws: int | None = None) -> None:
     """Checks that posteriors of a family can be what is to be made, and draws stand for all of its members alike.
 
     Raises:
-        AbmllError: A mixture is asked for of another family than ``subspace``, or draws are no multiple of its pairs.
+        AbmllError: A mixture, or factors of a task's own, are asked for of another family than ``subspace``, or draws
+            are no multiple of a mixture's pairs.
     """
     if config.members > 1 and family != "subspace":
         raise AbmllError(
             f"members is {config.members}, but only subspace posteriors can be mixtures, not {family} ones; give 1",
             field="members",
+        )
+    if config.factor_rate > 0 and family != "subspace":
+        raise AbmllError(
+            f"factor_rate is {config.factor_rate:g}, but only subspace posteriors have factors beside their Gaussian; "
+            f"those of {family} ones learn at learning_rate: give 0",
+            field="factor_rate",
         )
     if draws is not None and config.members > 1 and draws % (2 * config.members):
         raise AbmllError(
@@ -280,7 +324,7 @@ def adapt(
     Raises:
         InvalidExamples: There are no examples, they are of two kinds, or adaptation diverged on them.
         PromptTooLong: An example exceeds the model's context.
-        AbmllError: A mixture is asked for of another family than ``subspace``.
+        AbmllError: See ``check_family``.
     """
     if not examples:
         raise InvalidExamples("adaptation needs at least one labelled example", field="examples")

@@ -69,6 +69,7 @@ def held_out_scores(
         return None
     width = max(len(item.question.options) for item in support)
     scores = torch.full((draws, len(support), width), float("-inf"))
+    config = config.for_parts_of(support)
     random.Random(seed).shuffle(groups)  # users list labels in turn: unshuffled, a fold could hold all of one label
     for fold in range(folds):
         left_out = [i for group in groups[fold::folds] for i in group]

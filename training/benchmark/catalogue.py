@@ -15,7 +15,14 @@ from training.benchmark.point import Ensemble, InContext, Lora, McDropout, Multi
 from training.benchmark.world import World
 from training.settings import checked
 
-OURS = ("abmll subspace", "abmll kronecker", "abmll lowrank", "abmll subspace in-context", "abmll subspace mixture")
+OURS = (
+    "abmll subspace",
+    "abmll kronecker",
+    "abmll lowrank",
+    "abmll subspace in-context",
+    "abmll subspace mixture",
+    "abmll subspace own factors",
+)
 
 # A pair of the usual eight draws for each.
 MEMBERS = 4
@@ -41,6 +48,7 @@ def catalogue(world: World | None) -> list[Method]:
         Abmll("lowrank"),
         Abmll("subspace", in_context=True),
         Abmll("subspace", members=MEMBERS),
+        Abmll("subspace", own_factors=True),
     ]
     return methods if world is None else [ExactBayes(world), *methods]
 

@@ -9,7 +9,7 @@ import typer
 
 from training.commands.document import print_json
 from training.commands.opening import join_ranks, open_base
-from training.commands.options import Device, Dtype, Jobs, Json, Members, OwnModel, Seed, ShardBase, Tasks
+from training.commands.options import Device, Dtype, FactorRate, Jobs, Json, Members, OwnModel, Seed, ShardBase, Tasks
 from training.commands.parts import tasks_of_part, tell_of_small, tell_of_unfamiliar, within_context
 from training.settings import checked, numbers
 
@@ -24,6 +24,7 @@ def calibrate_command(
     queries: Annotated[int, typer.Option(help="Items predicted in each task, at most.")] = 100,
     supports: Annotated[int, typer.Option(help="Support sets of each task and number of shots.")] = 1,
     members: Members = None,
+    factor_rate: FactorRate = None,
     seed: Seed = 0,
     jobs: Jobs = 1,
     dtype: Dtype = "float32",
@@ -34,7 +35,7 @@ def calibrate_command(
     """Calibrate a global posterior anew, on validation families and tasks of the training families."""
     from abmll.names import GLOBAL
     from abmll.store import check_replaceable, load_global, save_posterior
-    from training.adaptation import AdaptConfig, check_mixture
+    from training.adaptation import AdaptConfig, check_family
     from training.base.corpus import unseen_items
     from training.calibrate import calibrate_all
     from training.embedded import resolve
@@ -45,9 +46,11 @@ def calibrate_command(
 
     stored = load_global(posterior)
     inner = AdaptConfig.from_record(stored.record.training)
-    if members is not None:
-        inner = checked(AdaptConfig, inner.model_dump() | {"members": members})
-    check_mixture(inner, stored.posterior.config.family, draws)
+    other = {
+        name: value for name, value in {"members": members, "factor_rate": factor_rate}.items() if value is not None
+    }
+    inner = checked(AdaptConfig, inner.model_dump() | other) if other else inner
+    check_family(inner, stored.posterior.config.family, draws)
     check_replaceable(posterior, GLOBAL)
     loaded = load_tasks(tasks)
     own: dict[str, Any] = {} if split is None else {"split": read_split(split).model_dump()}
@@ -72,9 +75,8 @@ def calibrate_command(
     ranks.leave()
     if not ranks.main:
         return
-    own |= (
-        {} if members is None else {"inner": inner.model_dump()}
-    )  # what is adapted from now on is what was calibrated
+    # What is adapted from now on is what was calibrated.
+    own |= {"inner": inner.model_dump()} if other else {}
     record = stored.record.model_copy(update={"results": results, "training": stored.record.training | own})
     save_posterior(posterior, stored.posterior, record, calibration)
     if as_json:

@@ -45,7 +45,7 @@ def eval_command(
     """Print accuracy and calibration of a posterior on tasks, before and after adaptation."""
     from abmll.errors import AbmllError
     from abmll.store import load_global
-    from training.adaptation import AdaptConfig, check_mixture
+    from training.adaptation import AdaptConfig, check_family
     from training.embedded import POSTERIOR
     from training.evaluation import EvalConfig, Scores, predict_tasks, score
     from training.progress import silent, track
@@ -71,7 +71,7 @@ def eval_command(
     base, attached, theta = open_base(stored.posterior, model, dtype, device, ranks)
     progress = track if ranks.main else silent
     inner = AdaptConfig.from_record(stored.record.training)
-    check_mixture(inner, stored.posterior.config.family, draws)
+    check_family(inner, stored.posterior.config.family, draws)
     loaded = within_context(base, theta.config.template, loaded, ranks.main)
     tell_of_small(loaded, config.shots, ranks.main)
     rest = [task for task in loaded if free_text or task.is_free_text]

@@ -39,6 +39,14 @@ Members = Annotated[
         show_default="as the posterior says, 1",
     ),
 ]
+FactorRate = Annotated[
+    float | None,
+    typer.Option(
+        help="Rate of the factors, which task posteriors then have of their own; 0: they are the global one's. "
+        "subspace alone.",
+        show_default="as the posterior says, 0",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as one JSON document.")]
 
 

@@ -13,6 +13,7 @@ from training.commands.options import (
     ConfigFile,
     Device,
     Dtype,
+    FactorRate,
     Jobs,
     Json,
     Members,
@@ -49,6 +50,7 @@ def train_command(
         float | None, typer.Option(help="Weight of KL. Default: 1e-4; 1e-2 for subspace.", show_default=False)
     ] = None,
     members: Members = None,
+    factor_rate: FactorRate = None,
     config: ConfigFile = None,
     books: Annotated[Path | None, typer.Option(help="Book shards to make pseudo-tasks from.")] = None,
     pseudo: Annotated[int, typer.Option("--pseudo-tasks", help="Pseudo-tasks of each kind.")] = 30,
@@ -69,7 +71,7 @@ def train_command(
     from abmll.names import GLOBAL
     from abmll.posterior import PosteriorConfig
     from abmll.store import Record, check_replaceable, save_posterior
-    from training.adaptation import check_mixture, family_settings
+    from training.adaptation import check_family, family_settings
     from training.base.corpus import unseen_items
     from training.base_model import load_base
     from training.calibrate import calibrate_all
@@ -97,14 +99,14 @@ def train_command(
     inner = (
         family_settings(posterior_values["family"])
         | pop_table(values, "inner")
-        | typed(ctx, beta=beta, members=members)
+        | typed(ctx, beta=beta, members=members, factor_rate=factor_rate)
     )
     values = {"steps": steps, "minutes": minutes, "seed": seed} | values
     settings = checked(MetaConfig, values | typed(ctx, steps=steps, minutes=minutes, seed=seed) | {"inner": inner})
     seed = settings.seed
     posterior_config = checked(PosteriorConfig, {"base_model": model or NAME} | posterior_values)
     evaluation = checked(EvalConfig, {"draws": calibration_draws, "seed": seed})
-    check_mixture(settings.inner, posterior_config.family, evaluation.draws)
+    check_family(settings.inner, posterior_config.family, evaluation.draws)
     check_replaceable(out, GLOBAL)
     loaded = load_tasks(tasks)
     work = out.with_name(out.name + ".work")
