@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pydantic import ValidationError
 
+from abmll.draws import draw
 from abmll.errors import AbmllError, InvalidExamples, InvalidPosterior, PromptTooLong
 from abmll.examples import Example
 from abmll.kl import kl
@@ -120,3 +122,42 @@ def test_only_subspace_posteriors_are_mixed(base: BaseModel, attached: Attached,
     with pytest.raises(AbmllError, match="members is 2, but only subspace") as refused:
         adapt(base, attached, theta, EXAMPLES, CONFIG.model_copy(update={"members": 2}))
     assert refused.value.field == "members"
+
+
+OWN = AdaptConfig(steps=6, learning_rate=5e-2, scale_rate=5e-2, beta=1e-2, batch=4, factor_rate=4e-3, factor_examples=5)
+
+
+def test_a_task_with_many_examples_has_factors_of_its_own(base: BaseModel, attached: Attached) -> None:
+    cores = init_posterior(attached, PosteriorConfig(base_model="tiny", targets=TARGETS, family="subspace"), 0)
+    theirs = adapt(base, attached, cores, EXAMPLES, OWN.model_copy(update={"factor_rate": 0.0}), seed=1)
+    own = adapt(base, attached, cores, EXAMPLES, OWN, seed=1)
+    assert loss(base, attached, own) < loss(base, attached, theirs) < loss(base, attached, cores)
+
+    def moved(phi: Posterior) -> float:
+        tensors = cores.tensors()
+        return max((t - tensors[key]).abs().max().item() for key, t in phi.tensors().items() if ".shared." in key)
+
+    assert moved(theirs) == 0
+    assert 4e-3 < moved(own) < 12 * 4e-3  # Adam's steps are of about the rate's size, at most; there are twelve
+    a, b = next(iter(draw(own, 0, 0).values()))
+    assert a.shape[0] == b.shape[1] == own.config.draw_rank == cores.config.draw_rank
+    few = EXAMPLES[:4]
+    assert moved(adapt(base, attached, cores, few, OWN)) == 0
+    texts = [Example(item.prompt, (item.options[item.answer],), 0) for item in EXAMPLES]
+    assert moved(adapt(base, attached, cores, texts, OWN)) == 0  # what more freedom would do there was not measured
+
+
+def test_parts_of_a_support_set_have_factors_of_their_own_where_the_whole_has() -> None:
+    item = Labelled(Question((1,), ((1,), (2,))), 0)
+    assert OWN.for_parts_of([item] * 5).factors_move([item])
+    assert not OWN.for_parts_of([item] * 4).factors_move([item] * 8)
+
+
+def test_only_cores_have_factors_around_them_and_members_share_theirs(
+    base: BaseModel, attached: Attached, theta: Posterior
+) -> None:
+    with pytest.raises(AbmllError, match=r"factor_rate is .*, but only subspace") as refused:
+        adapt(base, attached, theta, EXAMPLES, OWN)
+    assert refused.value.field == "factor_rate"
+    with pytest.raises(ValidationError, match="members share their factors"):
+        AdaptConfig(members=2, factor_rate=1e-3)

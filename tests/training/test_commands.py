@@ -265,7 +265,13 @@ def test_a_posterior_is_calibrated_for_mixtures_which_are_then_made(
     for entry in (*stored.calibration.by_shots, *again.calibration.by_shots):
         assert (entry.scatter is None) == (entry.shots > 0)  # few draws cannot stand for all members
     assert "only subspace" in abmll("calibrate", kronecker, *measured, "--members", 2).refusal
+    assert "only subspace" in abmll("calibrate", kronecker, *measured, "--factor-rate", 0.002).refusal
+    assert "members share their factors" in abmll("calibrate", theta, *measured, "--factor-rate", 0.002).refusal
     taught = ["adapt", theta, "--examples", data / "tasks" / "rule_4.jsonl", "--task", "t", "--out", tmp_path / "phi"]
     assert abmll(*taught).code == 0
     assert load_posterior(tmp_path / "phi").posterior.config.members == 2
     assert abmll("eval", theta, *measured).code == 0
+    one = abmll("calibrate", theta, *measured, "--members", 1, "--factor-rate", 0.002)
+    assert one.code == 0, one.err
+    inner = load_posterior(theta).record.training["inner"]
+    assert (inner["members"], inner["factor_rate"]) == (1, 0.002)

@@ -136,3 +136,16 @@ def test_labels_that_are_listed_in_turn_are_mixed_before_some_are_left_out(
         left_out.append([place for place in range(8) if torch.equal(before[0][:, place], after[0][:, place])])
     assert all(len(places) == 2 and places[0] == 0 for places in left_out)
     assert {support[places[1]].answer for places in left_out} == {0, 1}
+
+
+def test_what_is_held_out_is_answered_with_as_much_freedom_as_the_task_has(base: BaseModel, attached: Attached) -> None:
+    cores = init_posterior(attached, PosteriorConfig(base_model="tiny", targets=TARGETS, family="subspace"), 0)
+    support = label(base, cores.config.template, EXAMPLES)
+    scores: list[torch.Tensor] = []
+    for examples in (1, 10, 11):  # each fold's posterior is adapted to seven or eight of the ten
+        config = AdaptConfig(steps=4, learning_rate=5e-2, factor_rate=4e-3, factor_examples=examples)
+        found = held_out_scores(attached, cores, support, config, draws=2, seed=0)
+        assert found is not None
+        scores.append(found[0])
+    assert torch.equal(scores[0], scores[1])
+    assert not torch.equal(scores[1], scores[2])
