@@ -4,11 +4,12 @@ For a linear layer with frozen weight W0 (d_out x d_in), the update has independ
 with mean M = B A and standard deviation S. The global posterior theta and each task's posterior phi
 have this form (ABMLL, arXiv 2508.14285, section 3); families ``lowrank`` and ``kronecker`` differ in S.
 
-In the third family, ``subspace``, the update is B C A: the factors belong to theta alone, all tasks share them,
-and a task's Gaussian is over the small core C, as in LoRA-XS (Balazy et al. 2024, arXiv 2405.17604) and in
-variational inference in a subspace (ScalaBL, Samplawski et al. 2025, arXiv 2506.21408). There are few enough
-Gaussian weights for KL to count beside a handful of labels. A task's posterior may be a mixture of several such
-Gaussians, equal in weight, as deep ensembles are (Wilson & Izmailov 2020, arXiv 2002.08791, section 3.2).
+In the third family, ``subspace``, the update is B C A: the factors belong to theta, tasks share them (but for those
+with many examples, where that is chosen), and a task's Gaussian is over the small core C, as in LoRA-XS (Balazy et
+al. 2024, arXiv 2405.17604) and in variational inference in a subspace (ScalaBL, Samplawski et al. 2025, arXiv
+2506.21408). There are few enough Gaussian weights for KL to count beside a handful of labels. A task's posterior may
+be a mixture of several such Gaussians, equal in weight, as deep ensembles are (Wilson & Izmailov 2020, arXiv
+2002.08791, section 3.2).
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ class LayerPosterior:
         return self.core if self.core is None or self.members == 1 else self.core.mean(dim=0)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns all parameters by name: mean.* and scale.* are a task's own, shared.* are theta's alone."""
+        """Returns all parameters by name: mean.* and scale.* are a task's own, shared.* mostly theta's."""
         scale = {f"scale.{k}": v for k, v in self.scale.items()}
         if self.core is not None:
             return {"shared.a": self.a, "shared.b": self.b, "mean.core": self.core} | scale
