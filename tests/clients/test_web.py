@@ -367,6 +367,24 @@ def test_a_task_is_taught_tried_rolled_back_and_deleted(visit: Open, keyed: Keye
     expect(page.get_by_role("row", name=re.compile("^2 answers >.99"))).to_be_visible()
     expect(page.get_by_label("Version 1, %")).to_have_value("0.4")
     expect(page.get_by_role("button", name="Apply")).to_be_focused()
+    only = page.get_by_label("A version that does not answer")
+    expect(only).to_be_hidden()  # both answer
+    page.get_by_label("One version").check()
+    page.locator("[data-for=one] select").select_option("2")
+    page.get_by_role("button", name="Apply").click()
+    expect(only).to_have_value("1")
+    page.get_by_role("button", name="Delete it").click()
+    expect(page.get_by_role("heading", name="Delete version 1 of kitchen?")).to_be_visible()
+    with Client(keyed.url, key=keyed.owner) as client:
+        client.serve("kitchen", 1)  # somebody else, meanwhile
+    page.get_by_role("button", name="Delete for good").click()
+    expect(page.get_by_role("alert").filter(visible=True)).to_contain_text("answers")
+    with Client(keyed.url, key=keyed.owner) as client:
+        client.serve("kitchen", 2)
+    page.get_by_role("button", name="Delete for good").click()
+    expect(page.locator("#live")).to_have_text("Version 1 of kitchen is deleted.")
+    expect(page.get_by_role("row", name=re.compile("^1 "))).to_have_count(0)
+    expect(only).to_be_hidden()
     page.get_by_role("button", name="Delete kitchen").click()
     page.get_by_role("button", name="Keep it").click()
     page.get_by_role("button", name="Delete kitchen").click()

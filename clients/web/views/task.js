@@ -41,7 +41,7 @@ export function taskView(page) {
       h("div", { class: "panel versions", tabindex: -1 }, history(task), task.error && h("p", { class: "trouble" }, inWords(task.error))),
       ...(global ? [] : [servingForm(task, page, show)]),
       h("section", { class: "panel" }, h("h2", {}, "How far its confidence held"), versions(task, held), held),
-      ...(global ? [] : [deletion(task.task, page)]),
+      ...(global ? [] : [deletion(task, page, show)]),
     );
     if (task.status === "ready") judge(task.version, held);
     if (focused) body.querySelector(focused)?.focus();
