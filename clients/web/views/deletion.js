@@ -36,7 +36,7 @@ export function deletion({ task: name, versions, serving, version: answering }, 
     h("button", { type: "button", class: "danger", onclick: dialog.open }, text);
   return h(
     "section",
-    { class: "panel" },
+    { class: "panel stack" },
     h("h2", {}, "Delete"),
     ...(spare.length === 0
       ? []
