@@ -148,8 +148,9 @@ def conformal_scores(probabilities: Tensor, answers: Tensor) -> Tensor:
     """Nonconformity of the right answers: the probability that lies above them.
 
     The score of adaptive prediction sets (Romano et al. 2020, arXiv 2006.02544) with its random number
-    at its mean, so that a set depends on its question alone. Unlike 1 - p it means the same for two
-    options as for twenty: a threshold from questions of one kind serves the other.
+    at its mean, so that a set depends on its question alone. Unlike 1 - p it is of one scale for two
+    options and for twenty. Where options are nearly alike it takes as many values as there are options, though, so
+    that a threshold's coverage then depends on their number: all of two or three, three of four.
 
     Args:
         probabilities: Shape (n, options).

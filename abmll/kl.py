@@ -79,8 +79,8 @@ def kl_layer(q: LayerPosterior, p: LayerPosterior) -> Tensor:
     Elementwise Gaussians: sum_ij log(S_p/S_q) + (S_q^2 + (M_q - M_p)^2) / (2 S_p^2) - 1/2
     (arXiv 2508.14285, eq. 3, with diagonal covariance). ``kronecker`` needs no dense matrix: the
     squares factorize over s and t, and the mean's part is an inner product of r x r Gram matrices.
-    ``lowrank`` is summed in blocks of rows. In ``subspace`` the sum is over the core's entries: q and p
-    share the factors around it.
+    ``lowrank`` is summed in blocks of rows. In ``subspace`` the sum is over the core's entries: the factors around it
+    are shared, or point estimates of a task's own, which do not enter.
     """
     if q.family != p.family:
         raise ValueError(f"KL needs one scale family, got {q.family} and {p.family}")

@@ -76,13 +76,24 @@ def prediction_rejection_ratio(confidence: Tensor, correct: Tensor) -> float:
 
 
 def adaptive_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
-    """Mean |accuracy - confidence| over bins of equal count (Nixon et al. 2019, arXiv 1904.01685)."""
+    """Mean |accuracy - confidence| over bins of equal count (Nixon et al. 2019, arXiv 1904.01685).
+
+    Answers of equal confidence count as their mean, in whatever order they come.
+    """
     order = confidence.double().argsort(stable=True)
+    right = _mean_of_equals(confidence.double()[order], correct[order].double())
     errors = [
-        len(part) * abs((correct[part].double().mean() - confidence[part].double().mean()).item())
-        for part in order.tensor_split(min(bins, len(order)))
+        len(part) * abs((right[part].mean() - confidence[order][part].double().mean()).item())
+        for part in torch.arange(len(order)).tensor_split(min(bins, len(order)))
     ]
     return sum(errors) / len(order)
+
+
+def _mean_of_equals(ordered: Tensor, values: Tensor) -> Tensor:
+    """Each value's mean over those that stand at equal places of an order."""
+    _, group = ordered.unique_consecutive(return_inverse=True)
+    count = torch.zeros(int(group.max()) + 1, dtype=torch.float64).index_add(0, group, torch.ones_like(values))
+    return (torch.zeros_like(count).index_add(0, group, values) / count)[group]
 
 
 def risk_coverage(confidence: Tensor, correct: Tensor) -> Tensor:
@@ -91,12 +102,8 @@ def risk_coverage(confidence: Tensor, correct: Tensor) -> Tensor:
     Answers of equal confidence count as their mean, in whatever order they come.
     """
     order = confidence.double().argsort(descending=True, stable=True)
-    errors = 1 - correct[order].double()
-    _, group = confidence.double()[order].unique_consecutive(return_inverse=True)
-    count = torch.zeros(int(group.max()) + 1, dtype=torch.float64).index_add(0, group, torch.ones_like(errors))
-    mean = torch.zeros_like(count).index_add(0, group, errors) / count
-    ranks = torch.arange(1, len(errors) + 1, dtype=torch.float64)
-    return mean[group].cumsum(0) / ranks
+    errors = _mean_of_equals(confidence.double()[order], 1 - correct[order].double())
+    return errors.cumsum(0) / torch.arange(1, len(errors) + 1, dtype=torch.float64)
 
 
 def area_under_risk_coverage(confidence: Tensor, correct: Tensor) -> float:

@@ -81,9 +81,15 @@ def decode_texts(
 
 @torch.inference_mode()
 def answer_texts(
-    base: Base, attached: Attached, posterior: Posterior, prompts: Sequence[str], draws: int, seed: int
+    base: Base,
+    attached: Attached,
+    posterior: Posterior,
+    prompts: Sequence[str],
+    draws: int,
+    seed: int,
+    max_tokens: int = MAX_TOKENS,
 ) -> Texts:
-    """Answers questions in free text as a server does: greedily under the mean, at most ``MAX_TOKENS``; draws score.
+    """Answers questions in free text as a server does: greedily under the mean; draws score.
 
     Args:
         base: Model and tokenizer.
@@ -92,6 +98,7 @@ def answer_texts(
         prompts: The questions.
         draws: How many draws score.
         seed: Their seed.
+        max_tokens: Of an answer, at most.
 
     Raises:
         PromptTooLong: A question leaves no room for an answer.
@@ -100,14 +107,14 @@ def answer_texts(
     questions = [tokenize(base.tokenizer, posterior.config.template, prompt, (), room) for prompt in prompts]
     order = sorted(range(len(questions)), key=lambda at: len(questions[at].prompt))
     # Where a question leaves less room than the others, its answer alone is shorter.
-    roomy = [at for at in order if len(questions[at].prompt) + MAX_TOKENS <= base.context]
+    roomy = [at for at in order if len(questions[at].prompt) + max_tokens <= base.context]
     groups = [roomy[start : start + _AT_ONCE] for start in range(0, len(roomy), _AT_ONCE)]
     groups += [[at] for at in order[len(roomy) :]]
     texts = [""] * len(prompts)
     tokens: list[tuple[int, ...]] = [()] * len(prompts)
     ended = [False] * len(prompts)
     for some in groups:
-        sampling = Sampling(min(MAX_TOKENS, base.context - len(questions[some[-1]].prompt)))
+        sampling = Sampling(min(max_tokens, base.context - len(questions[some[-1]].prompt)))
         with attached.using(posterior):
             found = decode(base.model, base.tokenizer, [questions[at].prompt for at in some], sampling)
         for at, decoded in zip(some, found, strict=True):

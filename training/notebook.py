@@ -24,7 +24,7 @@ from abmll.text_calibration import text_confidence
 from training.adaptation import AdaptConfig
 from training.base_model import BaseModel as Base
 from training.commands.opening import open_base
-from training.decoded_texts import answer_texts
+from training.decoded_texts import MAX_TOKENS, answer_texts
 from training.embedded import POSTERIOR
 from training.predictions import Prediction, Predictions
 from training.ranks import ALONE
@@ -129,6 +129,7 @@ class LoadedPosterior:
         *,
         draws: int = 8,
         seed: int = 0,
+        max_tokens: int = MAX_TOKENS,
     ) -> Predictions:
         """Answers questions under draws from the posterior.
 
@@ -137,6 +138,7 @@ class LoadedPosterior:
             options: What to choose from, for all questions or for each; None: free text.
             draws: Draws from the posterior, at least 1; of a mixture rounded up to as many pairs of each member.
             seed: Their seed.
+            max_tokens: Of a free text; one that comes to no end within them has ``finish`` "length".
 
         Raises:
             InvalidRequest: A question is blank, or its options are not 2 to 64 texts that the model can tell apart.
@@ -147,10 +149,11 @@ class LoadedPosterior:
             if not prompt.strip():
                 raise InvalidRequest(f"prompts[{number}] is blank; give a question", field="prompts")
         _check_whole(draws, "draws", 1)
+        _check_whole(max_tokens, "max_tokens", 1)
         _check_whole(seed, "seed", 0, SEED_LIMIT - 1)
         draws = for_all_members(draws, self.posterior)
         if options is None:
-            return Predictions(self._texts(asked, draws, seed), self.record.task)
+            return Predictions(self._texts(asked, draws, seed, max_tokens), self.record.task)
         if isinstance(options, str) or not hasattr(options, "__iter__"):
             raise InvalidRequest(f"options is {options!r}; give a list of texts", field="options")
         if all(isinstance(option, str) for option in options):
@@ -207,12 +210,13 @@ class LoadedPosterior:
                     epistemic=result.epistemic[at].item(),
                     standard_error=result.standard_error[at].item(),
                     draws=draws,
+                    finish=None,
                 )
             )
         return found
 
-    def _texts(self, prompts: Sequence[str], draws: int, seed: int) -> list[Prediction]:
-        answers = answer_texts(self.base, self.attached, self.posterior, prompts, draws, seed)
+    def _texts(self, prompts: Sequence[str], draws: int, seed: int, max_tokens: int) -> list[Prediction]:
+        answers = answer_texts(self.base, self.attached, self.posterior, prompts, draws, seed, max_tokens)
         entry = None if self.calibration is None else self.calibration.nearest_text(self.record.shots)
         found: list[Prediction] = []
         for at, (prompt, text, tokens) in enumerate(zip(prompts, answers.texts, answers.tokens, strict=True)):
@@ -235,6 +239,7 @@ class LoadedPosterior:
                     epistemic=whole.epistemic,
                     standard_error=whole.standard_error,
                     draws=draws,
+                    finish="end" if answers.ended[at] else "length",
                 )
             )
         return found

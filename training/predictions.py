@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +35,8 @@ class Prediction:
         aleatoric: Its part that more examples would not remove.
         epistemic: Its part that more examples would remove, the mutual information of answer and weights.
         standard_error: Of the confidence; of free text, of ``raw_confidence``.
-        draws: Draws used.
+        draws: Draws used; with one, standard errors and the epistemic part are not known, and told as 0.
+        finish: What ended a free text, the model ("end") or ``max_tokens`` ("length"); None with options.
     """
 
     prompt: str
@@ -52,6 +53,7 @@ class Prediction:
     epistemic: float
     standard_error: float
     draws: int
+    finish: Literal["end", "length"] | None
 
 
 class Predictions(Sequence[Prediction]):

@@ -70,6 +70,17 @@ def test_adaptive_ece_is_the_gap_in_bins_of_equal_count() -> None:
     assert metrics.adaptive_calibration_error(confidence, correct) == pytest.approx(sum(gaps) / 60)
 
 
+def test_adaptive_ece_does_not_depend_on_the_order_of_equal_confidences() -> None:
+    """Half of a hundred answers at 50 % are right: no bin may be told that all of its are, or none."""
+    confidence, correct = torch.full((100,), 0.5), torch.arange(100) < 50
+    assert metrics.adaptive_calibration_error(confidence, correct) == pytest.approx(0)
+    confidence[:7] = 0.9  # all right
+    shuffled = torch.randperm(100, generator=torch.Generator().manual_seed(0))
+    first = metrics.adaptive_calibration_error(confidence, correct)
+    assert first == pytest.approx(metrics.adaptive_calibration_error(confidence[shuffled], correct[shuffled]))
+    assert first > 0
+
+
 def test_area_under_risk_coverage_is_the_mean_risk_of_the_surest() -> None:
     confidence = torch.tensor([0.9, 0.3, 0.8, 0.6])
     correct = torch.tensor([True, False, False, True])

@@ -86,7 +86,13 @@ def test_free_text_is_taught_and_answered(posterior: LoadedPosterior) -> None:
     assert item.answer == "lights"
     assert item.calibrated
     assert item.options is None
+    assert item.finish == "end"
     assert 0 < item.confidence < 1
+    untaught, *_ = posterior.predict("turn on the lamp", max_tokens=3)
+    assert (untaught.finish, untaught.calibrated) == ("length", False)
+    assert len(posterior.predict("turn on the lamp", max_tokens=12)[0].answer) > len(untaught.answer)
+    with pytest.raises(InvalidRequest, match="max_tokens is 0"):
+        task.predict("turn on the lamp", max_tokens=0)
     # As a row of a frame with options elsewhere has none: NaN.
     mixed = pd.DataFrame(texts).assign(options=float("nan"))
     assert posterior.adapt(mixed, task="words").posterior.digest() == task.posterior.digest()
@@ -137,7 +143,9 @@ def test_what_cannot_be_is_said(posterior: LoadedPosterior, task: LoadedPosterio
     for examples in (None, 3, ["x"], [("a", "b")]):
         with pytest.raises(InvalidExamples, match=r"a list of records|must be an object"):
             posterior.adapt(examples)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(InvalidExamples, match=r"'prompt' must be .+ there are 'text', 'answer'"):
+    with pytest.raises(InvalidExamples, match=r"'prompt' must be .+ there are 'sentence', 'answer'"):
+        posterior.adapt([{"sentence": "x", "answer": "y"}])
+    with pytest.raises(InvalidExamples, match=r"examples\[0\]: 'text' is no key of an example; name it 'prompt'"):
         posterior.adapt([{"text": "x", "answer": "y"}])
     with pytest.raises(InvalidExamples, match="a list of records"):
         posterior.adapt("examples.jsonl")  # pyright: ignore[reportArgumentType]
