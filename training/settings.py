@@ -62,7 +62,10 @@ def checked(model: type[M], values: Mapping[str, Any]) -> M:
             near = difflib.get_close_matches(where, _names(model), n=1, cutoff=0.5)
             mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(_names(model))}"
             raise AbmllError(f"there is no setting {where}; {mend}", field=where) from error
-        raise AbmllError(f"setting {where}: {first['msg']} (got {first['input']!r})", field=where) from error
+        said = first["msg"].removeprefix("Value error, ")
+        if not where:  # of several settings together, which it names
+            raise AbmllError(f"these settings do not go together: {said}") from error
+        raise AbmllError(f"setting {where}: {said} (got {first['input']!r})", field=where) from error
 
 
 def _names(model: type[BaseModel]) -> list[str]:

@@ -266,7 +266,8 @@ def test_a_posterior_is_calibrated_for_mixtures_which_are_then_made(
         assert (entry.scatter is None) == (entry.shots > 0)  # few draws cannot stand for all members
     assert "only subspace" in abmll("calibrate", kronecker, *measured, "--members", 2).refusal
     assert "only subspace" in abmll("calibrate", kronecker, *measured, "--factor-rate", 0.002).refusal
-    assert "members share their factors" in abmll("calibrate", theta, *measured, "--factor-rate", 0.002).refusal
+    together = abmll("calibrate", theta, *measured, "--factor-rate", 0.002)
+    assert "these settings do not go together: members is 2" in together.refusal
     taught = ["adapt", theta, "--examples", data / "tasks" / "rule_4.jsonl", "--task", "t", "--out", tmp_path / "phi"]
     assert abmll(*taught).code == 0
     assert load_posterior(tmp_path / "phi").posterior.config.members == 2
@@ -275,3 +276,7 @@ def test_a_posterior_is_calibrated_for_mixtures_which_are_then_made(
     assert one.code == 0, one.err
     inner = load_posterior(theta).record.training["inner"]
     assert (inner["members"], inner["factor_rate"]) == (1, 0.002)
+    assert "tasks of 17 examples and more have factors of their own" in one.err
+    assert abmll("calibrate", theta, *measured, "--members", 2).code == 0  # members share their factors
+    inner = load_posterior(theta).record.training["inner"]
+    assert (inner["members"], inner["factor_rate"]) == (2, 0.0)

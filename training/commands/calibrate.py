@@ -10,7 +10,13 @@ import typer
 from training.commands.document import print_json
 from training.commands.opening import join_ranks, open_base
 from training.commands.options import Device, Dtype, FactorRate, Jobs, Json, Members, OwnModel, Seed, ShardBase, Tasks
-from training.commands.parts import tasks_of_part, tell_of_small, tell_of_unfamiliar, within_context
+from training.commands.parts import (
+    tasks_of_part,
+    tell_of_factors,
+    tell_of_small,
+    tell_of_unfamiliar,
+    within_context,
+)
 from training.settings import checked, numbers
 
 
@@ -46,10 +52,11 @@ def calibrate_command(
 
     stored = load_global(posterior)
     inner = AdaptConfig.from_record(stored.record.training)
-    other = {
-        name: value for name, value in {"members": members, "factor_rate": factor_rate}.items() if value is not None
-    }
-    inner = checked(AdaptConfig, inner.model_dump() | other) if other else inner
+    asked = {"members": members, "factor_rate": factor_rate}
+    other = {name: value for name, value in asked.items() if value is not None}
+    if members is not None and members > 1:
+        other = {"factor_rate": 0.0} | other  # members share their factors
+    inner = checked(AdaptConfig, inner.model_dump() | other)
     check_family(inner, stored.posterior.config.family, draws)
     check_replaceable(posterior, GLOBAL)
     loaded = load_tasks(tasks)
@@ -69,6 +76,7 @@ def calibrate_command(
     training = within_context(base, theta.config.template, training, ranks.main)
     tell_of_small(validation, config.shots, ranks.main)
     tell_of_unfamiliar(training, config, ranks.main)
+    tell_of_factors(inner, config, ranks.main)
     calibration, results, tables = calibrate_all(
         base, attached, theta, validation, training, inner, config, progress, jobs
     )

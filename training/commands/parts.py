@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from abmll.examples import Template
     from abmll.store import StoredPosterior
+    from training.adaptation import AdaptConfig
     from training.base_model import BaseModel
     from training.evaluation import EvalConfig
     from training.splits import Split
@@ -123,6 +124,16 @@ def tell_of_unfamiliar(training: Sequence[Task], config: EvalConfig, main: bool 
         typer.echo(
             f"abmll: no training family has a task of {FAMILIAR_QUERIES} items of at most {FAMILIAR_CHARACTERS} "
             "characters: temperatures rest on the validation tasks alone",
+            err=True,
+        )
+
+
+def tell_of_factors(inner: AdaptConfig, config: EvalConfig, main: bool = True) -> None:
+    """Has the main process tell where tasks have more freedom than any that calibration looks at."""
+    if main and inner.factor_rate > 0 and max(config.shots) < inner.factor_examples:
+        typer.echo(
+            f"abmll: tasks of {inner.factor_examples} examples and more have factors of their own, and calibration "
+            f"looks at {max(config.shots)} at most: `abmll calibrate POSTERIOR --shots 0,4,16,64` looks at more",
             err=True,
         )
 

@@ -25,7 +25,7 @@ from training.commands.options import (
     Tasks,
     typed,
 )
-from training.commands.parts import chosen_split, tell_of_small, tell_of_unfamiliar, within_context
+from training.commands.parts import chosen_split, tell_of_factors, tell_of_small, tell_of_unfamiliar, within_context
 from training.settings import SEED_LIMIT, checked, choose_device, pop_table, read_toml
 
 
@@ -143,6 +143,7 @@ def train_command(
         validation = within_context(base, posterior_config.template, validation, ranks.main)
         tell_of_small(validation, evaluation.shots, ranks.main)
         tell_of_unfamiliar(familiar, evaluation, ranks.main)
+        tell_of_factors(settings.inner, evaluation, ranks.main)
     theta = meta_train(base, attached, training_tasks, posterior_config, settings, work, ranks=ranks)
     if not ranks.sharded:
         ranks.leave()
