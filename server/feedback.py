@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 # Answers and judgements that the rolling measures look back on.
 WINDOW = 1000
+# A version's first answers, which later ones are compared with. The mean over validation tasks would not do: there is
+# no telling a task that has changed from one with other numbers of options, or one that is easier.
+FIRST = 200
 # Answers that wait for a disk that takes nothing; older ones are given up.
 _BUFFERED = 20_000
 # Seconds after which no answer is under way any more.
@@ -119,19 +122,34 @@ class Judged:
 
 @dataclass
 class Window:
-    """The newest answers with options of one version of a task; and judgements, of calibrated free texts too.
+    """The first and the newest answers with options of one version of a task; and judgements, of texts too.
 
-    ``posterior`` is what answered; None where it is not known.
+    Of free texts those that were calibrated are counted. ``first`` has the confidence and epistemic uncertainty of the
+    oldest answers that are kept; ``posterior`` is what answered, None where it is not known.
     """
 
     posterior: str | None = None
     confidence: deque[float] = field(default_factory=lambda: deque[float](maxlen=WINDOW))
     epistemic: deque[float] = field(default_factory=lambda: deque[float](maxlen=WINDOW))
     judged: OrderedDict[str, Judged] = field(default_factory=OrderedDict[str, Judged])
+    first: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
 
     def is_of(self, posterior: str | None) -> bool:
         """Whether that posterior may have given these answers."""
         return None in (self.posterior, posterior) or self.posterior == posterior
+
+    def copy(self) -> Window:
+        """Returns the same, which later answers do not enter."""
+        return Window(
+            self.posterior, self.confidence.copy(), self.epistemic.copy(), self.judged.copy(), self.first.copy()
+        )
+
+    def add(self, confidence: float, epistemic: float) -> None:
+        """Adds an answer with options."""
+        if len(self.first) < FIRST:
+            self.first.append((confidence, epistemic))
+        self.confidence.append(confidence)
+        self.epistemic.append(epistemic)
 
     def judge(self, request_id: str, judged: Judged) -> None:
         """Adds a judgement, or replaces it."""
@@ -141,12 +159,19 @@ class Window:
             self.judged.popitem(last=False)
 
     def told(self) -> dict[str, float]:
-        """Measures of the judged, and of the newest answers judged or not, by the names of their metrics."""
+        """Measures of the judged, and of the newest answers judged or not, by the names of their metrics.
+
+        Drift is told once there are enough first answers to compare with.
+        """
         told = {f"feedback_{name}": value for name, value in self.measures().items()}
         if self.confidence:
             told["recent_count"] = float(len(self.confidence))
             told["recent_confidence"] = math.fsum(self.confidence) / len(self.confidence)
             told["recent_epistemic_nats"] = math.fsum(self.epistemic) / len(self.epistemic)
+        if len(self.first) == FIRST:
+            confidence, epistemic = (math.fsum(values) / FIRST for values in zip(*self.first, strict=True))
+            told["confidence_drift"] = told["recent_confidence"] - confidence
+            told["epistemic_drift_nats"] = told["recent_epistemic_nats"] - epistemic
         return told
 
     def measures(self) -> dict[str, float]:
@@ -224,8 +249,9 @@ class Feedback:
                 of_it = task, version, last
                 answered = f"{_BY} AND options IS NOT NULL"
                 for row in reversed(db.execute(newest.format(answered, WINDOW), of_it).fetchall()):
-                    window.confidence.append(row["confidence"])
-                    window.epistemic.append(row["epistemic"])
+                    window.add(row["confidence"], row["epistemic"])
+                oldest = f"SELECT * FROM answers WHERE task = ? AND version = ? AND {answered} ORDER BY number LIMIT ?"
+                window.first = [(row["confidence"], row["epistemic"]) for row in db.execute(oldest, (*of_it, FIRST))]
                 counted = f"{_BY} AND judged IS NOT NULL AND (options IS NOT NULL OR standard)"
                 for row in reversed(db.execute(newest.format(counted, WINDOW), of_it).fetchall()):
                     window.judge(row["request_id"], _judged(row, bool(row["correct"]), row["label"]))
@@ -236,8 +262,8 @@ class Feedback:
                     windows[key] = newer
                     continue
                 window.posterior = newer.posterior
-                window.confidence.extend(newer.confidence)
-                window.epistemic.extend(newer.epistemic)
+                for confidence, epistemic in zip(newer.confidence, newer.epistemic, strict=True):
+                    window.add(confidence, epistemic)
                 for request_id, judged in newer.judged.items():
                     window.judge(request_id, judged)
             self._windows = windows
@@ -253,8 +279,7 @@ class Feedback:
                 if not window.is_of(answered.posterior):  # another task had the name, or another global posterior
                     window = self._windows[answered.task, answered.version] = Window()
                 window.posterior = answered.posterior
-                window.confidence.append(answered.confidence)
-                window.epistemic.append(answered.epistemic)
+                window.add(answered.confidence, answered.epistemic)
 
     def flush(self) -> None:
         """Writes the answers that wait.
@@ -363,10 +388,7 @@ class Feedback:
     def windows(self) -> list[tuple[str, int, dict[str, float]]]:
         """Task, version and rolling measures of each version that has answered."""
         with self._lock:  # copied, so that no answer waits for the sums
-            windows = {
-                key: Window(window.posterior, window.confidence.copy(), window.epistemic.copy(), window.judged.copy())
-                for key, window in self._windows.items()
-            }
+            windows = {key: window.copy() for key, window in self._windows.items()}
         return [(task, version, window.told()) for (task, version), window in windows.items()]
 
     def answering(self) -> dict[tuple[str, int], str | None]:

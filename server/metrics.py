@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.engine import EngineState
-from server.feedback import WINDOW
+from server.feedback import FIRST, WINDOW
 from server.schemas import GenerateReply
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -38,8 +38,7 @@ class Snapshot:
         seconds: Their run times' sum.
         questions_again: Questions (or their parts) whose scores were there already.
         windows: Task, version and rolling measures of each version that has answered.
-        references: Mean confidence, epistemic uncertainty (nats) and expected calibration error on the validation set,
-            by task and version.
+        promised: Expected calibration error on the validation set, by task and version.
         engine_restarts: Times that the engine has died.
         worker_restarts: Times that the adaptation process has died.
     """
@@ -55,7 +54,7 @@ class Snapshot:
     seconds: float
     questions_again: int
     windows: Sequence[tuple[str, int, dict[str, float]]]
-    references: Mapping[tuple[str, int], tuple[float, float, float]]
+    promised: Mapping[tuple[str, int], float]
     engine_restarts: int
     worker_restarts: int
 
@@ -181,8 +180,8 @@ _ROLLING = {
     "recent_count": f"Answers with options that the next measures look back on, {WINDOW} at most.",
     "recent_confidence": f"Mean confidence of the newest {WINDOW} answers with options.",
     "recent_epistemic_nats": f"Mean epistemic uncertainty of the newest {WINDOW} answers with options.",
-    "confidence_drift": "Recent confidence less that on the posterior's validation set.",
-    "epistemic_drift_nats": "Recent epistemic uncertainty less that on the posterior's validation set.",
+    "confidence_drift": f"Recent confidence less that of the version's first {FIRST} answers with options.",
+    "epistemic_drift_nats": f"Recent epistemic uncertainty less that of its first {FIRST} answers with options.",
 }
 
 
@@ -192,12 +191,8 @@ def _feedback(seen: Snapshot) -> Iterable[Metric]:
     }
     for task, version, told in seen.windows:
         values = dict(told)
-        reference = seen.references.get((task, version))
-        if reference is not None:
-            values["promised_ece"] = reference[2]
-        if reference is not None and "recent_confidence" in told:
-            values["confidence_drift"] = told["recent_confidence"] - reference[0]
-            values["epistemic_drift_nats"] = told["recent_epistemic_nats"] - reference[1]
+        if (promised := seen.promised.get((task, version))) is not None:
+            values["promised_ece"] = promised
         for name, value in values.items():
             families[name].add_metric([task, str(version)], value)
     yield from families.values()

@@ -128,7 +128,9 @@ class Uncertainty(BaseModel):
 
     total: float = Field(description="Entropy of the predictive distribution.", examples=[0.47])
     aleatoric: float = Field(description="The question's own: mean entropy of the draws.", examples=[0.43])
-    epistemic: float = Field(description="The model's ignorance: what more data would remove.", examples=[0.04])
+    epistemic: float = Field(
+        description="The model's ignorance: what more data would remove. 0 with one draw.", examples=[0.04]
+    )
 
 
 class ScoreRequest(Request):
@@ -299,7 +301,9 @@ class GenerateReply(BaseModel):
         description="Entropies in nats, of what `probabilities` gives; of free text, in nats per token."
     )
     standard_error: float = Field(
-        description="Monte Carlo standard error of `confidence`; of free text, of `raw_confidence`.", examples=[0.02]
+        description="Monte Carlo standard error of `confidence`; of free text, of `raw_confidence`. 0 with one draw, "
+        "which does not tell it.",
+        examples=[0.02],
     )
     standard_errors: list[float] | None = Field(
         description="Monte Carlo standard errors of `probabilities`; null for free text.", examples=[[0.02, 0.02]]

@@ -95,20 +95,27 @@ class Service:
         self.prior = load_global(settings)
         settings = with_revision(settings, self.prior.posterior.config)
         self.settings, self.on_failure, self.tracing = settings, on_failure, tracing
+        objects = None if settings.objects is None else Objects(settings.objects)
         self.store = TaskStore(
             settings.store,
             self.prior,
             base_check(settings, self.prior.posterior),
             settings.cache,
-            None if settings.objects is None else Objects(settings.objects),
+            objects,
         )
         if Path(settings.base_model).is_dir():  # else when the engine has fetched it
             self.store.check(self.prior.posterior)
         self.registry = JobRegistry(settings.store / "jobs.sqlite3")
         self._lock = _lock(settings.store)
         self.store.sweep()
-        self.store.refresh()
         self.up_to_date = True
+        if objects is not None:
+            objects.listing()  # an address that is wrong ends the start
+        try:
+            self.store.refresh()
+        except StoreFailure as error:
+            logger.error("the store is not brought up to date, what is there is served: %s", error.message)
+            self.up_to_date = False
         self.feedback = Feedback(settings.store / "feedback.sqlite3", settings.feedback_kept)
         engines = settings.max_replicas or settings.replicas or 1
         self.admission = Admission(settings.concurrency * engines, settings.queue)
@@ -124,7 +131,7 @@ class Service:
         self._recalibrating = threading.Lock()
         # Apart from the threads that questions need: who changes the store may wait for object storage.
         self._changers = ThreadPoolExecutor(2, thread_name_prefix="store")
-        self._reference: dict[tuple[str, int, str | None], tuple[float, float, float] | None] = {}
+        self._promises: dict[tuple[str, int, str | None], float | None] = {}
 
     @property
     def answerer(self) -> Answerer:
@@ -297,28 +304,25 @@ class Service:
             seconds=seconds,
             questions_again=0 if self._answerer is None else self._answerer.scored.hits,
             windows=windows,
-            references=self._references(self.feedback.answering()),
+            promised=self._promised(self.feedback.answering()),
             engine_restarts=self.engine_restarts,
             worker_restarts=0 if self.supervisor is None else self.supervisor.restarts,
         )
 
-    def _references(
-        self, answering: dict[tuple[str, int], str | None]
-    ) -> dict[tuple[str, int], tuple[float, float, float]]:
-        """Mean confidence, epistemic uncertainty and ECE that calibration promised each version that has answered."""
+    def _promised(self, answering: dict[tuple[str, int], str | None]) -> dict[tuple[str, int], float]:
+        """ECE that calibration promised each version that has answered."""
         for (task, version), posterior in answering.items():
             key = task, version, posterior
-            if key not in self._reference:
+            if key not in self._promises:
                 with contextlib.suppress(AbmllError, OSError):
                     stored = self.store.choose(task, version, 0.0)
-                    self._reference[key] = None
+                    self._promises[key] = None
                     if posterior not in (None, stored.answering):
                         continue  # another task had the name
                     entry = None if stored.calibration is None else stored.calibration.nearest(stored.record.shots)
-                    if entry is not None and entry.confidence is not None and entry.epistemic is not None:
-                        self._reference[key] = entry.confidence, entry.epistemic, entry.ece_after
+                    self._promises[key] = None if entry is None else entry.ece_after
         # Copied: another scrape, or a task's end, may change it meanwhile.
-        known = self._reference.copy()
+        known = self._promises.copy()
         found = {(task, version): known.get((task, version, by)) for (task, version), by in answering.items()}
         return {key: value for key, value in found.items() if value is not None}
 
@@ -413,8 +417,8 @@ class Service:
 
         With ``version``, of that version alone.
         """
-        gone = {key for key in self._reference.copy() if key[0] == task and version in (None, key[1])}
-        self._reference = {key: value for key, value in self._reference.copy().items() if key not in gone}
+        gone = {key for key in self._promises.copy() if key[0] == task and version in (None, key[1])}
+        self._promises = {key: value for key, value in self._promises.copy().items() if key not in gone}
         for digest in digests:
             if self.engine is not None:
                 with contextlib.suppress(EngineFailure):  # a dead engine has forgotten already

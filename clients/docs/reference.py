@@ -82,5 +82,5 @@ def _kinds(base: type[AbmllError]) -> Iterator[type[AbmllError]]:
 def _nothing_yet() -> Snapshot:
     return Snapshot(
         engine=None, waiting=0, inside=0, refused=0, disk=(0, 0), tasks=0, jobs={}, done=0, seconds=0.0,
-        questions_again=0, windows=[], references={}, engine_restarts=0, worker_restarts=0,
+        questions_again=0, windows=[], promised={}, engine_restarts=0, worker_restarts=0,
     )  # fmt: skip
