@@ -17,7 +17,10 @@ from server.database import Database
 
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
 
+# Deaths of the adaptation process on a job, and of whole servers that had it under way, after which it fails. What ends
+# a server is seldom the job; one that takes all the machine's memory each time must come to an end all the same.
 ATTEMPTS = 2
+SERVERS = 5
 # Progress of a job whose result is not being saved yet.
 _NEARLY = 0.999
 # Seconds after which to ask again where too many jobs wait: about as long as one takes.
@@ -30,6 +33,7 @@ CREATE TABLE IF NOT EXISTS jobs (
   attempts INTEGER NOT NULL DEFAULT 0, digest TEXT, version INTEGER, created TEXT NOT NULL, started TEXT, finished TEXT
 );
 CREATE UNIQUE INDEX IF NOT EXISTS one_active ON jobs(task) WHERE status IN ('queued', 'running');
+CREATE TABLE IF NOT EXISTS server_deaths (job INTEGER PRIMARY KEY, times INTEGER NOT NULL);
 """
 
 
@@ -44,7 +48,7 @@ class Job(BaseModel, frozen=True):
         error: Why it failed.
         steps: Gradient steps asked for; None for those of meta-training.
         seed: Seed of the adaptation.
-        attempts: Times that a worker began with it and did not give it back.
+        attempts: Adaptation processes that died on it, of servers that lived on.
         digest: Id of the posterior that it made.
         version: Version of the task that it made.
         created: UTC time, ISO 8601.
@@ -70,6 +74,7 @@ class Job(BaseModel, frozen=True):
 _COLUMNS = ", ".join(Job.model_fields)
 # What people taught is kept for as long as the job may need it.
 _ENDS = "status = '{}', finished = ?, examples = '[]'"
+_AGAIN = "UPDATE jobs SET status = 'queued', progress = 0 WHERE status = 'running'"
 
 
 class JobCancelled(Exception):
@@ -178,7 +183,7 @@ class JobRegistry:
         return _EXAMPLES.validate_json(row[0])
 
     def claim(self) -> Job | None:
-        """Takes the oldest queued job up; None if there is none. An attempt is counted by ``begin``."""
+        """Takes the oldest queued job up; None if there is none."""
         with self._database.transaction() as db:
             row = db.execute(
                 "UPDATE jobs SET status = 'running', progress = 0, started = ? WHERE number = "
@@ -187,25 +192,10 @@ class JobRegistry:
             ).fetchone()
         return None if row is None else Job.model_validate(dict(row))
 
-    def begin(self, job: Job) -> None:
-        """Counts an attempt at a job, as it was claimed; saying it again changes nothing.
-
-        Raises:
-            JobCancelled: It is not running any more.
-        """
+    def give_back(self) -> None:
+        """Queues running jobs again, at a server's orderly end: nobody died on them."""
         with self._database.open() as db:
-            query = "UPDATE jobs SET attempts = ? WHERE id = ? AND status = 'running'"
-            if db.execute(query, (job.attempts + 1, job.id)).rowcount == 0:
-                raise JobCancelled(job.id)
-
-    def give_back(self, job: Job) -> None:
-        """Queues a job again, as it was claimed: the attempt does not count, for it was ended from outside."""
-        with self._database.open() as db:
-            db.execute(
-                "UPDATE jobs SET status = 'queued', progress = 0, attempts = ? "
-                "WHERE id = ? AND status = 'running' AND started = ?",
-                (job.attempts, job.id, job.started),
-            )
+            db.execute(_AGAIN)
 
     def report(self, job: str, progress: float) -> None:
         """Writes a running job's progress, 0 to 1.
@@ -269,12 +259,10 @@ class JobRegistry:
         return self.get(job)
 
     def recover(self, job: str | None = None) -> None:
-        """Queues running jobs of a worker that died again, or one job; those that saw ``ATTEMPTS`` workers die fail.
-
-        Without ``job``, examples that an earlier version of abmll left with jobs that have ended are removed.
-        """
+        """Queues running jobs of a worker that died again, or one job; those that saw ``ATTEMPTS`` workers die fail."""
         which, value = ("", ()) if job is None else (" AND id = ?", (job,))
         with self._database.transaction() as db:
+            db.execute(f"UPDATE jobs SET attempts = attempts + 1 WHERE status = 'running'{which}", value)
             db.execute(
                 f"UPDATE jobs SET {_ENDS.format('failed')}, error = ? "
                 f"WHERE status = 'running' AND attempts >= ?{which}",
@@ -285,6 +273,28 @@ class JobRegistry:
                     *value,
                 ),
             )
-            db.execute(f"UPDATE jobs SET status = 'queued', progress = 0 WHERE status = 'running'{which}", value)
-            if job is None:
-                db.execute("UPDATE jobs SET examples = '[]' WHERE finished IS NOT NULL AND examples != '[]'")
+            db.execute(f"{_AGAIN}{which}", value)
+
+    def recover_after_server(self) -> None:
+        """Queues jobs again that a killed server had under way; those that saw ``SERVERS`` servers die fail.
+
+        Examples that an earlier version of abmll left with jobs that have ended are removed.
+        """
+        with self._database.transaction() as db:
+            db.execute(
+                "INSERT INTO server_deaths SELECT number, 1 FROM jobs WHERE status = 'running' "
+                "ON CONFLICT (job) DO UPDATE SET times = times + 1"
+            )
+            db.execute(
+                f"UPDATE jobs SET {_ENDS.format('failed')}, error = ? WHERE status = 'running' "
+                "AND number IN (SELECT job FROM server_deaths WHERE times >= ?)",
+                (
+                    _now(),
+                    f"the server was killed {SERVERS} times while this job was under way, which may take more memory "
+                    "than there is; see what ended the server, then teach it again",
+                    SERVERS,
+                ),
+            )
+            db.execute(_AGAIN)
+            db.execute("UPDATE jobs SET examples = '[]' WHERE finished IS NOT NULL AND examples != '[]'")
+            db.execute("DELETE FROM server_deaths WHERE job IN (SELECT number FROM jobs WHERE finished IS NOT NULL)")

@@ -24,6 +24,12 @@ _MEMORY = {"torch": 2 * _GIB, "vllm": 5 * _GIB}
 _EXTRAS = {"bitsandbytes": "nf4", "ray": "cluster"}
 # vLLM's processes talk through shared memory.
 _SHARED = 64 << 20
+# Where Linux tells a container's limit of memory, what is used, and of what: version 2 of cgroups, and version 1.
+_CGROUPS = Path("/sys/fs/cgroup")
+_LIMITS = (
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+)
 _VLLM = """
 import json, vllm, vllm.platforms
 print(json.dumps({"version": vllm.__version__, "device": vllm.platforms.current_platform.device_name}))
@@ -148,18 +154,33 @@ def packages(settings: Settings) -> Iterator[Finding]:
 
 def machine(settings: Settings) -> Iterator[Finding]:
     """Memory, shared memory, and the instructions that vLLM's CPU build needs."""
-    import psutil
-
-    memory = psutil.virtual_memory()
+    available, total = _memory()
     need = _MEMORY[settings.engine]
-    detail = f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB available"
-    if memory.available < need:
-        mend = f"{settings.engine} wants {need / _GIB:.0f} GiB and the model's weights; end other programs"
+    detail = f"{available / _GIB:.1f} of {total / _GIB:.1f} GiB available"
+    if available < need:
+        mend = f"{settings.engine} wants {need / _GIB:.0f} GiB and the model's weights; end other programs, or raise "
+        mend += "the container's limit"
         yield Finding("memory", "warn", detail, mend)
     else:
         yield Finding("memory", "ok", detail)
     yield from _shared(settings)
     yield from _processor(settings)
+
+
+def _memory() -> tuple[int, int]:
+    """Bytes that are available, and of how many: the machine's, or the container's where it may have less."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    available, total = memory.available, memory.total
+    for names in _LIMITS:
+        with suppress(OSError, ValueError):  # not there, or "max": no limit
+            limit, used, stat = ((_CGROUPS / name).read_text() for name in names)
+            if int(limit) < total:
+                # Files that were read once count as used, and give way.
+                cached = dict(line.split() for line in stat.splitlines()).get("inactive_file", 0)
+                available, total = min(available, int(limit) - int(used) + int(cached)), int(limit)
+    return available, total
 
 
 def _shared(settings: Settings) -> Iterator[Finding]:

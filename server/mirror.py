@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import shutil
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 # In a version's folder: its mark. A version without it has not been in object storage.
 _BLOB = "BLOB"
 _CONTENT = ("posterior.json", "posterior.safetensors", "calibration.json")
+# What a disk says that will take no other version either.
+_WHOLE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class _Mark(NamedTuple):
@@ -40,6 +43,22 @@ class _Mark(NamedTuple):
 
     def text(self) -> str:
         return f"{self.blob}\n{self.place or ''}"
+
+
+class _NotBrought(Exception):
+    """One version is not brought up to date; the others may be."""
+
+
+class _PlaceFailed(Exception):
+    """Object storage did not give a version: told apart from the disk's failures, which have the same type.
+
+    Args:
+        failure: What it said.
+    """
+
+    def __init__(self, failure: StoreFailure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
 
 
 class Mirror:
@@ -74,17 +93,22 @@ class Mirror:
                     self.objects.remove(name, number, pointer)
             raise
 
-    def refresh(self) -> Listing:
+    def refresh(self, task: str | None = None) -> Listing:
         """Uploads what has never been in this place, fetches what others have made, drops what they have deleted.
+
+        Where one version cannot be brought up to date, the others are all the same.
+
+        Args:
+            task: The task whose versions matter; None for all.
 
         Returns:
             What is there.
 
         Raises:
-            StoreFailure: The place, or this folder, cannot be read or written; or both have a task of the same name
-                that is not the same. What was done stays.
+            StoreFailure: The place, or this folder, cannot be read or written; or both have a version of a task that
+                matters that is not the same. What was done stays.
         """
-        there = self.objects.listing()
+        there, failed = self.objects.listing(), list[str]()
         try:
             for name in sorted({*there.versions, *filter(is_name, (entry.name for entry in self.tasks.iterdir()))}):
                 pointers, here = there.versions[name], self._marks(name, there.place)
@@ -93,11 +117,20 @@ class Mirror:
                     self.objects.serve(name, there.serving[name])
                 # What a pointer that cannot be read stands for is not deleted.
                 for number in sorted({*pointers, *here} - there.unreadable[name]):
-                    self._bring(name, number, here, pointers, there.place)
+                    try:
+                        self._bring(name, number, here, pointers, there.place)
+                    except (_NotBrought, OSError) as error:
+                        if isinstance(error, OSError) and error.errno in _WHOLE_DISK:
+                            raise
+                        if task in (None, name):
+                            failed.append(f"version {number} of task {name!r}: {error}")
                 if pointers:
                     self._bring_serving(name, there.serving.get(name))
         except OSError as error:
             raise StoreFailure(f"{self.tasks} cannot be brought up to date: {error}; mend its disk") from error
+        if failed:
+            more = f"; and {len(failed) - 1} more" if len(failed) > 1 else ""
+            raise StoreFailure(f"not all versions are as in {self.objects.url}: {failed[0]}{more}")
         return there
 
     def remove(self, name: str) -> bool:
@@ -135,8 +168,8 @@ class Mirror:
                 logger.info("version %d of task %s goes to %s", number, name, self.objects.url)
                 pointer = pointers[number] = self.objects.publish(name, number, folder, _content(folder))
             elif pointer.content != _content(folder):
-                raise StoreFailure(
-                    f"task {name!r} is in {self.tasks} and, another one, in {self.objects.url}; delete one of the two"
+                raise _NotBrought(
+                    f"it is in {self.tasks} and, another one, in {self.objects.url}; delete one of the two"
                 )
             replace_file(folder / _BLOB, _Mark(pointer.blob, place).text().encode())
         elif pointer is None:
@@ -162,11 +195,20 @@ class Mirror:
     def _fetch(self, name: str, number: int, pointer: Pointer, place: str) -> None:
         try:
             with replaced(self._folder(name, number)) as partial:
-                self.objects.fetch(pointer, partial)
+                try:
+                    self.objects.fetch(pointer, partial)
+                except StoreFailure as error:
+                    raise _PlaceFailed(error) from error
                 load_posterior(partial)  # cut short on the way, it would stay damaged here
                 (partial / _BLOB).write_text(_Mark(pointer.blob, place).text())
         except InvalidPosterior as error:  # deleted meanwhile, or damaged there
             logger.warning("version %d of task %s cannot be fetched: %s", number, name, error.message)
+        except _PlaceFailed as error:
+            raise error.failure from None
+        except StoreFailure as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in _WHOLE_DISK:
+                raise
+            raise _NotBrought(error.message) from error
         else:
             logger.info("version %d of task %s was fetched", number, name)
 

@@ -102,7 +102,12 @@ def run(settings: Settings) -> int:
         return 1
     allow_connections()
     config = uvicorn.Config(
-        app, http=ImpatientProtocol, log_config=None, access_log=False, timeout_graceful_shutdown=10
+        app,
+        http=ImpatientProtocol,
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=75,  # longer than proxies keep one, 60 s: else they send into one that is being closed
+        timeout_graceful_shutdown=10,
     )
     server = uvicorn.Server(config)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after its own orderly stop

@@ -117,7 +117,7 @@ class TaskStore:
             digests of its posteriors that had been loaded.
 
         Raises:
-            StoreFailure: It does not answer, or the disk is full or not writable.
+            StoreFailure: It does not answer, the disk is full or not writable, or a version is not brought up to date.
         """
         if self._mirror is None:
             return {}
@@ -283,7 +283,7 @@ class TaskStore:
             data = _Serving(shares=normal).model_dump_json().encode()
         with self._changing():
             if self._mirror is not None:
-                self._mirror.refresh()  # another server may have deleted a version
+                self._mirror.refresh(name)  # another server may have deleted a version
             known = {version.number: version for version in self.versions(name)}
             for number in shares or ():
                 if number not in known:
@@ -323,7 +323,7 @@ class TaskStore:
         """
         check_name(name)
         with self._changing():
-            there = None if self._mirror is None else self._mirror.refresh()
+            there = None if self._mirror is None else self._mirror.refresh(name)
             numbers = self._numbers(name)
             if source is not None and not self._holds(name, numbers, source):
                 raise TaskNotFound(
@@ -383,7 +383,7 @@ class TaskStore:
         if name == GLOBAL:
             raise TaskConflict("the global posterior has one version, which cannot be deleted", "name")
         with self._changing():
-            there = None if self._mirror is None else self._mirror.refresh()
+            there = None if self._mirror is None else self._mirror.refresh(name)
             known = self._known(name)
             if number not in known:
                 raise TaskNotFound(f"task {name!r} has no version {number}; it has {known}", "version")

@@ -15,7 +15,7 @@ from server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# That a worker has for giving its job back.
+# That a worker has for its end.
 _CLOSE_SECONDS = 5.0
 
 
@@ -42,6 +42,11 @@ class Supervisor:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        await self._end()
+        with contextlib.suppress(StoreFailure):
+            await asyncio.to_thread(self.registry.give_back)
+
+    async def _end(self) -> None:
         if self.process is None or self.process.returncode is not None:
             return
         assert self.process.stdin is not None
@@ -60,14 +65,15 @@ class Supervisor:
             stdin.write(b"\n")
 
     async def _watch(self) -> None:
-        delay = 1.0
+        delay, recover = 1.0, self.registry.recover_after_server
         while True:
             try:
-                await asyncio.to_thread(self.registry.recover)
+                await asyncio.to_thread(recover)
             except StoreFailure as error:  # a worker without its jobs put right would leave them running for ever
                 logger.error("%s; adaptation waits", error.message)
                 await asyncio.sleep(STORE_SECONDS)
                 continue
+            recover = self.registry.recover
             begun = asyncio.get_running_loop().time()
             try:
                 code = await self._work()

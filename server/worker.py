@@ -43,16 +43,9 @@ class Worker:
     def __init__(self, settings: Settings, prior: StoredPosterior, store: TaskStore, registry: JobRegistry) -> None:
         self.prior, self.store, self.registry = prior, store, registry
         self.adapting = Adapting(settings, prior)
-        self._job: Job | None = None
-
-    def give_back(self) -> None:
-        """Queues the job under way again, for the next server: it has done nothing wrong."""
-        if self._job is not None:
-            self.registry.give_back(self._job)
 
     def run(self, job: Job) -> None:
         """Runs a claimed job to its end, whatever that is."""
-        self._job = job
         logger.info("job %s for task %s begins", job.id, job.task)
         try:
             self._adapt(job)
@@ -80,7 +73,6 @@ class Worker:
             logger.warning("progress of job %s is not written: %s", job.id, error.message)
 
     def _adapt(self, job: Job) -> None:
-        persist(lambda: self.registry.begin(job))
         examples = persist(lambda: self.registry.examples(job.id))
         made = self.adapting.run(job, examples, lambda progress: self._report(job, progress))
         persist(lambda: finish(job, made, len(examples), self.prior, self.store, self.registry))
@@ -96,14 +88,10 @@ def persist(write: Callable[[], _T]) -> _T:
             time.sleep(STORE_SECONDS)
 
 
-def _watch_server(wake: threading.Event, working: list[Worker]) -> None:
+def _watch_server(wake: threading.Event) -> None:
     for _ in sys.stdin:
         wake.set()
-    try:
-        for worker in working:
-            worker.give_back()
-    finally:
-        os._exit(0)
+    os._exit(0)  # the job under way is queued again by the server, or by the next one
 
 
 def main() -> None:
@@ -112,8 +100,8 @@ def main() -> None:
     configure(settings)
     tracing = Tracing.of(settings)
     # Watched from the first moment on: what is imported here takes seconds.
-    wake, working = threading.Event(), list[Worker]()
-    threading.Thread(target=_watch_server, args=(wake, working), daemon=True).start()
+    wake = threading.Event()
+    threading.Thread(target=_watch_server, args=(wake,), daemon=True).start()
     if hasattr(os, "nice"):
         os.nice(NICENESS)
     gc.disable()  # it would look over and over through what is imported, and find nothing
@@ -131,7 +119,6 @@ def main() -> None:
     registry = JobRegistry(settings.store / "jobs.sqlite3")
     objects = None if settings.objects is None else Objects(settings.objects)
     worker = Worker(settings, prior, TaskStore(settings.store, prior, objects=objects), registry)
-    working.append(worker)
     while True:
         job = persist(registry.claim)
         if job is None:

@@ -55,7 +55,7 @@ class ClusterAdaptation:
         self.tracing = tracing
         self.restarts = 0
         self._woken = asyncio.Event()
-        self._running: dict[asyncio.Task[None], Job] = {}
+        self._running = set[asyncio.Task[None]]()
         self._taking: asyncio.Task[None] | None = None
         self._task: Any = None
 
@@ -69,21 +69,19 @@ class ClusterAdaptation:
 
     async def close(self) -> None:
         """Ends the jobs under way; they are taken up again by the next server."""
-        running = dict(self._running)
-        ending = [task for task in (self._taking, *running) if task is not None]
+        ending = [task for task in (self._taking, *self._running) if task is not None]
         for task in ending:
             task.cancel()
         await asyncio.gather(*ending, return_exceptions=True)
-        for job in running.values():
-            with contextlib.suppress(StoreFailure):
-                await asyncio.to_thread(self.registry.give_back, job)
+        with contextlib.suppress(StoreFailure):
+            await asyncio.to_thread(self.registry.give_back)
 
     async def _take(self) -> None:
         import ray
 
         # Said here, not with ``options``: a process that has a GPU then ends with its task, and gives the memory back.
         self._task = ray.remote(num_returns="streaming", max_retries=0, **adaptation_resources(self.settings))(_adapt)
-        await _persist(self.registry.recover)
+        await _persist(self.registry.recover_after_server)
         free = asyncio.Semaphore(self.settings.adapt_jobs)
         while True:
             await free.acquire()
@@ -97,8 +95,8 @@ class ClusterAdaptation:
                     await asyncio.wait_for(self._woken.wait(), POLL_SECONDS)
                 continue
             task = asyncio.create_task(self._run(job), name=f"adaptation-{job.id}")
-            self._running[task] = job
-            task.add_done_callback(lambda done: (self._running.pop(done), free.release()))
+            self._running.add(task)
+            task.add_done_callback(lambda done: (self._running.discard(done), free.release()))
 
     async def _run(self, job: Job) -> None:
         with of_job(self.tracing, job):
@@ -122,8 +120,6 @@ class ClusterAdaptation:
         except Exception as error:  # what Ray raises when the process, or its machine, is gone
             logger.error("the process of job %s died: %s", job.id, type(error).__name__)
             self.restarts += 1
-            with contextlib.suppress(JobCancelled):
-                await _persist(lambda: self.registry.begin(job))
             await _persist(lambda: self.registry.recover(job.id))
             self.wake()
         else:
@@ -142,7 +138,6 @@ class ClusterAdaptation:
             async for reference in results:
                 item: float | _Made = await reference
                 waiting.cancel()
-                # No attempt is counted here but when its process dies, see `_end`: the server's own end is none.
                 if isinstance(item, tuple):
                     made = item
                 else:

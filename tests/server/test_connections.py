@@ -77,6 +77,16 @@ def test_a_reply_may_take_its_time_and_a_body_come_in_parts(impatient: int) -> N
             assert client.post("/slow", content=parts(), headers=headers).json() == {"a": 1}
 
 
+@pytest.mark.slow
+def test_a_connection_is_kept_while_it_is_idle(start_server: Callable[..., Server]) -> None:
+    server, asked = start_server(), b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.settings.port), timeout=5) as connection:
+        for pause in (0, connections.HEAD_SECONDS + 1):  # longer than uvicorn's 5 s, and than a head may take
+            time.sleep(pause)
+            connection.sendall(asked)
+            assert connection.recv(10_000).startswith(b"HTTP/1.1 200")
+
+
 def test_a_locked_file_of_keys_holds_up_nobody_who_needs_none(
     start_server: Callable[..., Server], tmp_path: Path
 ) -> None:

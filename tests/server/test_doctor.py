@@ -160,6 +160,30 @@ def test_a_missing_package_is_told_with_the_extra_that_brings_it(
     assert all(name in found.detail.partition(" missing")[0] for name in missing)
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ],
+)
+def test_of_the_memory_a_container_s_limit_counts_where_there_is_one(
+    files: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine_checks, "_CGROUPS", tmp_path)
+
+    def told(limit: str) -> str:
+        for name, text in zip(files, (limit, f"{700 << 20}\n", f"anon 1\ninactive_file {200 << 20}\n"), strict=True):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text)
+        (found,) = (each for each in machine_checks.machine(Settings(engine="torch")) if each.name == "memory")
+        return f"{found.status}: {found.detail}"
+
+    assert told(f"{1 << 30}\n") == "warn: 0.5 of 1.0 GiB available"
+    assert told("max\n") == told("9223372036854771712\n")
+    assert " of 1.0 GiB" not in told("max\n")
+
+
 def test_a_process_that_dies_or_hangs_is_told_of() -> None:
     assert machine_checks.Child(["-c", "raise ImportError('no such library')"]).told() == (
         [],

@@ -15,9 +15,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from abmll.store import load_posterior
+from abmll.store import Record, StoredPosterior, load_posterior
 from server.local_server import processes_below
-from tests.server.conftest import Server, wait_for
+from server.objects import Objects
+from server.store import TaskStore
+from tests.server.conftest import Server, random_posterior, wait_for
 from tests.server.test_http import EXAMPLES, QUESTION, adapt
 from tests.server.test_lifetime import wait_running
 from tests.server.test_load import SLOW, metric
@@ -252,3 +254,41 @@ def test_a_store_that_is_gone_is_told_by_the_metrics_and_costs_its_tasks_alone(
     (tmp_path / "away").rename(tasks)
     assert metric(server, "abmll_store_up") == 1
     assert server.http.post("/generate", json=QUESTION | {"task": "films"}).status_code == 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["full", "read-only", "conflict"])
+def test_a_server_starts_with_what_its_disk_has_where_object_storage_has_more(
+    disk: Path,
+    fault: str,
+    start_server: Callable[..., Server],
+    tmp_path: Path,
+    global_posterior: tuple[Path, StoredPosterior],
+    tiny_model_folder: Path,
+) -> None:
+    place, store = f"file://{tmp_path}/objects", disk / "store"
+    elsewhere = TaskStore(tmp_path / "elsewhere", global_posterior[1], objects=Objects(place))
+
+    def made(store: TaskStore, name: str, seed: int) -> None:
+        store.add(name, random_posterior(tiny_model_folder, seed), None, lambda n: Record(task=name, version=n))
+
+    made(elsewhere, "first", 1)
+    start_server(store=store, objects=place).stop()
+    if fault == "conflict":
+        made(TaskStore(store, global_posterior[1]), "later", 3)
+    made(elsewhere, "later", 2)
+    filler = fill(disk) if fault == "full" else None
+    if fault == "read-only":
+        remount(disk, "ro")
+    server = start_server(store=store, objects=place)
+    assert metric(server, "abmll_store_up") == 0
+    assert "is not brought up to date, what is there is served" in server.log.read_text()
+    probabilities(server, "first")
+    if filler is not None:
+        filler.unlink()
+    elif fault == "read-only":
+        remount(disk, "rw")
+    else:
+        elsewhere.delete("later")
+    wait_for(lambda: metric(server, "abmll_store_up") == 1)
+    probabilities(server, "later")

@@ -131,6 +131,10 @@ def test_there_are_as_many_gpus_as_engines_and_adaptation_take(
         for name, worker in of_kind(nodes, "Deployment").items()
     }
     assert of_kind(nodes, "Deployment")["abmll-engine"]["spec"]["replicas"] == settings.replicas
+    # Questions are let in for as many engines as there may be, not as there are.
+    assert settings.replicas is not None
+    assert settings.max_replicas is not None
+    assert settings.replicas < settings.max_replicas <= 2 * settings.replicas
     assert {worker["resources"]["limits"]["nvidia.com/gpu"] for worker in workers.values()} == {"1"}
     assert "nvidia.com/gpu" not in container(nodes, "abmll")["resources"]["limits"]
     # A server that sees no GPU yet places engines by their CPU: one a pod then, too, and none where tasks are taught.
@@ -247,6 +251,42 @@ def test_a_monitor_asks_where_metrics_are(component: str, tmp_path: Path) -> Non
     credentials = {"authorization": {"type": "Bearer", "credentials": {"name": "abmll-metrics", "key": "key"}}}
     assert endpoint.items() >= (credentials if component.endswith("key") else {}).items()
     assert ("authorization" in endpoint) == component.endswith("key")
+
+
+@pytest.mark.parametrize("overlay", ["base", "overlays/one-gpu"])
+def test_a_first_key_is_made_where_there_is_none(
+    overlay: str, tmp_path: Path, abmll: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path.resolve()
+    parts = {"resources": overlay, "components": "components/first-key"}
+    lists: dict[str, Any] = {kind: [os.path.relpath(KUBERNETES / part, folder)] for kind, part in parts.items()}
+    images = [{"name": "abmll", "newName": "registry.example/abmll", "newTag": "0.1.0"}]
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(lists | {"images": images}))
+    resources = built(folder)
+    kubernetes_validate.validate(dict(of_kind(resources, "StatefulSet")["abmll"]), VERSIONS[-1], strict=True)
+    making, server = container(resources, "keys"), container(resources, "abmll")
+    assert making["image"] == server["image"] == "registry.example/abmll:0.1.0"
+    path = told(resources, making)["ABMLL_KEY_FILE"]
+    assert path == told(resources, server)["ABMLL_KEY_FILE"]
+    for each in (making, server):
+        assert {"name": "store", "mountPath": str(Path(path).parent)} in each["volumeMounts"]
+    assert making["securityContext"] == server["securityContext"]
+
+    environment = os.environ | {"ABMLL_KEY_FILE": str(tmp_path / "keys.sqlite3")}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    said = [
+        subprocess.run(making["command"], env=environment, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert said[0].startswith("abmll_")
+    assert said[1] == ""
+    monkeypatch.setenv("ABMLL_KEY_FILE", environment["ABMLL_KEY_FILE"])
+    assert [(key["name"], len(key["rights"])) for key in abmll("keys", "list", "--json").json] == [("first", 3)]
+
+
+def test_a_pod_that_never_became_ready_is_replaced_by_an_apply() -> None:
+    for overlay in OVERLAYS:  # kubernetes/kubernetes#67250
+        assert of_kind(built(overlay), "StatefulSet")["abmll"]["spec"]["podManagementPolicy"] == "Parallel"
 
 
 def test_images_are_named_in_one_place() -> None:

@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from abmll.store import StoredPosterior
-from server.jobs import JobRegistry
+from server.jobs import ATTEMPTS, JobRegistry
 from server.local_server import processes_below
 from server.run import run
 from server.settings import Settings
@@ -82,21 +82,35 @@ def test_tasks_and_jobs_survive_restarts_and_damage_stays_where_it_is(
     assert "damaged" in tasks["broken"]["error"]
     refused = server.http.post("/generate", json=ask | {"task": "broken"})
     assert (refused.status_code, refused.json()["error"]["type"]) == (500, "InvalidPosterior")
-    assert server.wait_job(running)["status"] == "done"
+    assert server.wait_job(running, 240)["status"] == "done"
     assert server.wait_job(queued)["status"] == "done"
     assert server.wait_job(adapt(server, "broken", steps=1)["job"])["posterior"]["version"] == 2
     assert server.http.post("/generate", json=ask | {"task": "broken"}).status_code == 200
 
     orphan = adapt(server, "orphan", steps=1000)["job"]
     worker = wait_running(server, orphan)
-    assert jobs.get(orphan).attempts == 1
     server.process.kill()
     server.process.wait()
     deadline = time.monotonic() + 10
     while worker.is_running() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not worker.is_running(), "the adaptation process outlived its server"
-    assert (jobs.get(orphan).status, jobs.get(orphan).attempts) == ("queued", 0)
+    assert (jobs.get(orphan).status, jobs.get(orphan).attempts) == ("running", 0)
+
+
+@pytest.mark.slow
+def test_a_job_outlives_kills_of_the_whole_container(start_server: Callable[..., Server], tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    server = start_server(store)
+    job = adapt(server, "patient", steps=60)["job"]
+    for _ in range(ATTEMPTS):
+        worker = wait_running(server, job)
+        server.process.send_signal(signal.SIGSTOP)  # so that it cannot see its worker die before it
+        worker.kill()
+        server.process.kill()
+        server.process.wait()
+        server = start_server(store)
+    assert server.wait_job(job, 240)["status"] == "done"
 
 
 @pytest.mark.slow

@@ -259,9 +259,13 @@ def test_what_compose_mounts_exists_and_what_it_runs_is_pinned_and_watched() -> 
         else:
             assert re.fullmatch(r"\S+:v?\d+\.\d+\.\d+", service["image"]), name
         assert service["healthcheck"]["test"]
+        assert service["logging"]["options"].keys() == {"max-size", "max-file"}
         for volume in service["volumes"]:
             source = re.sub(r"\$\{\w+:-(.*?)\}", r"\1", volume).split(":")[0]
             assert (DEPLOY / source).exists() if source.startswith(".") else source in compose["volumes"], volume
+    manifest = yaml.safe_load((DEPLOY / "kubernetes" / "base" / "server.yaml").read_text())
+    grace = manifest["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert compose["services"]["abmll"]["stop_grace_period"] == f"{grace}s"
     scraped = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())["scrape_configs"][0]
     (target,) = scraped["static_configs"][0]["targets"]
     assert target.split(":") == ["abmll", compose["services"]["abmll"]["command"][-1]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -234,11 +235,50 @@ def test_two_tasks_of_one_name_are_told_and_neither_is_lost(
     mine = open_store("one", shared=False).add("t", random_posterior(tiny_model_folder, 1), None, record("t"))
     theirs = open_store("other").add("t", random_posterior(tiny_model_folder, 2), None, record("t"))
     one, other = open_store("one"), open_store("other")
-    with pytest.raises(StoreFailure, match=r"task 't' is in .* another one"):
+    with pytest.raises(StoreFailure, match=r"version 1 of task 't': it is in .* another one"):
         one.refresh()
     other.refresh()
     assert one.current("t").digest == mine.digest
     assert other.current("t").digest == theirs.digest
+
+
+def test_a_version_that_cannot_be_brought_holds_up_no_other(
+    open_store: Callable[..., TaskStore], tiny_model_folder: Path
+) -> None:
+    posterior = random_posterior(tiny_model_folder, 1)
+    open_store("one", shared=False).add("a", posterior, None, record("a"))
+    other = open_store("other")
+    for name in ("a", "z"):
+        other.add(name, random_posterior(tiny_model_folder, 2), None, record(name))
+    one = open_store("one")
+    with pytest.raises(StoreFailure, match="version 1 of task 'a'"):
+        one.refresh()
+    assert one.names() == ["global", "a", "z"]
+    one.add("z", posterior, None, record("z"))
+    other.refresh()
+    assert [version.number for version in other.versions("z")] == [1, 2]
+    with pytest.raises(StoreFailure, match="version 1 of task 'a'"):
+        one.add("a", posterior, None, record("a"))
+
+
+def test_a_disk_that_takes_nothing_and_a_place_that_gives_nothing_are_tried_once(
+    open_store: Callable[..., TaskStore], tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, one = open_store("other"), open_store("one")
+    for name in ("a", "b", "c"):
+        other.add(name, random_posterior(tiny_model_folder, 1), None, record(name))
+    for error in (OSError(errno.ENOSPC, "no space left"), StoreFailure("nobody answers")):
+        tried: list[object] = []
+
+        def fetch(*_: object, error: Exception = error, tried: list[object] = tried) -> None:
+            tried.append(error)
+            raise error
+
+        monkeypatch.setattr(Objects, "fetch", fetch)
+        with pytest.raises(StoreFailure, match=str(error.args[-1])):
+            one.refresh()
+        assert len(tried) == 1
+    one.names()
 
 
 def test_of_two_servers_that_make_a_version_at_once_one_is_told_to_try_again(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from abmll.names import check_name
 from abmll.posterior import Posterior
 from abmll.store import Record, StoredPosterior
 from server.errors import Told, install
-from server.jobs import ATTEMPTS, JobCancelled, JobRegistry
+from server.jobs import ATTEMPTS, SERVERS, JobCancelled, JobRegistry
 from server.logs import Logged
 from server.store import TaskStore
 from server.task_schemas import AdaptRequest
@@ -181,16 +180,14 @@ def test_what_was_taught_is_kept_no_longer_than_the_job(registry: JobRegistry, t
             registry.examples(job.id)
     registry.submit("a", examples, None, 0)
     for _ in range(ATTEMPTS):
-        claimed = registry.claim()
-        assert claimed is not None
-        registry.begin(claimed)
+        assert registry.claim() is not None
         registry.recover()
     assert secret not in kept()
 
     with sqlite3.connect(tmp_path / "jobs.sqlite3") as db:  # as earlier versions left it
         db.execute("UPDATE jobs SET examples = 'an old secret'")
     waiting = registry.submit("b", examples, None, 0)
-    registry.recover()
+    registry.recover_after_server()
     assert "an old secret" not in kept()
     assert registry.claim() is not None
     assert registry.examples(waiting.id) == examples
@@ -212,30 +209,40 @@ def test_a_save_that_fails_leaves_the_job_running(registry: JobRegistry) -> None
 def test_a_job_is_taken_up_again_once(registry: JobRegistry) -> None:
     job = registry.submit("a", EXAMPLES, None, 0)
     for status in ("queued", "failed"):
-        claimed = registry.claim()
-        assert claimed is not None
-        registry.begin(claimed)
-        registry.begin(claimed)
+        assert registry.claim() is not None
         registry.recover()
         assert registry.get(job.id).status == status
     assert registry.claim() is None
 
 
-def test_a_job_that_was_given_back_or_only_waited_has_not_been_tried(registry: JobRegistry) -> None:
+def test_a_job_that_was_given_back_has_not_been_tried(registry: JobRegistry) -> None:
     job = registry.submit("a", EXAMPLES, None, 0)
-    for _ in range(2):
-        claimed = registry.claim()
-        assert claimed is not None
-        registry.begin(claimed)
-        registry.give_back(claimed)
+    for _ in range(SERVERS + ATTEMPTS):
         assert registry.claim() is not None
-        registry.recover()
-    slow, _ = registry.claim(), registry.recover()
-    assert slow is not None
-    time.sleep(0.01)  # claims are told apart by their milliseconds
+        registry.give_back()
+        registry.recover_after_server()
+    assert (registry.get(job.id).status, registry.get(job.id).attempts) == ("queued", 0)
+
+
+def test_a_server_that_is_killed_costs_a_job_nothing_until_it_seems_to_be_the_job_that_kills(
+    registry: JobRegistry,
+) -> None:
+    job, other = (registry.submit(task, EXAMPLES, None, 0) for task in ("a", "b"))
+    registry.claim()
+    registry.recover()  # one death of the adaptation process, which alone counts as such
+    for _ in range(SERVERS - 1):
+        assert registry.claim() is not None
+        registry.recover_after_server()
+        found = registry.get(job.id)
+        assert (found.status, found.attempts) == ("queued", 1)
+        assert registry.get(other.id).status == "queued"
     assert registry.claim() is not None
-    registry.give_back(slow)  # by a worker that was slow to end: another has the job by now
-    assert (registry.get(job.id).status, registry.get(job.id).attempts) == ("running", 0)
+    assert registry.examples(job.id) == EXAMPLES
+    registry.recover_after_server()
+    failed = registry.get(job.id)
+    assert failed.status == "failed"
+    assert f"killed {SERVERS} times" in (failed.error or "")
+    assert registry.get(other.id).status == "queued"
 
 
 def test_a_job_that_is_being_saved_locks_nothing_and_cannot_be_cancelled(registry: JobRegistry) -> None:
