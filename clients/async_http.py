@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 import httpx
 from httpx_sse import EventSource, SSEError
@@ -20,12 +20,13 @@ from clients.connection import (
     Patience,
     check_deadline,
     pauses,
+    rest,
     sent,
     settings_of,
     translate,
 )
-from clients.errors import ApiError, ReplyTimeout, ServerUnreachable
-from clients.examples import LabelledExample
+from clients.errors import ApiError, InvalidReply, ReplyTimeout, ServerUnreachable
+from clients.examples import Examples
 from clients.replies import Answer, Feedback, Job, Recalibration, Reliability, StreamedToken, TaskInfo
 from clients.streaming import cut_off, read_event
 
@@ -147,11 +148,13 @@ class AsyncClient:
         try:
             async with self._http.stream(**sent(call, self._http.timeout)) as reply:
                 if reply.status_code != 200:
-                    text = (await reply.aread()).decode()
-                    calls.read(call, reply.status_code, text, reply.headers.get("Retry-After"))
+                    await reply.aread()
+                    calls.read(call, reply.status_code, reply.text, reply.headers.get("Retry-After"))
                 async for event in EventSource(reply).aiter_sse():
-                    item = read_event(event)
-                    yield item
+                    found = read_event(event)
+                    if found is not None:
+                        item = found
+                        yield item
         except (httpx.HTTPError, SSEError) as error:
             raise translate(error, self._http.base_url) from error
         if not isinstance(item, Answer):
@@ -177,12 +180,12 @@ class AsyncClient:
     async def adapt(
         self,
         task: str,
-        examples: Sequence[LabelledExample | Mapping[str, Any]],
+        examples: Examples,
         *,
         steps: int | None = None,
         seed: int = 0,
     ) -> Job:
-        """Starts to teach a task from labelled examples; ``wait`` for the job."""
+        """Starts to teach a task from labelled examples, a list or a frame of them; ``wait`` for the job."""
         return await self._send(calls.adapt(task, examples, steps=steps, seed=seed))
 
     async def jobs(self) -> list[Job]:
@@ -200,13 +203,13 @@ class AsyncClient:
     async def follow(self, job: Job | str, *, timeout: float | None = None, poll: float = 0.5) -> AsyncIterator[Job]:
         """Yields the job every ``poll`` seconds, the last time when it has ended; as ``Client.follow``."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        current = await self.job(job) if isinstance(job, str) else job
+        current = await self._send(calls.job(job), deadline) if isinstance(job, str) else job
         while True:
             yield current
             if current.ended:
                 return
             check_deadline(current, deadline)
-            await asyncio.sleep(poll)
+            await asyncio.sleep(min(poll, rest(deadline)))
             current = await self._look(current, deadline, poll)
 
     async def wait(self, job: Job | str, timeout: float | None = None, poll: float = 0.5) -> Job:
@@ -250,18 +253,18 @@ class AsyncClient:
         return await self._send(calls.recalibrate(name, version=version, apply=apply))
 
     async def healthy(self) -> bool:
-        """Says whether the server lives; False where none can be reached."""
+        """Says whether the server lives; False where none of ours can be reached."""
         return await self._check("/healthz")
 
     async def ready(self) -> bool:
-        """Says whether the server answers questions now; False where none can be reached."""
+        """Says whether the server answers questions now; False where none of ours can be reached."""
         return await self._check("/readyz")
 
     async def _look(self, job: Job, deadline: float | None, poll: float) -> Job:
         patience = Patience(poll, deadline)
         while True:
             try:
-                return await self.job(job.job)
+                return await self._send(calls.job(job.job), deadline)
             except PASSING as error:
                 check_deadline(job, deadline)
                 await asyncio.sleep(patience.pause(error))
@@ -269,14 +272,14 @@ class AsyncClient:
     async def _check(self, path: Literal["/healthz", "/readyz"]) -> bool:
         try:
             await self._send(calls.check(path))
-        except (ApiError, ServerUnreachable, ReplyTimeout):
+        except (ApiError, InvalidReply, ServerUnreachable, ReplyTimeout):
             return False
         return True
 
-    async def _send(self, call: Call[T]) -> T:
+    async def _send(self, call: Call[T], deadline: float | None = None) -> T:
         for pause in pauses(call):
             try:
-                reply = await self._http.request(**sent(call, self._http.timeout))
+                reply = await self._http.request(**sent(call, self._http.timeout, deadline))
             except httpx.HTTPError as error:
                 if pause is None or not isinstance(error, BROKEN):
                     raise translate(error, self._http.base_url) from error

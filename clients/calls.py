@@ -11,8 +11,8 @@ from urllib.parse import quote
 from pydantic import TypeAdapter, ValidationError
 
 from clients.errors import InvalidArgument, InvalidReply, JobCancelled, JobFailed, api_error
-from clients.examples import LabelledExample
-from clients.replies import Answer, Feedback, Job, Recalibration, Reliability, TaskInfo
+from clients.examples import Examples, records_of
+from clients.replies import Answer, Feedback, Health, Job, Recalibration, Reliability, TaskInfo
 
 T = TypeVar("T")
 Normalize = Literal["sum", "mean"]
@@ -110,12 +110,10 @@ def score(
     return Call("POST", "/score", _reader(Answer), body, timeout)
 
 
-def adapt(
-    task: str, examples: Sequence[LabelledExample | Mapping[str, Any]], *, steps: int | None, seed: int
-) -> Call[Job]:
+def adapt(task: str, examples: Examples, *, steps: int | None, seed: int) -> Call[Job]:
     """Starts to teach a task."""
-    rows = [row.model_dump() if isinstance(row, LabelledExample) else dict(row) for row in examples]
-    return Call("POST", "/adapt", _reader(Job), {"task": task, "examples": rows, "steps": steps, "seed": seed})
+    body = {"task": task, "examples": records_of(examples), "steps": steps, "seed": seed}
+    return Call("POST", "/adapt", _reader(Job), body)
 
 
 def jobs() -> Call[list[Job]]:
@@ -178,9 +176,9 @@ def feedback(request_id: str, *, answer: str | int | None, correct: bool | None)
     return Call("POST", "/feedback", _reader(Feedback), body)
 
 
-def check(path: Literal["/healthz", "/readyz"]) -> Call[None]:
+def check(path: Literal["/healthz", "/readyz"]) -> Call[Health]:
     """Asks whether the server lives, or answers."""
-    return Call("GET", path, lambda _: None)
+    return Call("GET", path, _reader(Health))
 
 
 def request_of(call: Call[T]) -> dict[str, Any]:

@@ -71,7 +71,9 @@ def teach_command(
             raise
         except (KeyboardInterrupt, ClientError) as error:
             goes_on = "may run on" if isinstance(error, ClientError) else "runs on"
-            address = f"{settings_of(url, timeout, config).url.rstrip('/')}/adapt/{job.job}"
+            settings = settings_of(url, timeout, config)
+            key = "" if settings.key is None else '-H "Authorization: Bearer $ABMLL_KEY" '
+            address = f"{key}{settings.url.rstrip('/')}/adapt/{job.job}"
             console(stderr=True).print(
                 f"not watching any more; job {job.job} {goes_on} at the server\n"
                 f"  look:   curl {address}\n  cancel: curl -X DELETE {address}",

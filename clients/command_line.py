@@ -107,6 +107,8 @@ def connected(url: str | None, timeout: float | None, config: Path | None) -> Ge
             hint = "; put the key into ABMLL_KEY"
         elif isinstance(error, NotFound) and error.type == "TaskNotFound":
             hint = "; `abmll tasks` lists what there is"
-        typer.echo(f"abmll: {error}{hint}", err=True)
+        from clients.render import printable
+
+        typer.echo(f"abmll: {printable(str(error))}{hint}", err=True)
         wrong_input = not begun or isinstance(error, InvalidArgument | InvalidFile | NotFound | RequestRejected)
         raise typer.Exit(2 if wrong_input else 1) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from typing import Any
@@ -17,6 +18,8 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT = 70.0
 _MORE_SECONDS = 10.0
 _CONNECT_SECONDS = 5.0
+_LEAST_SECONDS = 1.0  # that a reply may take, however little is left of a waiting
+_LONGEST_SECONDS = (2**31 - 1) / 1000  # that a socket can wait; with more it raises OverflowError
 _PAUSES = (0.2, 0.8)  # seconds before a GET whose connection failed is sent again
 BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
 # A job goes on through these.
@@ -29,8 +32,10 @@ def settings_of(url: str | None, timeout: float, key: str | None) -> dict[str, A
 
     Raises:
         ServerUnreachable: The address is none.
-        ClientError: The key holds characters that no key has.
+        ClientError: The key holds characters that no key has, or the time is no number above 0.
     """
+    if not (isinstance(timeout, int | float) and timeout > 0) or isinstance(timeout, bool):
+        raise ClientError(f"timeout is {timeout!r}; give seconds above 0")
     base = (url or os.environ.get("ABMLL_URL") or DEFAULT_URL).rstrip("/")
     try:
         parsed = httpx.URL(base)
@@ -43,21 +48,40 @@ def settings_of(url: str | None, timeout: float, key: str | None) -> dict[str, A
         raise ClientError("the API key holds characters that no key has; give it as `abmll keys add` printed it")
     return {
         "base_url": base,
-        "timeout": httpx.Timeout(timeout, connect=min(timeout, _CONNECT_SECONDS)),
+        "timeout": httpx.Timeout(_limit(timeout), connect=min(timeout, _CONNECT_SECONDS)),
         "headers": {"Accept": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}),
     }
 
 
-def sent(call: Call[Any], usual: httpx.Timeout) -> dict[str, Any]:
+def sent(call: Call[Any], usual: httpx.Timeout, deadline: float | None = None) -> dict[str, Any]:
     """Returns what httpx takes for a call: a question with a time of its own may take that, and be replied to.
+
+    Args:
+        call: The call.
+        usual: The connection's times.
+        deadline: Until when the caller waits, by ``time.monotonic``.
 
     Raises:
         InvalidArgument: Something in the body has no form in JSON.
     """
     wanted = request_of(call)
-    if call.timeout is None or usual.read is None:
+    usually = math.inf if usual.read is None else usual.read
+    if deadline is not None:
+        seconds = min(usually, max(_LEAST_SECONDS, rest(deadline)))
+    elif call.timeout is not None:
+        seconds = max(usually, call.timeout + _MORE_SECONDS)
+    else:
         return wanted
-    return wanted | {"timeout": httpx.Timeout(max(usual.read, call.timeout + _MORE_SECONDS), connect=usual.connect)}
+    return wanted | {"timeout": httpx.Timeout(_limit(seconds), connect=min(usual.connect or math.inf, seconds))}
+
+
+def rest(deadline: float | None) -> float:
+    """Returns the seconds until a time by ``time.monotonic``; infinite for None."""
+    return math.inf if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def _limit(seconds: float) -> float | None:
+    return seconds if seconds <= _LONGEST_SECONDS else None
 
 
 def pauses(call: Call[Any]) -> tuple[float | None, ...]:
@@ -87,6 +111,8 @@ def check_deadline(job: Job, deadline: float | None) -> None:
 class Patience:
     """How long a server is asked again that does not answer: it may be starting anew, or overloaded.
 
+    A pause that the server asks for is made in full, be it longer than the patience; what follows it may end it.
+
     Args:
         poll: Seconds between attempts, where the server does not say them.
         deadline: Until when the caller waits, by ``time.monotonic``; None for as long as it takes.
@@ -102,8 +128,7 @@ class Patience:
         Raises:
             ClientError: The error itself: it does not pass.
         """
-        asked = error.retry_after if isinstance(error, ApiError) else None
-        pause, now = asked or self._poll, time.monotonic()
-        if now + pause > self._end:
+        if time.monotonic() >= self._end:
             raise error
-        return pause if self._deadline is None else max(0.0, min(pause, self._deadline - now))
+        asked = error.retry_after if isinstance(error, ApiError) else None
+        return min(asked or self._poll, rest(self._deadline), _LONGEST_SECONDS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 import httpx
 from httpx_sse import EventSource, SSEError
@@ -19,12 +19,13 @@ from clients.connection import (
     Patience,
     check_deadline,
     pauses,
+    rest,
     sent,
     settings_of,
     translate,
 )
-from clients.errors import ApiError, ReplyTimeout, ServerUnreachable
-from clients.examples import LabelledExample
+from clients.errors import ApiError, InvalidReply, ReplyTimeout, ServerUnreachable
+from clients.examples import Examples
 from clients.replies import Answer, Feedback, Job, Recalibration, Reliability, StreamedToken, TaskInfo
 from clients.streaming import cut_off, read_event
 
@@ -36,7 +37,7 @@ class Client:
 
     Args:
         url: The server's address; ``$ABMLL_URL`` or ``http://127.0.0.1:8000`` by default.
-        timeout: Longest wait for a reply, in seconds.
+        timeout: Longest wait for a reply, in seconds; ``math.inf``: as long as it takes.
         key: API key, where the server asks for one; ``$ABMLL_KEY`` by default.
         transport: Another way to send requests, as httpx takes it.
 
@@ -156,10 +157,13 @@ class Client:
         try:
             with self._http.stream(**sent(call, self._http.timeout)) as reply:
                 if reply.status_code != 200:
-                    calls.read(call, reply.status_code, reply.read().decode(), reply.headers.get("Retry-After"))
+                    reply.read()
+                    calls.read(call, reply.status_code, reply.text, reply.headers.get("Retry-After"))
                 for event in EventSource(reply).iter_sse():
-                    item = read_event(event)
-                    yield item
+                    found = read_event(event)
+                    if found is not None:
+                        item = found
+                        yield item
         except (httpx.HTTPError, SSEError) as error:
             raise translate(error, self._http.base_url) from error
         if not isinstance(item, Answer):
@@ -185,12 +189,12 @@ class Client:
     def adapt(
         self,
         task: str,
-        examples: Sequence[LabelledExample | Mapping[str, Any]],
+        examples: Examples,
         *,
         steps: int | None = None,
         seed: int = 0,
     ) -> Job:
-        """Starts to teach a task from labelled examples; ``wait`` for the job."""
+        """Starts to teach a task from labelled examples, a list or a frame of them; ``wait`` for the job."""
         return self._send(calls.adapt(task, examples, steps=steps, seed=seed))
 
     def jobs(self) -> list[Job]:
@@ -208,19 +212,20 @@ class Client:
     def follow(self, job: Job | str, *, timeout: float | None = None, poll: float = 0.5) -> Iterator[Job]:
         """Yields the job every ``poll`` seconds, the last time when it has ended.
 
-        It goes on while the server starts anew or is overloaded, for two minutes at most.
+        It goes on while the server starts anew or is overloaded, for two minutes, or as long as its ``Retry-After``
+        says.
 
         Raises:
             JobTimeout: It was still under way after ``timeout`` seconds.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        current = self.job(job) if isinstance(job, str) else job
+        current = self._send(calls.job(job), deadline) if isinstance(job, str) else job
         while True:
             yield current
             if current.ended:
                 return
             check_deadline(current, deadline)
-            time.sleep(poll)
+            time.sleep(min(poll, rest(deadline)))
             current = self._look(current, deadline, poll)
 
     def wait(self, job: Job | str, timeout: float | None = None, poll: float = 0.5) -> Job:
@@ -270,18 +275,18 @@ class Client:
         return self._send(calls.recalibrate(name, version=version, apply=apply))
 
     def healthy(self) -> bool:
-        """Says whether the server lives; False where none can be reached."""
+        """Says whether the server lives; False where none of ours can be reached."""
         return self._check("/healthz")
 
     def ready(self) -> bool:
-        """Says whether the server answers questions now; False where none can be reached."""
+        """Says whether the server answers questions now; False where none of ours can be reached."""
         return self._check("/readyz")
 
     def _look(self, job: Job, deadline: float | None, poll: float) -> Job:
         patience = Patience(poll, deadline)
         while True:
             try:
-                return self.job(job.job)
+                return self._send(calls.job(job.job), deadline)
             except PASSING as error:
                 check_deadline(job, deadline)
                 time.sleep(patience.pause(error))
@@ -289,14 +294,14 @@ class Client:
     def _check(self, path: Literal["/healthz", "/readyz"]) -> bool:
         try:
             self._send(calls.check(path))
-        except (ApiError, ServerUnreachable, ReplyTimeout):
+        except (ApiError, InvalidReply, ServerUnreachable, ReplyTimeout):
             return False
         return True
 
-    def _send(self, call: Call[T]) -> T:
+    def _send(self, call: Call[T], deadline: float | None = None) -> T:
         for pause in pauses(call):
             try:
-                reply = self._http.request(**sent(call, self._http.timeout))
+                reply = self._http.request(**sent(call, self._http.timeout, deadline))
             except httpx.HTTPError as error:
                 if pause is None or not isinstance(error, BROKEN):
                     raise translate(error, self._http.base_url) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import unicodedata
 from collections.abc import Sequence
 
 from rich.bar import Bar
@@ -33,13 +34,13 @@ def answer(reply: Answer, options: Sequence[str] | None, *, told: bool = True, l
         legend: Whether to say what the tokens' colours mean.
     """
     note = "" if reply.calibrated is not False else ", not calibrated"
-    text = Text(_printable(reply.answer or ""), "bold green") if reply.tokens is None else _coloured(reply.tokens)
+    text = Text(printable(reply.answer or ""), "bold green") if reply.tokens is None else _coloured(reply.tokens)
     sure = f"{_percent(reply.confidence)} confident{note}"
     headline = Text.assemble(text, f"   {sure}") if told else Text(sure)
     if reply.abstained is not None:
-        headline = Text.assemble(("no answer", "bold yellow"), f": {reply.abstained.reason}")
+        headline = Text.assemble(("no answer", "bold yellow"), f": {printable(reply.abstained.reason)}")
         if not reply.probabilities:
-            likeliest = text if reply.tokens else Text(reply.abstained.candidates[0].answer)
+            likeliest = text if reply.tokens else Text(printable(reply.abstained.candidates[0].answer))
             headline = Text.assemble(headline, "\n\nit would have been: ", likeliest)
     parts: list[RenderableType] = [headline, Text()]
     if reply.tokens is not None:
@@ -50,15 +51,15 @@ def answer(reply: Answer, options: Sequence[str] | None, *, told: bool = True, l
     if options and reply.probabilities is not None:
         parts += [_bars(options, reply.probabilities, reply.answer), Text()]
     if reply.prediction_set is not None:
-        parts += [Text("prediction set: " + ", ".join(reply.prediction_set)), Text()]
+        parts += [Text("prediction set: " + printable(", ".join(reply.prediction_set))), Text()]
     most = math.log(len(options)) if options and reply.probabilities is not None else None
-    parts += [_doubt(reply, most), Text(), Text(_footer(reply), style="dim")]
+    parts += [_doubt(reply, most), Text(), Text(printable(_footer(reply)), style="dim")]
     return Group(*parts)
 
 
 def token(text: str, probability: float | None) -> Text:
     """A token in the colour of its probability; plain where there is none."""
-    text = _printable(text)
+    text = printable(text)
     if probability is None:
         return Text(text)
     return Text(text, f"bold {next(style for least, style in _COLOURS if probability >= least)}")
@@ -73,7 +74,7 @@ def tasks(rows: Sequence[TaskInfo]) -> RenderableType:
         status = row.status if row.error is None else f"{row.status}: {row.error}"
         calibrated = "" if row.calibrated is None else ("yes" if row.calibrated else "no")
         cells = (row.task, status, _plain(row.version), _plain(row.shots), calibrated, (row.created or "")[:16])
-        table.add_row(*(Text(cell) for cell in cells))
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     return table
 
 
@@ -81,6 +82,16 @@ def how_to_ask(task: str, example: LabelledExample) -> str:
     """Returns the command that asks a question of a task that was just taught."""
     options = "".join(f" -o {shlex.quote(option)}" for option in example.options or ())
     return f'abmll ask "..." --task {shlex.quote(task)}{options}'
+
+
+def printable(text: str) -> str:
+    """Returns a text without the characters that steer a terminal: a model or a server may say anything."""
+    return "".join(char if _is_printable(char) else "\ufffd" for char in text)
+
+
+def _is_printable(char: str) -> bool:
+    # Python finds spaces other than its own unprintable: the one that does not break, that of Chinese and Japanese.
+    return char.isprintable() or char in "\n\t" or unicodedata.category(char) == "Zs"
 
 
 def _coloured(tokens: Sequence[Token]) -> Text:
@@ -97,11 +108,6 @@ def _legend() -> Text:
 def _bounds(at: int) -> str:
     least, most = _COLOURS[at][0], _COLOURS[at - 1][0]
     return f"below {100 * most:.0f} %" if at == len(_COLOURS) - 1 else f"from {100 * least:.0f} %"
-
-
-def _printable(text: str) -> str:
-    """A text without the characters that steer a terminal: a model may say anything."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
 
 
 def _stripped(text: Text) -> Text:
@@ -139,7 +145,9 @@ def _meanings(found: Semantics) -> Table:
         grid.add_column(justify="right")
     grid.add_row(*(Text(head, "dim") for head in ("it might have said", "", "samples")))
     for meaning in found.meanings[:_MEANINGS]:
-        grid.add_row(Text(meaning.answer or "(nothing)"), _percent(meaning.probability), str(meaning.samples))
+        grid.add_row(
+            Text(printable(meaning.answer) or "(nothing)"), _percent(meaning.probability), str(meaning.samples)
+        )
     more = found.meanings[_MEANINGS:]
     if more:
         told = _percent(sum(meaning.probability for meaning in more))
@@ -156,7 +164,7 @@ def _bars(options: Sequence[str], probabilities: Sequence[float], chosen: str | 
     for option, probability in zip(options, probabilities, strict=True):
         style = "green" if chosen is not None and option.strip() == chosen.strip() else "cyan"
         bar = Bar(size=1.0, begin=0.0, end=probability, width=_BAR_WIDTH, color=style)
-        grid.add_row(Text(option), bar, _percent(probability))
+        grid.add_row(Text(printable(option)), bar, _percent(probability))
     return grid
 
 

@@ -13,6 +13,12 @@ class Reply(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
 
+class Health(Reply):
+    """That the server lives (ok), or answers questions (ready)."""
+
+    status: Literal["ok", "ready"]
+
+
 class PosteriorId(Reply):
     """Which posterior answered, or was made."""
 

@@ -17,8 +17,8 @@ _KINDS: dict[str, TypeAdapter[Any]] = {"token": TypeAdapter(StreamedToken), "ans
 _STATUS = {"PromptTooLong": 413, "EngineFailure": 503, "StoreFailure": 503, "DeadlineExceeded": 504}
 
 
-def read_event(event: ServerSentEvent) -> StreamedToken | Answer:
-    """Reads an event.
+def read_event(event: ServerSentEvent) -> StreamedToken | Answer | None:
+    """Reads an event; None for one of a kind that is not known, as a newer server may send.
 
     Raises:
         ApiError: It tells of an error.
@@ -28,7 +28,8 @@ def read_event(event: ServerSentEvent) -> StreamedToken | Answer:
         if event.event == "error":
             body = event.json()
             raise api_error(_STATUS.get(body["error"]["type"], 500), body)
-        return _KINDS[event.event].validate_json(event.data)
+        kind = _KINDS.get(event.event)
+        return None if kind is None else kind.validate_json(event.data)
     except (ValidationError, ValueError, KeyError, TypeError) as error:
         raise InvalidReply(
             f"POST /generate: an event {event.event!r} is malformed; another version's server?"

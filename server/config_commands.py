@@ -84,6 +84,8 @@ def init_command(
             stream.write("\n".join(lines) + "\n")
     except FileExistsError:
         raise AbmllError(f"{file} is there already; change it, or name another file", field="file") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise AbmllError(f"there is no folder {file.parent}; make it, or name another file", field="file") from None
     typer.echo(f"wrote {file}")
 
 

@@ -100,8 +100,13 @@ def export(stored: StoredPosterior, out: Path, draws: int, seed: int) -> dict[st
 def _open(source: str, version: int | None, store: Path | None, config: Path | None) -> StoredPosterior:
     from abmll.store import load_posterior
 
-    # A folder may bear a task's name by chance.
-    if store is None and version is None and (Path(source) / "posterior.json").is_file():
+    if store is None and (Path(source) / "posterior.json").is_file():
+        if version is not None:
+            raise AbmllError(
+                f"{source} is a folder of a posterior, which takes no --version; leave it out, or name with --store "
+                "where the task is",
+                field="version",
+            )
         return load_posterior(Path(source))
     from server.store import TaskStore
 

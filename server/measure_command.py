@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -15,6 +15,7 @@ from training.settings import SEED_LIMIT
 
 if TYPE_CHECKING:
     from abmll.examples import Example
+    from clients.errors import ClientError
     from clients.replies import Answer
     from server.held_out import Counted, HeldOutMeasures, Share
 
@@ -46,11 +47,16 @@ def measure_command(
     config: ConfigFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measures as JSON.")] = False,
 ) -> None:
-    """Ask a task labelled questions, and count whether its confidence holds."""
+    """Ask a task labelled questions, and count whether its confidence holds.
+
+    Where the server stops answering, what it has answered until then is counted.
+    """
+    from clients.render import printable
     from server.held_out import is_right, measure
     from training.tasks import read_examples
 
     rows = read_examples(file)
+    stopped = Event()
     with connected(url, timeout, config) as client:
 
         def ask(row: Example) -> Answer:
@@ -58,29 +64,45 @@ def measure_command(
             reply = _patiently(
                 lambda: client.generate(
                     row.prompt, task=task, version=version, options=options, seed=seed, max_tokens=max_tokens
-                )
+                ),
+                stopped,
             )
             if feedback:
                 said: dict[str, Any] = {"answer": row.answer}
                 if row.is_free_text:
                     said = {"correct": is_right(row, reply)}
-                _patiently(lambda: client.feedback(reply, **said))
+                _patiently(lambda: client.feedback(reply, **said), stopped)
             return reply
 
         client.task(task)  # a server that is not there is told at once
-        answers = _ask_all(rows, ask, file, at_once)
-    found = measure(rows, answers)
+        counted, error = _ask_all(rows, ask, file, at_once, stopped)
+        if error is not None and not counted:
+            raise error
+    found = measure([row for row, _ in counted], [answer for _, answer in counted])
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
     else:
         console().print(as_text(found), markup=False, soft_wrap=True)
+    if error is not None:
+        asked = f"asked {len(counted)} of {len(rows)} questions, which are counted above, then stopped"
+        typer.echo(f"abmll: {asked}: {printable(str(error))}", err=True)
+        raise typer.Exit(1)
 
 
-def _ask_all(rows: Sequence[Example], ask: Callable[[Example], Answer], file: Path, at_once: int) -> list[Answer]:
-    """Asks all questions, in their order; the first that cannot be answered ends it."""
+def _ask_all(
+    rows: Sequence[Example], ask: Callable[[Example], Answer], file: Path, at_once: int, stopped: Event
+) -> tuple[list[tuple[Example, Answer]], ClientError | None]:
+    """Asks all questions, in their order, until one is not answered.
+
+    Returns:
+        Those that were answered, and why the others were not.
+
+    Raises:
+        InvalidFile: A question is one that cannot be asked.
+    """
     from rich.progress import track
 
-    from clients.errors import InvalidArgument, InvalidFile, RequestRejected
+    from clients.errors import ClientError, InvalidArgument, InvalidFile, RequestRejected
 
     def numbered(number: int, row: Example) -> Answer:
         try:
@@ -93,12 +115,19 @@ def _ask_all(rows: Sequence[Example], ask: Callable[[Example], Answer], file: Pa
         under_way = [threads.submit(numbered, number, row) for number, row in enumerate(rows, start=1)]
         try:
             shown = track(under_way, "asking", console=screen, disable=not screen.is_terminal)
-            return [each.result() for each in shown]
+            return list(zip(rows, [each.result() for each in shown], strict=True)), None
+        except InvalidFile:
+            raise
+        except ClientError as error:
+            why = error
         finally:
+            stopped.set()
             threads.shutdown(cancel_futures=True)
+    answered = [each.done() and not each.cancelled() and each.exception() is None for each in under_way]
+    return [(row, each.result()) for row, each, told in zip(rows, under_way, answered, strict=True) if told], why
 
 
-def _patiently(call: Callable[[], T]) -> T:
+def _patiently(call: Callable[[], T], stopped: Event) -> T:
     """Calls again while the server is overloaded, starts anew, or has had too many requests of this key."""
     from clients.connection import Patience
     from clients.errors import ServerUnavailable, ServerUnreachable
@@ -108,7 +137,8 @@ def _patiently(call: Callable[[], T]) -> T:
         try:
             return call()
         except (ServerUnavailable, ServerUnreachable) as error:
-            time.sleep(patience.pause(error))
+            if stopped.wait(patience.pause(error)):
+                raise
 
 
 def as_text(found: HeldOutMeasures) -> str:

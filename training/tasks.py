@@ -13,6 +13,7 @@ from typing import Any
 
 from abmll.errors import AbmllError, InvalidExamples
 from abmll.examples import Example, check_one_kind, check_options, resolve_answer
+from clients.examples import misnamed
 from training.hub import brief
 
 HALF = re.compile("[\ud800-\udfff]")
@@ -61,6 +62,9 @@ class Task:
 def _example(record: Any, where: str) -> Example:
     if not isinstance(record, Mapping):
         raise InvalidExamples(f'{where}: an item must be an object {{"input", "options", "answer"}}', field=where)
+    fault = misnamed(record)
+    if fault is not None:
+        raise InvalidExamples(f"{where}: {fault}", field=where)
     text = record.get("input", record.get("prompt"))
     options = record.get("options")
     if not isinstance(text, str) or not text.strip():

@@ -1,4 +1,4 @@
-// Made by types.mjs from what has the hash 03865812df589bd9e2b3e9462a1c8fa496da644586b89ae14a13ba1e966bdca7
+// Made by types.mjs from what has the hash a0b50bcd63d4dc8d68efea33ac7f6ff66e6161c1c1100b22ac996dc0f3a5a8de
 /**
  * Whether nothing more will happen to a job.
  *
@@ -93,7 +93,8 @@ export class Client {
     cancel(id: string, { signal }?: Aborted): Promise<Job>;
     /**
      * Gives the job every `poll` seconds, the last time when it has ended. Goes on while the server starts anew or is
-     * overloaded, for two minutes at most. Throws `JobTimeout` if it is still under way after `timeout` seconds.
+     * overloaded, for two minutes, or as long as its `Retry-After` says. Throws `JobTimeout` if it is still under way
+     * after `timeout` seconds.
      *
      * @param {Job | string} job
      * @param {{timeout?: number | null, poll?: number} & Aborted} [settings]
@@ -196,14 +197,14 @@ export class Client {
      */
     metrics({ signal }?: Aborted): Promise<string>;
     /**
-     * Says whether the server lives; false where none can be reached.
+     * Says whether the server lives; false where none of ours can be reached.
      *
      * @param {Aborted} [settings]
      * @returns {Promise<boolean>}
      */
     healthy(settings?: Aborted): Promise<boolean>;
     /**
-     * Says whether the server answers questions now; false where none can be reached.
+     * Says whether the server answers questions now; false where none of ours can be reached.
      *
      * @param {Aborted} [settings]
      * @returns {Promise<boolean>}

@@ -146,7 +146,8 @@ export class Client {
 
   /**
    * Gives the job every `poll` seconds, the last time when it has ended. Goes on while the server starts anew or is
-   * overloaded, for two minutes at most. Throws `JobTimeout` if it is still under way after `timeout` seconds.
+   * overloaded, for two minutes, or as long as its `Retry-After` says. Throws `JobTimeout` if it is still under way
+   * after `timeout` seconds.
    *
    * @param {Job | string} job
    * @param {{timeout?: number | null, poll?: number} & Aborted} [settings]
@@ -154,14 +155,27 @@ export class Client {
    */
   async *follow(job, { timeout = null, poll = 0.5, signal } = {}) {
     const end = timeout === null ? Infinity : performance.now() + 1000 * timeout;
-    let current = typeof job === "string" ? await this.job(job, { signal }) : job;
+    let current = typeof job === "string" ? await this.#job(job, end, signal) : job;
     for (;;) {
       yield current;
       if (ended(current)) return;
       checkDeadline(current, end);
-      await pause(poll, signal);
+      await pause(Math.min(poll, (end - performance.now()) / 1000), signal);
       current = await this.#look(current, end, poll, signal);
     }
+  }
+
+  /**
+   * The job as it stands, told in the time that is left, or in a second.
+   *
+   * @param {string} id
+   * @param {number} end
+   * @param {AbortSignal} [signal]
+   * @returns {Promise<Job>}
+   */
+  #job(id, end, signal) {
+    const most = Math.max(1, (end - performance.now()) / 1000);
+    return this.#connection.json("GET", `/adapt/${encodeURIComponent(id)}`, { most, signal });
   }
 
   /**
@@ -177,12 +191,12 @@ export class Client {
     const patient = performance.now() + 1000 * PATIENCE;
     for (;;) {
       try {
-        return await this.job(job.job, { signal });
+        return await this.#job(job.job, end, signal);
       } catch (error) {
         if (![ServerUnreachable, ServerUnavailable, ReplyTimeout].some((kind) => error instanceof kind)) throw error;
         checkDeadline(job, end);
+        if (performance.now() >= patient) throw error;
         const seconds = (error instanceof ApiError && error.retryAfter) || poll;
-        if (performance.now() + 1000 * seconds > patient) throw error;
         await pause(Math.min(seconds, (end - performance.now()) / 1000), signal);
       }
     }
@@ -305,7 +319,7 @@ export class Client {
   }
 
   /**
-   * Says whether the server lives; false where none can be reached.
+   * Says whether the server lives; false where none of ours can be reached.
    *
    * @param {Aborted} [settings]
    * @returns {Promise<boolean>}
@@ -315,7 +329,7 @@ export class Client {
   }
 
   /**
-   * Says whether the server answers questions now; false where none can be reached.
+   * Says whether the server answers questions now; false where none of ours can be reached.
    *
    * @param {Aborted} [settings]
    * @returns {Promise<boolean>}
@@ -330,10 +344,10 @@ export class Client {
    */
   async #check(path, { signal } = {}) {
     try {
-      await this.#connection.text("GET", path, { signal });
-      return true;
+      const told = await this.#connection.json("GET", path, { signal });
+      return ["ok", "ready"].includes(told?.status);
     } catch (error) {
-      const known = [ApiError, ServerUnreachable, ReplyTimeout].some((kind) => error instanceof kind);
+      const known = [ApiError, InvalidReply, ServerUnreachable, ReplyTimeout].some((kind) => error instanceof kind);
       if (known) return false;
       throw error;
     }

@@ -16,6 +16,7 @@ export function pause(seconds: number, signal?: AbortSignal): Promise<void>;
 /**
  * @typedef {object} Sent
  * @property {any} [body] JSON to send; what has a `timeout` of its own may take that, and be replied to.
+ * @property {number} [most] Seconds that the reply may take at most, where that is less than usual.
  * @property {AbortSignal} [signal] Gives the request up; what the caller aborted it with is thrown.
  */
 /** One server. */
@@ -74,6 +75,10 @@ export type Sent = {
      * JSON to send; what has a `timeout` of its own may take that, and be replied to.
      */
     body?: any;
+    /**
+     * Seconds that the reply may take at most, where that is less than usual.
+     */
+    most?: number | undefined;
     /**
      * Gives the request up; what the caller aborted it with is thrown.
      */

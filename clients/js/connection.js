@@ -19,6 +19,7 @@ const LONGEST = 2 ** 31 - 1; // milliseconds that a timer can wait; one that is 
 /**
  * @typedef {object} Sent
  * @property {any} [body] JSON to send; what has a `timeout` of its own may take that, and be replied to.
+ * @property {number} [most] Seconds that the reply may take at most, where that is less than usual.
  * @property {AbortSignal} [signal] Gives the request up; what the caller aborted it with is thrown.
  */
 
@@ -27,7 +28,7 @@ export class Connection {
   /** @param {Settings} settings */
   constructor(settings) {
     const environment = /** @type {any} */ (globalThis).process?.env ?? {};
-    const url = String(settings.url ?? environment.ABMLL_URL ?? DEFAULT_URL);
+    const url = String(settings.url || environment.ABMLL_URL || DEFAULT_URL);
     if (!isAddress(url)) {
       throw new ServerUnreachable(`"${url}" is not a server's URL; give one such as ${DEFAULT_URL}`);
     }
@@ -115,7 +116,8 @@ export class Connection {
   /** @param {Sent} sent */
   #seconds(sent) {
     const own = sent.body?.timeout;
-    return typeof own === "number" ? Math.max(this.timeout, own + MORE) : this.timeout;
+    const usual = typeof own === "number" ? Math.max(this.timeout, own + MORE) : this.timeout;
+    return Math.min(usual, sent.most ?? Infinity);
   }
 
   /**

@@ -6,7 +6,8 @@ const KEPT = "abmll-key";
 
 /** @param {string | null} key */
 function connect(key) {
-  return new Client({ url: location.href.replace(/[?#].*/, "").replace(/[^/]*$/, ""), key, timeout: 120 });
+  const url = location.href.replace(/[?#].*/, "").replace(/[^/]*$/, "");
+  return new Client({ url, key, timeout: Infinity }); // nobody here could change it, and there is a Stop button
 }
 
 /** The key that was given in this tab. */

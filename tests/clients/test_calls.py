@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,6 +69,22 @@ def test_examples_given_as_models_and_as_mappings_are_sent_alike():
     as_mapping = calls.adapt("t", [row], steps=None, seed=0)
     as_model = calls.adapt("t", [LabelledExample.model_validate(row)], steps=None, seed=0)
     assert as_mapping.body == as_model.body == {"task": "t", "examples": [row], "steps": None, "seed": 0}
+
+
+def test_a_frame_is_taught_as_its_records():
+    rows = [{"prompt": "p", "options": ["a", "b"], "answer": 1}, {"prompt": "q", "answer": 0}]
+    frame = pd.DataFrame([rows[0] | {"options": np.array(["a", "b"])}, rows[1]])
+    assert (calls.adapt("t", frame, steps=None, seed=0).body or {})["examples"] == rows
+
+
+@pytest.mark.parametrize(
+    "examples", ["examples.jsonl", Path("examples.jsonl"), {"prompt": "p", "answer": "a"}, 3, None]
+)
+def test_what_is_no_list_of_examples_is_told(examples: Any):
+    with pytest.raises(InvalidArgument, match=r"examples is .+; give a list of records"):
+        calls.adapt("t", examples, steps=None, seed=0)
+    with pytest.raises(InvalidArgument, match=r"examples\[1\] is 'p'; give {\"prompt\", \"options\", \"answer\"}"):
+        calls.adapt("t", cast(Any, [{"prompt": "p", "answer": "a"}, "p"]), steps=None, seed=0)
 
 
 @pytest.mark.parametrize(("name", "value"), [("tolerance", float("nan")), ("prompt", "\ud800"), ("seed", {1})])

@@ -11,8 +11,10 @@ from typer.testing import CliRunner, Result
 
 import clients.cli
 from clients import connection
+from clients.examples import read_examples
 from server.cli import create_cli
 from tests.clients.conftest import ANSWER, Scripted, job
+from tests.command_line import CommandLine
 
 
 def _run(*arguments: str, stdin: str | None = None) -> Result:
@@ -230,6 +232,17 @@ def test_an_interrupt_leaves_the_job_running_and_says_so(
         ("", "holds no examples"),
         ("{not json", "line 1"),
         ('{"prompt": "p", "options": ["a", "b"]}', "line 1: answer: Field required"),
+        (
+            '{"prompt": "p", "options": ["a", "b"], "answer": true}',
+            "line 1: answer: must be an option's text or its index, not True",
+        ),
+        ('{"prompt": "p", "options": ["a", "b"], "answer": 1.0}', "line 1: answer: must be an option's text or its"),
+        (
+            '{"prompt": "p", "choices": ["a", "b"], "answer": "a"}',
+            "line 1: 'choices' is no key of an example; name it 'options', or leave it out",
+        ),
+        ('{"prompt": "p", "Options": ["a", "b"], "answer": "a"}', "'Options' is no key of an example"),
+        ('{"input": "p", "options": ["a", "b"], "output": "a"}', "name it 'answer'"),
     ],
 )
 def test_a_file_of_examples_that_is_wrong_is_named_with_its_line(
@@ -241,6 +254,88 @@ def test_a_file_of_examples_that_is_wrong_is_named_with_its_line(
     assert result.exit_code == 2
     assert "wrong.jsonl" in result.output
     assert words in result.output
+
+
+def test_keys_that_an_example_does_not_need_do_no_harm(tmp_path: Path):
+    path = tmp_path / "more.jsonl"
+    path.write_text('{"id": 7, "input": "p", "text": "q", "options": ["a", "b"], "answer": 0, "label": 1}')
+    (example,) = read_examples(path)
+    assert (example.prompt, example.options, example.answer) == ("p", ["a", "b"], 0)
+
+
+def test_nothing_that_a_server_says_steers_the_terminal(scripted: Scripted):
+    escape = "\x1b[2Jgone\x9b1m"
+    doubt = {"total": 0.3, "aleatoric": 0.2, "epistemic": 0.1}
+    semantics = {
+        "meanings": [{"answer": escape, "probability": 0.9, "samples": 3}], "unseen": 0.1, "answer_probability": 0.9,
+        "consistency": 1.0, "uncertainty": doubt,
+    }  # fmt: skip
+    withheld = {"reason": escape, "threshold": 0.9, "candidates": [{"answer": escape, "probability": 0.4}]}
+    told = ANSWER | {"task": escape, "answer": escape, "prediction_set": [escape], "semantics": semantics}
+    scripted.reply(200, _body(told)).reply(200, _body(told | {"abstained": withheld, "probabilities": None}))
+    scripted.reply(200, _body([{"task": escape, "status": "damaged", "error": escape}]))
+    scripted.reply(422, _body({"error": {"type": "InvalidRequest", "message": escape}}))
+    for command in (["ask", "p", "-o", escape, "-o", "a\u3000b"], ["ask", "p"], ["tasks"], ["tasks"]):
+        shown = _run(*command, "--url", scripted.url).output
+        assert "gone" in shown
+        assert not {"\x1b", "\x9b"} & set(shown)
+        assert ("a\u3000b" in shown) == ("-o" in command)  # a space of another script is one
+
+
+def test_the_lines_that_look_after_a_job_carry_the_key(
+    scripted: Scripted, examples_file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("ABMLL_KEY", "abmll-secret")
+    monkeypatch.setattr(connection, "_PATIENCE_SECONDS", 0.0)
+    scripted.reply(202, _body(job("queued"))).reply(503, b"")
+    shown = _run("teach", "films", str(examples_file), "--url", scripted.url).output
+    with_key = f'-H "Authorization: Bearer $ABMLL_KEY" {scripted.url}/adapt/j1'
+    assert f"look:   curl {with_key}\n  cancel: curl -X DELETE {with_key}\n" in shown
+    assert "secret" not in shown
+
+
+def test_no_timeout_is_taken(scripted: Scripted):
+    scripted.reply(200, b"[]")
+    assert _run("tasks", "--json", "--timeout", "inf", "--url", scripted.url).output == "[]\n"
+
+
+def test_what_was_counted_is_told_where_the_server_stops(
+    scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(connection, "_PATIENCE_SECONDS", 0.0)
+    rows = tmp_path / "held_out.jsonl"
+    rows.write_text('{"prompt": "p", "options": ["good", "bad"], "answer": "good"}\n' * 5)
+    wanted = ["measure", "films", str(rows), "--at-once", "1", "--json", "--url", scripted.url]
+    busy = _body({"error": {"type": "RateLimited", "message": "the key has had its questions"}})
+
+    def replies(answers: int) -> None:
+        scripted.replies.clear()
+        scripted.reply(200, _body({"task": "films"}))
+        for _ in range(answers):
+            scripted.reply(200, _body(ANSWER | {"answer_index": 0}))
+        scripted.reply(429, busy, Retry_After="600")
+
+    replies(2)
+    some = _run(*wanted)
+    assert some.exit_code == 1
+    assert (json.loads(some.stdout)["questions"], json.loads(some.stdout)["accuracy"]) == (2, 1.0)
+    assert "abmll: asked 2 of 5 questions" in some.stderr
+    assert "the key has had its questions" in some.stderr
+    replies(0)
+    none = _run(*wanted)
+    assert (none.exit_code, none.stdout) == (1, "")
+    assert none.stderr == "abmll: the key has had its questions\n"
+
+
+def test_a_file_of_settings_in_no_folder_is_wrong_input(tmp_path: Path, abmll: CommandLine):
+    there = tmp_path / "nosuchdir" / "abmll.toml"
+    assert f"there is no folder {there.parent}" in abmll("config", "init", there).refusal
+
+
+def test_a_folder_of_a_posterior_has_no_versions(tmp_path: Path, abmll: CommandLine):
+    (tmp_path / "posterior.json").write_text("{}")
+    refusal = abmll("draws", tmp_path, "--version", 1, "--out", tmp_path / "out").refusal
+    assert f"{tmp_path} is a folder of a posterior, which takes no --version" in refusal
 
 
 def test_help_imports_neither_torch_nor_vllm_nor_httpx():

@@ -3,15 +3,18 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import math
 import socket
 import threading
 import time
+from typing import Any
 
 import pytest
 
 from clients import connection, replies
 from clients.async_http import AsyncClient
 from clients.errors import (
+    ClientError,
     InvalidReply,
     JobCancelled,
     JobFailed,
@@ -83,6 +86,68 @@ def test_what_is_no_address_is_said_at_once(url: str):
         Client(url)
 
 
+@pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), None, "70", True])
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_a_time_that_is_none_is_said_at_once(kind: type[Client] | type[AsyncClient], timeout: Any):
+    with pytest.raises(ClientError, match=r"timeout is .+; give seconds above 0"):
+        kind("http://127.0.0.1:1", timeout=timeout)
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e12])
+def test_a_reply_may_take_as_long_as_it_takes(scripted: Scripted, timeout: float):
+    scripted.reply(200, _body(job("done")))
+    with Client(scripted.url, timeout=timeout) as client:
+        assert client.wait("j1", timeout=timeout).ended
+
+
+def test_another_server_is_neither_healthy_nor_ready(scripted: Scripted):
+    async def told():
+        async with AsyncClient(scripted.url) as client:
+            return await client.healthy(), await client.ready()
+
+    for body in (b"<html>It works!</html>", b'{"up": true}', b"", b"[]"):
+        scripted.replies.clear()
+        scripted.reply(200, body)
+        with Client(scripted.url) as client:
+            assert (client.healthy(), client.ready()) == asyncio.run(told()) == (False, False)
+
+
+def _streamed(url: str) -> tuple[list[replies.StreamedToken | replies.Answer], ...]:
+    async def collect():
+        async with AsyncClient(url) as client:
+            return [item async for item in client.stream("q")]
+
+    with Client(url) as client:
+        return list(client.stream("q")), asyncio.run(collect())
+
+
+def test_a_proxys_word_in_another_encoding_is_an_api_error(scripted: Scripted):
+    scripted.reply(502, "<html>passerelle indisponible, réessayez</html>".encode("latin-1"))
+    with Client(scripted.url) as client:
+        for call in (lambda: list(client.stream("q")), lambda: client.generate("q")):
+            with pytest.raises(ServerUnavailable, match="the server replied 502: <html>passerelle"):
+                call()
+
+    async def collect():
+        async with AsyncClient(scripted.url) as client:
+            return [item async for item in client.stream("q")]
+
+    with pytest.raises(ServerUnavailable, match="the server replied 502"):
+        asyncio.run(collect())
+
+
+def test_an_event_of_a_newer_server_is_skipped_and_a_malformed_one_is_not(scripted: Scripted):
+    events = b'event: token\ndata: {"text": "a", "probability": 0.5}\n\nevent: progress\ndata: {"at": 1}\n\n'
+    answer = b"event: answer\ndata: " + _body(ANSWER) + b"\n\nevent: usage\ndata: ?\n\n"
+    scripted.reply(200, events + answer, Content_Type="text/event-stream")
+    for items in _streamed(scripted.url):
+        assert [type(item) for item in items] == [replies.StreamedToken, replies.Answer]
+    scripted.replies.clear()
+    scripted.reply(200, b"event: token\ndata: {}\n\n" + answer, Content_Type="text/event-stream")
+    with pytest.raises(InvalidReply, match="'token' is malformed"):
+        _streamed(scripted.url)
+
+
 def test_a_starting_server_is_healthy_but_not_ready(scripted: Scripted):
     scripted.reply(200, b'{"status": "ok"}')
     scripted.reply(503, _body({"error": {"type": "EngineFailure", "message": "starting", "field": None}}))
@@ -132,6 +197,50 @@ def test_waiting_ends_and_leaves_the_job_running(scripted: Scripted):
         client.wait("j1", timeout=0.05, poll=0.02)
     assert caught.value.job.status == "running"
     assert all(method == "GET" for method, _, _ in scripted.asked)
+
+
+def _waiting(url: str, **settings: Any) -> list[float]:
+    """The seconds after which each client gave a job up."""
+    running = replies.Job.model_validate(job("running"))
+
+    async def wait():
+        async with AsyncClient(url) as client:
+            await client.wait(running, **settings)
+
+    times: list[float] = []
+    with Client(url) as client:
+        for call in (lambda: client.wait(running, **settings), lambda: asyncio.run(wait())):
+            begun = time.monotonic()
+            with pytest.raises(JobTimeout, match="runs on"):
+                call()
+            times.append(time.monotonic() - begun)
+    return times
+
+
+def test_waiting_is_no_longer_than_its_time_however_seldom_it_looks(scripted: Scripted):
+    scripted.reply(200, _body(job("running")))
+    assert max(_waiting(scripted.url, timeout=0.2, poll=30)) < 5
+
+
+def test_waiting_is_no_longer_than_its_time_on_a_server_that_says_nothing():
+    server = _Breaking(silent=True)
+    try:
+        times = _waiting(server.url, timeout=0.2, poll=0.1)
+        assert min(times) > 1  # what a reply may take at least
+        assert max(times) < 5
+    finally:
+        server.close()
+
+
+def test_a_server_that_says_when_to_come_back_is_waited_for(scripted: Scripted, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(connection, "_PATIENCE_SECONDS", 0.3)
+    busy = _body({"error": {"type": "RateLimited", "message": "too many", "field": None}})
+    scripted.reply(200, _body(job("running"))).reply(429, busy, Retry_After="1").reply(200, _body(job("done", 1.0)))
+    with Client(scripted.url) as client:
+        assert client.wait("j1", poll=0.01).ended
+    scripted.replies.clear()
+    scripted.reply(429, busy, Retry_After="99999999999")
+    assert max(_waiting(scripted.url, timeout=0.2, poll=0.01)) < 5
 
 
 class _Breaking:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,81 @@ def test_both_clients_have_the_same_methods_and_errors() -> None:
 def test_the_declared_types_are_those_of_this_server_and_client(keyed: Keyed) -> None:
     ran = node(str(JS / "types.mjs"), "--check", keyed.url)
     assert ran.returncode == 0, ran.stderr
+
+
+def run_js(code: str, folder: Path = JS.parent) -> Any:
+    """What a piece of code gives, which may wait."""
+    begin = f"const {{ Client }} = await import('{folder}/js/abmll.js'); "
+    ran = node("--input-type=module", "-e", f"{begin} console.log(JSON.stringify(await (async () => {{ {code} }})()))")
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+def test_an_empty_address_in_the_environment_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ABMLL_URL", "")
+    assert run_js("return String(new Client())") == "[object Object]"
+
+
+def test_another_server_is_neither_healthy_nor_ready(scripted: Scripted) -> None:
+    for body in (b"<html>It works!</html>", b'{"up": true}', b"", b"[]", b"null"):
+        scripted.replies.clear()
+        scripted.reply(200, body)
+        told = run_js(f"const c = new Client({{ url: '{scripted.url}' }}); return [await c.healthy(), await c.ready()]")
+        assert told == [False, False]
+
+
+def test_waiting_is_no_longer_than_its_time(scripted: Scripted) -> None:
+    code = (
+        "const begun = performance.now(); "
+        "const wait = (url, settings) => new Client({ url }).wait({ job: 'j1', status: 'running' }, settings)"
+        ".catch((error) => [error.name, performance.now() - begun]); "
+    )
+    scripted.reply(200, json.dumps(job("running")).encode())
+    seldom = run_js(f"{code} return await wait('{scripted.url}', {{ timeout: 0.2, poll: 30 }})")
+    scripted.replies.clear()
+    scripted.reply(429, b"", Retry_After="600")
+    refused = run_js(f"{code} return await wait('{scripted.url}', {{ timeout: 0.2, poll: 0.01 }})")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        unanswered = run_js(f"{code} return await wait('{url}', {{ timeout: 0.2, poll: 0.01 }})")
+    for name, milliseconds in (seldom, refused, unanswered):
+        assert name == "JobTimeout"
+        assert milliseconds < 5000
+    assert unanswered[1] > 1000  # what a reply may take at least
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    """The page's files, where Node takes them for modules."""
+    for part in ("js", "web"):
+        shutil.copytree(JS.parent / part, tmp_path / part)
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    return tmp_path
+
+
+def test_the_page_waits_as_long_as_its_reader_does(page: Path) -> None:
+    code = (
+        "globalThis.location = { href: 'http://h/#ask' }; globalThis.fetch = async () => { throw new Error() }; "
+        "let seconds = 'for ever'; globalThis.setTimeout = (_, time) => { seconds = String(time) }; "
+        f"const {{ Session }} = await import('{page}/web/session.js'); "
+        "const session = new Session(async () => null, () => {}); "
+        "await session.call((client) => client.generate('q')).catch(() => {}); return seconds"
+    )
+    assert run_js(code, page) == "for ever"
+
+
+def test_a_trial_that_fails_leaves_no_question_under_way(page: Path) -> None:
+    code = (
+        f"const {{ attempt }} = await import('{page}/web/views/trial.js'); let ended = 0; "
+        "const generate = (prompt, { signal }) => new Promise((_, reject) => { "
+        "if (prompt === '2') reject(new Error('busy')); "
+        "signal.addEventListener('abort', () => { ended++; reject(signal.reason); }) }); "
+        "const rows = ['0', '1', '2', '3', '4'].map((prompt) => ({ prompt, options: ['a', 'b'], answer: 'a' })); "
+        "const session = { call: (work) => work({ generate }) }, { signal } = new AbortController(); "
+        "const told = await attempt(session, rows, { task: 't', signal }).catch((error) => error.message); "
+        "return [told, ended]"
+    )
+    assert run_js(code, page) == ["busy", 4]
 
 
 def test_a_job_is_followed_through_passing_trouble(scripted: Scripted) -> None:

@@ -455,6 +455,17 @@ def test_a_count_to_hold_back_that_is_no_number_is_told(visit: Open) -> None:
     expect(page.get_by_label("Hold back")).to_be_focused()
 
 
+def test_a_job_that_cannot_be_followed_is_said_to_run_on(visit: Open) -> None:
+    page = visit("teach")
+    page.route("**/adapt/*", lambda route: route.fulfill(status=500, body="out of order"))
+    page.get_by_role("button", name="Fill in twelve examples").click()
+    page.get_by_label("Hold back").fill("0")
+    page.get_by_role("button", name=re.compile("^Teach from")).click()
+    expect(page.get_by_role("alert")).to_have_text(
+        "The server replied 500: out of order. The job may run on; the list of tasks shows what comes of it."
+    )
+
+
 def test_a_key_without_the_right_is_told_in_words(visit: Open, keyed: Keyed) -> None:
     page = visit("teach", key=keyed.reader)
     page.get_by_role("button", name="Fill in twelve examples").click()

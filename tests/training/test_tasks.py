@@ -53,6 +53,10 @@ def test_a_line_ends_at_a_newline_alone(tmp_path: Path) -> None:
         (json.dumps(GOOD | {"answer": 2}), "line 2: answer is 2"),
         (json.dumps(GOOD | {"answer": "maybe"}), "line 2: answer is 'maybe'"),
         (json.dumps({"input": "x", "options": ["a", "b"]}), "line 2: answer must be"),
+        (json.dumps({"input": "x", "choices": ["a", "b"], "answer": "a"}), "line 2: 'choices' is no key .+ 'options'"),
+        (json.dumps({"input": "x", "optoins": ["a", "b"], "answer": "a"}), "line 2: 'optoins' is no key .+ 'options'"),
+        (json.dumps({"input": "x", "options": None, "Options": ["a", "b"], "answer": "a"}), "'Options' is no key"),
+        (json.dumps({"input": "x", "options": ["a", "b"], "label": 1}), "line 2: 'label' is no key .+ 'answer'"),
         ('{"input": "x", "answer": ' + "1" * 5000 + "}", "line 2: not valid JSON"),
         ("[" * 100_000, "line 2: not valid JSON"),
     ],
@@ -61,6 +65,13 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str, message: str) -> N
     (tmp_path / "t.jsonl").write_text(json.dumps(GOOD) + "\n" + line + "\n")
     with pytest.raises(InvalidExamples, match=message):
         read_examples(tmp_path / "t.jsonl")
+
+
+def test_keys_that_an_example_does_not_need_do_no_harm(tmp_path: Path) -> None:
+    more = {"id": 7, "prompt_id": 3, "text": "so?", "label": 1, "choices": None, "answer_id": 4}
+    (tmp_path / "t.jsonl").write_text(json.dumps(GOOD | more) + "\n" + json.dumps(GOOD))
+    first, second = read_examples(tmp_path / "t.jsonl")
+    assert first == second
 
 
 def test_folders_that_hold_no_tasks(tmp_path: Path) -> None:

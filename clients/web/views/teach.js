@@ -1,9 +1,9 @@
 /** The view that teaches a task from examples, and shows on those held back what it has learnt. */
 
-import { JobCancelled } from "../../js/abmll.js";
+import { JobCancelled, NotFound } from "../../js/abmll.js";
 import { field, h, numberIn, rewrite } from "../elements.js";
 import { several } from "../figures.js";
-import { inWords } from "../session.js";
+import { inWords, sentence } from "../session.js";
 import { readExamples } from "./examples.js";
 import { preview } from "./preview.js";
 import { attempt, holdBack, usualShare } from "./trial.js";
@@ -142,7 +142,12 @@ export function teachView({ session, announce }) {
    */
   async function teach(task, taught, signal) {
     const rows = taught.map(({ prompt, options, answer }) => ({ prompt, options, answer }));
-    let job = await session.call((client) => client.adapt(task, rows, { signal }));
+    // Without the signal: a job whose number nobody was told would run on unseen.
+    let job = await session.call((client) => client.adapt(task, rows));
+    if (signal.aborted) {
+      await session.call((client) => client.cancel(job.job));
+      signal.throwIfAborted();
+    }
     const cancel = h("button", { type: "button" }, "Cancel");
     cancel.addEventListener("click", () => {
       cancel.setAttribute("aria-disabled", "true");
@@ -151,12 +156,19 @@ export function teachView({ session, announce }) {
     const bar = h("progress", { max: 1, value: 0, "aria-label": "Progress of teaching" });
     const state = h("p", { role: "status" }, "Waiting for its turn");
     doing(state, bar, h("div", { class: "row" }, cancel));
-    for await (const seen of session.client.follow(job, { poll: 0.3, signal })) {
-      job = seen;
-      bar.value = seen.progress;
-      const wording =
-        seen.status === "running" ? `Teaching ${seen.task} from ${several(taught.length, "example")}` : null;
-      if (wording && state.textContent !== wording) state.textContent = wording;
+    try {
+      for await (const seen of session.client.follow(job, { poll: 0.3, signal })) {
+        job = seen;
+        bar.value = seen.progress;
+        const wording =
+          seen.status === "running" ? `Teaching ${seen.task} from ${several(taught.length, "example")}` : null;
+        if (wording && state.textContent !== wording) state.textContent = wording;
+      }
+    } catch (/** @type {any} */ error) {
+      if (error?.name === "AbortError" || error instanceof NotFound) throw error;
+      const goesOn = "The job may run on; the list of tasks shows what comes of it.";
+      error.message = `${sentence(error.message)} ${goesOn}`;
+      throw error;
     }
     return session.client.wait(job); // it has ended; throws what went wrong
   }

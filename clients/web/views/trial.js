@@ -54,7 +54,7 @@ function mixed(items) {
 }
 
 /**
- * Asks each example's question.
+ * Asks each example's question; the first that fails ends them all.
  *
  * @param {any} session
  * @param {Example[]} examples
@@ -65,6 +65,8 @@ function mixed(items) {
 export async function attempt(session, examples, settings, tell) {
   /** @type {Outcome[]} */
   const outcomes = [];
+  const failed = new AbortController();
+  const signal = AbortSignal.any([settings.signal, failed.signal]);
   let next = 0;
   let done = 0;
   async function work() {
@@ -72,14 +74,18 @@ export async function attempt(session, examples, settings, tell) {
       const place = next++;
       const { prompt, options, answer } = /** @type {Example} */ (examples[place]);
       const reply = await session.call((/** @type {any} */ client) =>
-        client.generate(prompt, { options, ...settings }),
+        client.generate(prompt, { options, ...settings, signal }),
       );
       const right = options === null ? sameText(reply.answer, answer) : reply.answer === answer;
       outcomes[place] = { answer: reply.answer, confidence: reply.confidence, right };
       tell?.(++done);
     }
   }
-  await Promise.all(Array.from({ length: AT_ONCE }, work));
+  try {
+    await Promise.all(Array.from({ length: AT_ONCE }, work));
+  } finally {
+    failed.abort();
+  }
   return outcomes;
 }
 
