@@ -18,6 +18,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.feedback import FIRST
 from tests.server.conftest import Server, free_port, wait_for
 from tests.server.process import ROOT
 from tests.server.test_http import QUESTION
@@ -126,6 +127,8 @@ def watched(server: Server, exporter: Exporter, tmp_path_factory: pytest.TempPat
     made = Prometheus(tmp_path_factory.mktemp("prometheus"), [target, f"127.0.0.1:{exporter.http.server_port}", NOBODY])
     try:
         wait_for(made.ready)
+        for seed in range(FIRST):  # drift is told from there on
+            assert server.http.post("/generate", json=QUESTION | {"draws": 1, "seed": seed}).status_code == 200
         ask_around(server)
         wait_for(lambda: made.knows('abmll_feedback_count{task="global"} > 0'))
         ask_around(server)

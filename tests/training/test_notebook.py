@@ -57,7 +57,7 @@ def test_it_is_saved_and_loaded_as_it_was(task: LoadedPosterior, tmp_path: Path)
 
 
 def test_a_mixture_is_adapted_saved_and_asked_under_all_its_members(posterior: LoadedPosterior, tmp_path: Path) -> None:
-    inner = posterior.record.training["inner"] | {"members": 3, "steps": 2}
+    inner = posterior.record.training["inner"] | {"members": 3, "factor_rate": 0.0, "steps": 2}
     several = replace(posterior, record=posterior.record.model_copy(update={"training": {"inner": inner}}))
     mixed = several.adapt(EXAMPLES, task="home")
     assert mixed.posterior.config.members == 3
