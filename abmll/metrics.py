@@ -81,10 +81,12 @@ def adaptive_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 
     Answers of equal confidence count as their mean, in whatever order they come.
     """
     order = confidence.double().argsort(stable=True)
-    right = _mean_of_equals(confidence.double()[order], correct[order].double())
+    sure = confidence.double()[order]
+    right = _mean_of_equals(sure, correct[order].double())
+    parts = min(bins, len(order))
     errors = [
-        len(part) * abs((right[part].mean() - confidence[order][part].double().mean()).item())
-        for part in torch.arange(len(order)).tensor_split(min(bins, len(order)))
+        len(part) * abs((accuracy.mean() - part.mean()).item())
+        for part, accuracy in zip(sure.tensor_split(parts), right.tensor_split(parts), strict=True)
     ]
     return sum(errors) / len(order)
 

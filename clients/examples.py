@@ -87,9 +87,9 @@ def records_of(examples: Examples) -> list[dict[str, Any]]:
         InvalidArgument: They are no list of examples.
     """
     given: Any = examples
-    if hasattr(given, "to_dict") and hasattr(given, "columns"):
-        rows: list[dict[str, Any]] = given.to_dict("records")
-        return [{key: _plain(value) for key, value in row.items() if not _missing(value)} for row in rows]
+    rows = rows_of_frame(given)
+    if rows is not None:
+        return rows
     if isinstance(given, str | bytes | PathLike | Mapping) or not isinstance(given, Iterable):
         raise InvalidArgument(
             f"examples is {repr(given)[:80]}; give a list of records, or a frame (clients.examples.read_examples "
@@ -97,6 +97,14 @@ def records_of(examples: Examples) -> list[dict[str, Any]]:
         )
     listed: Iterable[object] = given
     return [_record(row, number) for number, row in enumerate(listed)]
+
+
+def rows_of_frame(examples: Any) -> list[dict[str, Any]] | None:
+    """Returns the rows of a frame, what is missing in them left out; None for what is no frame."""
+    if not hasattr(examples, "to_dict") or not hasattr(examples, "columns"):
+        return None
+    rows: list[dict[str, Any]] = examples.to_dict("records")
+    return [{key: _plain(value) for key, value in row.items() if not _missing(value)} for row in rows]
 
 
 def _record(row: object, number: int) -> dict[str, Any]:

@@ -249,8 +249,12 @@ class Feedback:
                 of_it = task, version, last
                 answered = f"{_BY} AND options IS NOT NULL"
                 for row in reversed(db.execute(newest.format(answered, WINDOW), of_it).fetchall()):
-                    window.add(row["confidence"], row["epistemic"])
-                oldest = f"SELECT * FROM answers WHERE task = ? AND version = ? AND {answered} ORDER BY number LIMIT ?"
+                    window.confidence.append(row["confidence"])
+                    window.epistemic.append(row["epistemic"])
+                oldest = (
+                    f"SELECT confidence, epistemic FROM answers WHERE task = ? AND version = ? AND {answered} "
+                    "ORDER BY number LIMIT ?"
+                )
                 window.first = [(row["confidence"], row["epistemic"]) for row in db.execute(oldest, (*of_it, FIRST))]
                 counted = f"{_BY} AND judged IS NOT NULL AND (options IS NOT NULL OR standard)"
                 for row in reversed(db.execute(newest.format(counted, WINDOW), of_it).fetchall()):

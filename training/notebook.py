@@ -21,6 +21,7 @@ from abmll.scoring import tokenize_apart
 from abmll.sequences import text_predictive
 from abmll.store import Record, StoredPosterior, load_posterior, save_posterior
 from abmll.text_calibration import text_confidence
+from clients.examples import rows_of_frame
 from training.adaptation import AdaptConfig
 from training.base_model import BaseModel as Base
 from training.commands.opening import open_base
@@ -253,21 +254,12 @@ def _check_whole(value: object, name: str, least: int, most: float = math.inf) -
 
 def _records(examples: Any) -> Iterable[Example | Mapping[str, Any]]:
     """Rows of a frame, what is missing in them left out; else the examples as they are."""
-    if hasattr(examples, "to_dict") and hasattr(examples, "columns"):
-        rows: list[dict[str, Any]] = examples.to_dict("records")
-        return [{key: _plain(value) for key, value in row.items() if not _missing(value)} for row in rows]
+    rows = rows_of_frame(examples)
+    if rows is not None:
+        return rows
     if isinstance(examples, str | Path | dict) or not hasattr(examples, "__iter__"):
         raise InvalidExamples("examples must be a list of records, or a frame; a file is read by pandas", "examples")
     return examples
-
-
-def _plain(value: Any) -> Any:
-    """A list where a frame's cell is an array."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and value != value)
 
 
 def _texts_of(given: Any, name: str) -> list[str]:
