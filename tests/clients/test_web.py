@@ -255,6 +255,22 @@ def test_a_version_is_that_of_its_task_and_a_task_that_is_gone_is_told(visit: Op
     expect(page.get_by_role("alert")).to_have_text("There is no task nowhere; choose another.")
 
 
+def test_who_asks_before_the_tasks_are_listed_asks_the_one_the_link_names(visit: Open, home: str) -> None:
+    page = visit("ask")
+    ask(page)
+    expect(page.get_by_text("global version")).to_be_visible()
+    held: list[Route] = []
+    page.route("**/tasks", lambda route: held.append(route))
+    page.evaluate(f"location.hash = '#/ask?task={home}&version=1'")
+    expect(page.get_by_label("Task", exact=True)).to_have_value(home)
+    page.get_by_role("button", name="Ask", exact=True).click()
+    expect(page.get_by_text(f"{home} version 1")).to_be_visible()
+    held.pop().continue_()
+    version = page.get_by_label("Version", exact=True)
+    expect(version).to_contain_text("2")
+    expect(version).to_have_value("1")
+
+
 def test_a_late_reply_changes_nothing_on_another_page(visit: Open, home: str) -> None:
     page = visit("tasks")
     asked: list[Route] = []

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 
 import httpx
@@ -79,12 +81,16 @@ def test_a_reply_may_take_its_time_and_a_body_come_in_parts(impatient: int) -> N
 
 @pytest.mark.slow
 def test_a_connection_is_kept_while_it_is_idle(start_server: Callable[..., Server]) -> None:
-    server, asked = start_server(), b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", server.settings.port), timeout=5) as connection:
+    server = start_server()
+    with contextlib.closing(HTTPConnection("127.0.0.1", server.settings.port, timeout=5)) as connection:
+        connection.connect()
+        kept = connection.sock
         for pause in (0, connections.HEAD_SECONDS + 1):  # longer than uvicorn's 5 s, and than a head may take
             time.sleep(pause)
-            connection.sendall(asked)
-            assert connection.recv(10_000).startswith(b"HTTP/1.1 200")
+            connection.request("GET", "/healthz")
+            with connection.getresponse() as response:
+                assert (response.status, response.read()) == (200, b'{"status":"ok"}')
+            assert connection.sock is kept
 
 
 def test_a_locked_file_of_keys_holds_up_nobody_who_needs_none(

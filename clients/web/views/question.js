@@ -138,8 +138,9 @@ export class QuestionForm {
    * @param {string} version Its version; empty: as served.
    */
   async refresh(wanted, version) {
+    if (wanted) this.choose(wanted, version); // before it is listed: who asks meanwhile asks this one
     const tasks = await this.session.call((client) => client.tasks());
-    const name = wanted || this.task.value;
+    const name = this.task.value;
     this.setTasks(
       tasks.filter(({ status }) => status === "ready"),
       name,
@@ -149,7 +150,23 @@ export class QuestionForm {
       this.complain(`${damaged ? `Task ${name} is damaged` : `There is no task ${name}`}; choose another.`, this.task);
     }
     await this.showVersions();
-    if (wanted) this.chooseVersion(version);
+  }
+
+  /**
+   * Chooses a task, listed or not.
+   *
+   * @param {string} name
+   * @param {string} version Empty: as served.
+   */
+  choose(name, version) {
+    const others = [...this.task.options].map(({ value }) => value).filter((task) => task !== name);
+    this.setTasks(
+      [...others, name].map((task) => ({ task })),
+      name,
+    );
+    this.versionsOf = name;
+    this.listVersions(version ? [version] : []);
+    this.chooseVersion(version);
   }
 
   /** Lists the versions of the task that is chosen; the one that was chosen of the same task stays. */
