@@ -139,27 +139,30 @@ def fit_temperature_prior(
 
 
 def _mass_above(probabilities: Tensor) -> Tensor:
-    """Probability of the options likelier than each, and half of what is as likely, shape (..., options)."""
+    """Probability of the options that are likelier than each, shape (..., options)."""
     others, own = probabilities[..., None, :], probabilities[..., :, None]
-    return ((others > own) * others + 0.5 * (others == own) * others).sum(dim=-1)
+    return ((others > own) * others).sum(dim=-1)
 
 
-def conformal_scores(probabilities: Tensor, answers: Tensor) -> Tensor:
-    """Nonconformity of the right answers: the probability that lies above them.
+def conformal_scores(probabilities: Tensor, answers: Tensor, seed: int = 0) -> Tensor:
+    """Nonconformity of the right answers: the probability that lies above them, and a random part of their own.
 
-    The score of adaptive prediction sets (Romano et al. 2020, arXiv 2006.02544) with its random number
-    at its mean, so that a set depends on its question alone. Unlike 1 - p it is of one scale for two
-    options and for twenty. Where options are nearly alike it takes as many values as there are options, though, so
-    that a threshold's coverage then depends on their number: all of two or three, three of four.
+    The score of adaptive prediction sets (Romano et al. 2020, arXiv 2006.02544). Where the probabilities are right it
+    is uniform between 0 and 1 for two options as for twenty, so that one threshold does for every number of them.
 
     Args:
         probabilities: Shape (n, options).
         answers: The right option's index, shape (n,).
+        seed: Of the random parts.
 
     Returns:
         Shape (n,), between 0 and 1.
     """
-    return _mass_above(probabilities).gather(-1, answers[:, None]).squeeze(-1)
+    right = answers[:, None]
+    own = probabilities.gather(-1, right)
+    as_likely = ((probabilities == own) * probabilities).sum(dim=-1)
+    part = torch.rand(len(answers), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return _mass_above(probabilities).gather(-1, right).squeeze(-1) + part * as_likely
 
 
 def conformal_threshold(scores: Tensor, coverage: float) -> float:
@@ -179,12 +182,14 @@ def conformal_threshold(scores: Tensor, coverage: float) -> float:
 
 
 def prediction_set(probabilities: Tensor, threshold: float) -> Tensor:
-    """Which options belong to the set, shape (..., options): those with nonconformity within the threshold.
+    """Which options belong to the set, shape (..., options): the likeliest, until their probability passes a threshold.
 
-    The most probable option always belongs, so that no set is empty; coverage can only rise by it.
+    An option belongs where the probability above it is within the threshold: whatever its random part, its
+    nonconformity is no less. So the set contains that of Romano et al., depends on its question alone, and holds the
+    right option at least as often as was wanted; where probabilities are right, for every question and whatever the
+    number of options. For that it is larger than one that is right so often on average. No set is empty.
     """
-    inside = _mass_above(probabilities) <= threshold + 1e-12
-    return inside | (probabilities == probabilities.amax(dim=-1, keepdim=True))
+    return _mass_above(probabilities) <= threshold
 
 
 class ShotCalibration(BaseModel, frozen=True):
@@ -205,7 +210,8 @@ class ShotCalibration(BaseModel, frozen=True):
         description="Held-out answers of its support set that a task's own temperature was fitted on; else 0.",
     )
     conformal: dict[str, float] = Field(
-        description='Coverage (as text, "0.9") to the threshold on nonconformity after tempering.'
+        description='Coverage (as text, "0.9") to the threshold on nonconformity after tempering: for a calibrated '
+        "model the coverage itself."
     )
     risk: dict[str, float] = Field(
         default_factory=dict, description='Risk (as text, "0.10") to the confidence that answers must pass.'
@@ -232,7 +238,7 @@ class ShotCalibration(BaseModel, frozen=True):
         return lenient_threshold(self.risk, risk)
 
     def prediction_set(self, probabilities: Tensor) -> Tensor | None:
-        """Returns the options that hold the right one in 90 % of questions, see ``prediction_set``; None: not known."""
+        """Returns the options of a 90 % set, see the function ``prediction_set``; None: not known."""
         threshold = self.conformal.get(_TOLD_COVERAGE)
         return None if threshold is None else prediction_set(probabilities, threshold)
 

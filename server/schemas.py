@@ -293,8 +293,8 @@ class GenerateReply(BaseModel):
         examples=[True],
     )
     prediction_set: list[str] | None = Field(
-        description="Options that together hold the right one in 90 % of questions (split conformal); null for "
-        "free text or without calibration.",
+        description="The likeliest options, until they hold the right one in at least 90 % of questions (split "
+        "conformal); null for free text or without calibration.",
         examples=[["positive"]],
     )
     uncertainty: Uncertainty = Field(

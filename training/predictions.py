@@ -30,7 +30,8 @@ class Prediction:
         options: The options; None for free text.
         probabilities: Theirs, calibrated where ``calibrated``; None for free text.
         standard_errors: Monte Carlo standard errors of these; None for free text.
-        prediction_set: Options that hold the right one in 90 % of questions; None for free text or without calibration.
+        prediction_set: Options that hold the right one in at least 90 % of questions; None for free text or
+            without calibration.
         total: Predictive entropy in nats; of free text, per token.
         aleatoric: Its part that more examples would not remove.
         epistemic: Its part that more examples would remove, the mutual information of answer and weights.

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from abmll import metrics
-from abmll.calibration import prediction_set
 from abmll.predictive import predictive
 
 _T = TypeVar("_T")
@@ -29,6 +28,17 @@ LESS_IS_BETTER = {
 OOD = tuple(f"ood_{kind}_{doubt}" for kind in ("nonsense", "foreign") for doubt in ("epistemic", "total"))
 
 
+def set_scores(probabilities: Tensor) -> Tensor:
+    """Nonconformity of every option, shape (..., options): the probability above it, and half of what is as likely.
+
+    That of ``abmll.calibration.conformal_scores`` with its random part at its mean, for the sets of those options whose
+    nonconformity is within a threshold. Such sets hold the right option in 90 % of all questions whatever the method,
+    so that their sizes can be compared; the product's are larger, for they do so for every number of options.
+    """
+    others, own = probabilities[..., None, :], probabilities[..., :, None]
+    return ((others > own) * others + 0.5 * (others == own) * others).sum(dim=-1)
+
+
 def of_task(
     scores: Tensor, answers: Tensor, temperature: float, threshold: float, exact: Tensor | None = None
 ) -> dict[str, float]:
@@ -38,7 +48,7 @@ def of_task(
         scores: Option scores under each draw in nats, shape (draws, n, options).
         answers: The right options, shape (n,).
         temperature: Divides the scores.
-        threshold: Of the 90 % conformal sets.
+        threshold: Of the 90 % conformal sets, see ``set_scores``.
         exact: The exact Bayes predictive, shape (n, options), where it is known.
     """
     result = predictive(scores, temperature)
@@ -51,7 +61,9 @@ def of_task(
         "aurc": metrics.area_under_risk_coverage(result.confidence, correct),
         "epistemic": result.epistemic.mean().item(),
     }
-    sets = prediction_set(probabilities, threshold) & scores[0].isfinite()  # an option that pads a row is none
+    likeliest = probabilities == probabilities.amax(dim=-1, keepdim=True)  # always inside, so that no set is empty
+    sets = likeliest | (set_scores(probabilities) <= threshold + 1e-12)
+    sets &= scores[0].isfinite()  # an option that pads a row is none
     values["coverage_90"] = sets.gather(-1, answers[:, None]).double().mean().item()
     values["set_size_90"] = sets.sum(-1).double().mean().item()
     if exact is not None:

@@ -24,7 +24,7 @@ from pydantic import BaseModel, Field, NonNegativeInt
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from abmll.calibration import conformal_scores, conformal_threshold, fit_temperature_prior
+from abmll.calibration import conformal_threshold, fit_temperature_prior
 from abmll.errors import AbmllError
 from abmll.examples import Example
 from abmll.metrics import negative_log_likelihood
@@ -32,7 +32,7 @@ from abmll.predictive import Predictive, predictive
 from abmll.store import replace_file
 from training.base_model import load_base
 from training.benchmark.exact import ExactBayes
-from training.benchmark.measures import of_task, ood_auroc
+from training.benchmark.measures import of_task, ood_auroc, set_scores
 from training.benchmark.method import Budget, Learner, Method, Noting, Revised, Settings
 from training.benchmark.ood import foreign, nonsense
 from training.benchmark.world import World
@@ -171,7 +171,10 @@ def _answers(confidence: Tensor, correct: Tensor) -> dict[str, list[Any]]:
 
 def _threshold(predicted: Sequence[_Predicted], temperature: float) -> float:
     """Threshold of 90 % conformal sets on the validation tasks' answers."""
-    scores = [conformal_scores(predictive(item.scores, temperature).probabilities, item.answers) for item in predicted]
+    scores: list[Tensor] = []
+    for item in predicted:
+        each = set_scores(predictive(item.scores, temperature).probabilities)
+        scores.append(each.gather(-1, item.answers[:, None]).squeeze(-1))
     return conformal_threshold(torch.cat(scores), 0.9)
 
 

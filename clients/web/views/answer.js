@@ -143,7 +143,7 @@ function options({
       { class: "hint" },
       set === null
         ? "No prediction set: this posterior has no calibration for these answers."
-        : `On tasks like those of its calibration, such sets hold the right answer in 90 % of questions. ${held}`,
+        : `On tasks like those of its calibration, such sets hold the right answer in at least 90 % of questions. ${held}`,
       errors ? " Error bars: one standard error over the draws." : "",
     ),
   );

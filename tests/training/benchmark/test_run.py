@@ -202,6 +202,12 @@ def test_a_set_of_all_options_has_none_that_pads_a_row() -> None:
     assert (measured["set_size_90"], measured["coverage_90"]) == (2.5, 1.0)
 
 
+def test_sets_of_methods_are_adaptive_prediction_sets_at_the_mean_of_their_random_number() -> None:
+    probabilities = torch.tensor([[0.5, 0.3, 0.2], [0.25, 0.25, 0.5]])
+    expected = torch.tensor([[0.25, 0.65, 0.9], [0.75, 0.75, 0.25]])
+    torch.testing.assert_close(measures.set_scores(probabilities), expected)
+
+
 def test_doubt_that_is_higher_on_strange_questions_has_a_high_auroc() -> None:
     inside, outside = torch.linspace(0, 1, 50), torch.linspace(0.5, 1.5, 50)
     assert measures.ood_auroc(inside, outside) == pytest.approx(1 - 0.5**3, abs=0.02)  # the overlap's two halves
