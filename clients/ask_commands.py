@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def ask_command(
+    context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="The question; - reads it from the standard input.")],
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="An answer to choose from; repeat. None: free text.")
@@ -62,6 +63,9 @@ def ask_command(
     as_json: Json = False,
 ) -> None:
     """Ask a question and see how sure the answer is."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    _check(given, stream=stream, of_text=not option, settles=draws == "auto")
     text = sys.stdin.read() if prompt == "-" else prompt
     settings: dict[str, Any] = {
         "task": task,
@@ -76,13 +80,6 @@ def ask_command(
         "tokens": not option,
     }
     if stream:
-        refused = {"--option": option, "--abstain-below": abstain_below, "--target-risk": target_risk}
-        refused |= {"--normalize": normalize, "--json": as_json or None}
-        for name, value in refused.items():
-            if value is not None:
-                raise typer.BadParameter(
-                    f"{name} needs the whole answer; leave out one of the two", param_hint="--stream"
-                )
         _stream(text, settings, url, timeout, config)
         return
     with connected(url, timeout, config) as client:
@@ -115,6 +112,24 @@ def score_command(
     with connected(url, timeout, config) as client:
         reply = client.score(prompt, text, task=task, draws=_draws(draws), seed=seed, end=end)
     _show(reply, None, as_json)
+
+
+def _check(given: set[str], *, stream: bool, of_text: bool, settles: bool) -> None:
+    """Refuses what cannot be done, or would do nothing, beside the other options that were given."""
+    whole = ("option", "abstain_below", "target_risk", "normalize", "as_json")
+    for name in [name for name in whole if stream and name in given]:
+        raise typer.BadParameter(
+            f"{_flag(name)} needs the whole answer; leave out one of the two", param_hint="--stream"
+        )
+    reason = "is for questions with options: give some with --option" if of_text else "is for free text"
+    for name in [name for name in (("normalize", "tolerance") if of_text else ("stop", "max_tokens")) if name in given]:
+        raise typer.BadParameter(f"{reason}, or leave it out", param_hint=_flag(name))
+    if "tolerance" in given and not settles:
+        raise typer.BadParameter("is for --draws auto: leave out one of the two", param_hint="--tolerance")
+
+
+def _flag(name: str) -> str:
+    return "--json" if name == "as_json" else f"--{name.replace('_', '-')}"
 
 
 def _show(reply: Answer, options: list[str] | None, as_json: bool) -> None:

@@ -32,6 +32,23 @@ def test_what_needs_the_whole_answer_is_not_streamed(abmll: CommandLine, option:
     assert "needs the whole answer" in " ".join(ran.err.replace("│", " ").split())
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--normalize", "mean"), "--normalize: is for questions with options"),
+        (("--tolerance", "0.1"), "--tolerance: is for questions with options"),
+        (("--tolerance", "0.1", "--stream"), "--tolerance: is for questions with options"),
+        (("-o", "a", "-o", "b", "--stop", "x"), "--stop: is for free text"),
+        (("-o", "a", "-o", "b", "--max-tokens", "9"), "--max-tokens: is for free text"),
+        (("-o", "a", "-o", "b", "--draws", "4", "--tolerance", "0.1"), "--tolerance: is for --draws auto"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(abmll: CommandLine, options: tuple[str, ...], expected: str) -> None:
+    ran = abmll("ask", "hi", *options)
+    assert ran.code == 2
+    assert expected in " ".join(ran.err.replace("│", " ").split())
+
+
 def test_a_shell_completes_the_names_of_a_running_servers_tasks(
     abmll: CommandLine, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
