@@ -65,7 +65,8 @@ def ask_command(
     """Ask a question and see how sure the answer is."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-    _check(given, stream=stream, of_text=not option, settles=draws == "auto")
+    sampled = temperature > 0 or samples > 0
+    _check(given, stream=stream, of_text=not option, settles=draws == "auto", sampled=sampled)
     text = sys.stdin.read() if prompt == "-" else prompt
     settings: dict[str, Any] = {
         "task": task,
@@ -108,13 +109,15 @@ def score_command(
     as_json: Json = False,
 ) -> None:
     """Score a finished answer, from another model or a person, and see where in it the doubt lies."""
+    if prompt == "-":
+        raise typer.BadParameter("- reads the answer; give the question itself", param_hint="PROMPT")
     text = sys.stdin.read() if answer == "-" else answer
     with connected(url, timeout, config) as client:
         reply = client.score(prompt, text, task=task, draws=_draws(draws), seed=seed, end=end)
     _show(reply, None, as_json)
 
 
-def _check(given: set[str], *, stream: bool, of_text: bool, settles: bool) -> None:
+def _check(given: set[str], *, stream: bool, of_text: bool, settles: bool, sampled: bool) -> None:
     """Refuses what cannot be done, or would do nothing, beside the other options that were given."""
     whole = ("option", "abstain_below", "target_risk", "normalize", "as_json")
     for name in [name for name in whole if stream and name in given]:
@@ -124,6 +127,8 @@ def _check(given: set[str], *, stream: bool, of_text: bool, settles: bool) -> No
     reason = "is for questions with options: give some with --option" if of_text else "is for free text"
     for name in [name for name in (("normalize", "tolerance") if of_text else ("stop", "max_tokens")) if name in given]:
         raise typer.BadParameter(f"{reason}, or leave it out", param_hint=_flag(name))
+    if "top_p" in given and of_text and not sampled:
+        raise typer.BadParameter("is for --temperature above 0, or --samples", param_hint="--top-p")
     if "tolerance" in given and not settles:
         raise typer.BadParameter("is for --draws auto: leave out one of the two", param_hint="--tolerance")
 

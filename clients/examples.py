@@ -66,9 +66,13 @@ Examples = Sequence[LabelledExample | Mapping[str, Any]] | Frame
 def misnamed(record: Mapping[str, Any]) -> str | None:
     """Says which of an example's keys is meant as one that it lacks, such as ``choices`` as ``options``.
 
-    Left alone, it would make a free-text example of a question with options. Other keys do no harm.
+    Left alone, it would make a free-text example of a question with options. Nor may two keys give one thing. Other
+    keys do no harm.
     """
-    had = {_KEYS[key] for key, value in record.items() if key in _KEYS and value is not None}
+    given = [key for key, value in record.items() if key in _KEYS and value is not None]
+    had = {_KEYS[key] for key in given}
+    if len(had) < len(given):
+        return "'prompt' and 'input' both give the question; leave one of them out"
     for key, value in record.items():
         if key in _KEYS or value is None:
             continue

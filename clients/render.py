@@ -33,7 +33,10 @@ def answer(reply: Answer, options: Sequence[str] | None, *, told: bool = True, l
         told: Whether to show the text itself, which may stand there already.
         legend: Whether to say what the tokens' colours mean.
     """
-    note = "" if reply.calibrated is not False else ", not calibrated"
+    of_text = reply.probabilities is None
+    note = (
+        "" if reply.calibrated is not False else ", a mean per token, not calibrated" if of_text else ", not calibrated"
+    )
     text = Text(printable(reply.answer or ""), "bold green") if reply.tokens is None else _coloured(reply.tokens)
     sure = f"{_percent(reply.confidence)} confident{note}"
     headline = Text.assemble(text, f"   {sure}") if told else Text(sure)
@@ -43,6 +46,9 @@ def answer(reply: Answer, options: Sequence[str] | None, *, told: bool = True, l
             likeliest = text if reply.tokens else Text(printable(reply.abstained.candidates[0].answer))
             headline = Text.assemble(headline, "\n\nit would have been: ", likeliest)
     parts: list[RenderableType] = [headline, Text()]
+    if reply.finish == "length":
+        cut = "cut at the longest length, --max-tokens: the text may go on, and the confidence is of what stands here"
+        parts += [Text(cut, "yellow"), Text()]
     if reply.tokens is not None:
         parts += [_legend(), Text()] if legend else []
         parts += [_doubtful(reply.tokens), Text()]
@@ -175,21 +181,26 @@ def _doubt(reply: Answer, most: float | None) -> Table:
     grid.add_column(style="dim")
     split = reply.uncertainty
     bound = "" if most is None else f"of {most:.3f} at most"
-    grid.add_row("the model does not know", f"{split.epistemic:.3f} nats", "epistemic")
+    known = f"{split.epistemic:.3f} nats" if reply.draws > 1 else "one draw does not tell"
+    grid.add_row("the model does not know", known, "epistemic")
     grid.add_row("the question is open", f"{split.aleatoric:.3f} nats", "aleatoric")
     grid.add_row("together", f"{split.total:.3f} nats", bound)
     return grid
 
 
 def _footer(reply: Answer) -> str:
-    draws = f"{reply.draws} draw" + ("" if reply.draws == 1 else "s")
-    error = f"± {100 * reply.standard_error:.1f} points" if reply.draws > 1 else "an unknown amount"
-    told = f"{draws}, {error} of Monte Carlo error"
+    told = f"{reply.draws} draw" + ("" if reply.draws == 1 else "s")
+    if reply.probabilities is not None:  # of a free text the error is that of another number, the whole's probability
+        error = f"± {100 * reply.standard_error:.1f} points" if reply.draws > 1 else "an unknown amount"
+        told += f", {error} of Monte Carlo error"
     return f"{told} · {reply.task} version {reply.posterior.version} · {reply.timing.total_ms:.0f} ms"
 
 
 def _percent(probability: float) -> str:
-    return f"{100 * probability:.1f} %"
+    """In percent; what is not all is never shown as all, and what is not nothing never as nothing."""
+    if 0 < probability < 0.001:
+        return "<0.1 %"
+    return ">99.9 %" if 0.999 < probability < 1 else f"{100 * probability:.1f} %"
 
 
 def _plain(value: int | None) -> str:

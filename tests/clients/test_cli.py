@@ -74,6 +74,8 @@ def test_a_free_text_answer_has_no_bars(scripted: Scripted):
     assert result.exit_code == 0, result.output
     assert "It was fine." in result.output
     assert "█" not in result.output
+    assert "Monte Carlo" not in result.output  # that of a text is of another number
+    assert "cut" not in result.output
     assert json.loads(scripted.asked[0][2])["prompt"] == "How was it?"
     assert json.loads(scripted.asked[0][2])["options"] is None
 
@@ -99,6 +101,21 @@ def test_a_free_text_shows_where_in_it_the_doubt_lies(scripted: Scripted, comman
     row = next(line for line in lines if "' Paris'" in line)
     assert row.split() == ["'", "Paris'", "20.0", "%", "0.300", "nats", "'", "Rome'", "50.0", "%"]
     assert "(end)" in result.output
+
+
+def test_a_text_that_was_cut_is_said_to_be_and_one_draw_tells_no_error(scripted: Scripted):
+    cut = ANSWER | {"probabilities": None, "finish": "length", "calibrated": False, "draws": 1}
+    scripted.reply(200, _body(cut))
+    told = " ".join(_run("ask", "where?", "--url", scripted.url).output.split())
+    assert "confident, a mean per token, not calibrated cut at the longest length, --max-tokens" in told
+    assert "the model does not know one draw does not tell epistemic" in told
+
+
+def test_what_is_not_all_is_never_shown_as_all(scripted: Scripted):
+    scripted.reply(200, _body(ANSWER | {"confidence": 0.9997, "probabilities": [0.9997, 0.0003]}))
+    result = _run("ask", "p", "-o", "good", "-o", "bad", "--url", scripted.url)
+    assert result.output.startswith("good   >99.9 % confident")
+    assert "<0.1 %" in result.output
 
 
 def test_samples_show_what_else_might_have_been_said(scripted: Scripted):
@@ -241,6 +258,7 @@ def test_an_interrupt_leaves_the_job_running_and_says_so(
             '{"prompt": "p", "choices": ["a", "b"], "answer": "a"}',
             "line 1: 'choices' is no key of an example; name it 'options', or leave it out",
         ),
+        ('{"prompt": "p", "input": "q", "answer": "a"}', "'prompt' and 'input' both give the question"),
         ('{"prompt": "p", "Options": ["a", "b"], "answer": "a"}', "'Options' is no key of an example"),
         ('{"input": "p", "options": ["a", "b"], "output": "a"}', "name it 'answer'"),
     ],

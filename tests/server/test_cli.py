@@ -38,6 +38,7 @@ def test_what_needs_the_whole_answer_is_not_streamed(abmll: CommandLine, option:
         (("--normalize", "mean"), "--normalize: is for questions with options"),
         (("--tolerance", "0.1"), "--tolerance: is for questions with options"),
         (("--tolerance", "0.1", "--stream"), "--tolerance: is for questions with options"),
+        (("--top-p", "0.5"), "--top-p: is for --temperature above 0, or --samples"),
         (("-o", "a", "-o", "b", "--stop", "x"), "--stop: is for free text"),
         (("-o", "a", "-o", "b", "--max-tokens", "9"), "--max-tokens: is for free text"),
         (("-o", "a", "-o", "b", "--draws", "4", "--tolerance", "0.1"), "--tolerance: is for --draws auto"),
