@@ -34,9 +34,8 @@ def answer(reply: Answer, options: Sequence[str] | None, *, told: bool = True, l
         legend: Whether to say what the tokens' colours mean.
     """
     of_text = reply.probabilities is None
-    note = (
-        "" if reply.calibrated is not False else ", a mean per token, not calibrated" if of_text else ", not calibrated"
-    )
+    raw = ", a mean per token, not calibrated" if of_text else ", not calibrated"
+    note = raw if reply.calibrated is False else ""
     text = Text(printable(reply.answer or ""), "bold green") if reply.tokens is None else _coloured(reply.tokens)
     sure = f"{_percent(reply.confidence)} confident{note}"
     headline = Text.assemble(text, f"   {sure}") if told else Text(sure)
