@@ -381,7 +381,7 @@ def test_every_command_has_help(command: str):
 def test_teach_names_the_job_when_the_server_does_not_come_back(
     scripted: Scripted, examples_file: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(connection, "_PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(connection, "_PATIENCE_SECONDS", 0.9)
     scripted.reply(202, _body(job("queued")))
     scripted.reply(502, b"<html>Bad Gateway</html>")
     result = _run("teach", "films", str(examples_file), "--url", scripted.url)

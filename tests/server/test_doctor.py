@@ -189,8 +189,10 @@ def test_a_process_that_dies_or_hangs_is_told_of() -> None:
         [],
         "ImportError: no such library",
     )
-    told, why = machine_checks.Child(["-c", "print('{\"a\": 1}', flush=True); import time; time.sleep(60)"], 1).told()
-    assert (told, why) == ([{"a": 1}], "no end after 1 s")
+    told, why = machine_checks.Child(
+        ["-S", "-c", "print('{\"a\": 1}', flush=True); import time; time.sleep(60)"], 5
+    ).told()
+    assert (told, why) == ([{"a": 1}], "no end after 5 s")
 
 
 def test_a_check_that_breaks_is_a_finding() -> None:

@@ -21,7 +21,7 @@ from server.objects import Objects
 from server.store import TaskStore
 from tests.server.conftest import Server, random_posterior, wait_for
 from tests.server.test_http import EXAMPLES, QUESTION, adapt
-from tests.server.test_lifetime import wait_running
+from tests.server.test_lifetime import statuses_until_ready, wait_running
 from tests.server.test_load import SLOW, metric
 
 
@@ -180,11 +180,12 @@ def test_a_flipped_bit_falls_back_to_the_version_before(start_server: Callable[.
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(1000)
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM exists for Linux only")
 def test_a_killed_vllm_is_started_anew_and_nothing_is_lost(start_server: Callable[..., Server]) -> None:
     server = start_server(engine="vllm", wait=False)
-    server.wait_ready(180)
+    seen = statuses_until_ready(server)
+    assert seen[0] == (200, 503, 503)
     assert server.wait_job(adapt(server, "kept", steps=1)["job"])["status"] == "done"
     before = probabilities(server, "kept")
     assert metric(server, "abmll_engine_restarts_total") == 0
@@ -198,9 +199,9 @@ def test_a_killed_vllm_is_started_anew_and_nothing_is_lost(start_server: Callabl
     assert {refusal(reply) for reply in in_flight} == {(503, "EngineFailure")}
     wait_for(lambda: server.http.get("/readyz").status_code == 503)
     assert server.http.get("/healthz").status_code == 200
-    assert refusal(server.http.post("/generate", json=QUESTION)) == (503, "EngineFailure")
+    assert refusal(server.http.post("/generate", json=SLOW | {"seed": 5})) == (503, "EngineFailure")
 
-    server.wait_ready(180)
+    server.wait_ready(400)
     assert probabilities(server, "kept") == pytest.approx(before, abs=1e-3)
     assert metric(server, "abmll_engine_restarts_total") == 1
     assert not core.is_running()
@@ -216,11 +217,11 @@ def test_a_killed_vllm_is_started_anew_and_nothing_is_lost(start_server: Callabl
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM exists for Linux only")
 def test_a_stop_in_the_middle_of_vllms_start_is_quick_and_leaves_nothing(start_server: Callable[..., Server]) -> None:
     server = start_server(engine="vllm", wait=False)
-    wait_for(lambda: bool(processes_below(server.process.pid, "EngineCore")), 90)
+    wait_for(lambda: bool(processes_below(server.process.pid, "EngineCore")), 240)
     started = processes_below(server.process.pid)
     begun = time.monotonic()
     assert server.stop() == 0
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 40  # a start takes a minute
     wait_for(lambda: not any(process.is_running() for process in started))
 
 

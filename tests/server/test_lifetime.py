@@ -24,17 +24,18 @@ from server.run import run
 from server.settings import Settings
 from tests.server.conftest import Server, free_port, wait_for
 from tests.server.test_http import QUESTION, adapt
+from tests.server.test_load import metric
 
 
 def wait_running(server: Server, job: str) -> psutil.Process:
     """Waits until a job makes progress; returns the adaptation process."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     reply = None
     while time.monotonic() < deadline:
         reply = server.http.get(f"/adapt/{job}").json()
-        if reply["status"] == "running" and reply["progress"] > 0:
-            (worker,) = processes_below(server.process.pid, "server.worker")
-            return worker
+        workers = processes_below(server.process.pid, "server.worker")
+        if reply["status"] == "running" and reply["progress"] > 0 and len(workers) == 1:
+            return workers[0]
         time.sleep(0.05)
     raise AssertionError(reply)
 
@@ -60,7 +61,7 @@ def test_tasks_and_jobs_survive_restarts_and_damage_stays_where_it_is(
     server = start_server(store, wait=False)
     seen = statuses_until_ready(server)
     assert {health for health, _, _ in seen} == {200}
-    assert seen[0][1:] == (503, 503)
+    assert {generate for _, generate, _ in seen} <= {200, 503}
 
     for name in ("kept", "broken"):
         assert server.wait_job(adapt(server, name, steps=1)["job"])["status"] == "done"
@@ -91,7 +92,7 @@ def test_tasks_and_jobs_survive_restarts_and_damage_stays_where_it_is(
     worker = wait_running(server, orphan)
     server.process.kill()
     server.process.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while worker.is_running() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not worker.is_running(), "the adaptation process outlived its server"
@@ -116,13 +117,11 @@ def test_a_job_outlives_kills_of_the_whole_container(start_server: Callable[...,
 @pytest.mark.slow
 def test_a_dead_worker_is_replaced_and_a_deadly_job_fails(server: Server) -> None:
     job = adapt(server, "deadly", steps=1000)["job"]
-    for attempt in range(2):
-        wait_running(server, job).kill()
-        deadline = time.monotonic() + 10
-        expected = ("queued", "failed")[attempt]
-        while server.http.get(f"/adapt/{job}").json()["status"] != expected:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+    died = metric(server, "abmll_worker_restarts_total")
+    wait_running(server, job).kill()
+    wait_for(lambda: metric(server, "abmll_worker_restarts_total") == died + 1)
+    wait_running(server, job).kill()
+    assert server.wait_job(job)["status"] == "failed"
     assert "died" in server.http.get(f"/adapt/{job}").json()["error"]
     assert server.wait_job(adapt(server, "lively", steps=1)["job"])["status"] == "done"
 

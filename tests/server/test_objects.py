@@ -380,7 +380,7 @@ def test_a_place_that_is_not_there_is_told_before_serving(
     s3: S3, start_server: Callable[..., Server], url: str, said: str
 ) -> None:
     server = start_server(objects=url, wait=False)
-    assert server.process.wait(60) == 1
+    assert server.process.wait(240) == 1
     last = server.log.read_text().strip().splitlines()[-1]
     assert last.startswith("abmll: ")
     assert said in last
@@ -395,7 +395,7 @@ def test_a_task_outlives_the_disk_and_is_seen_by_other_servers(
     done = one.wait_job(adapt(one, "t")["job"])
     assert done["status"] == "done", done
     expected = probabilities(one, "t")
-    wait_for(lambda: other.http.get("/tasks/t").status_code == 200, 4 * REFRESH_SECONDS)
+    wait_for(lambda: other.http.get("/tasks/t").status_code == 200, 20 * REFRESH_SECONDS)
     assert probabilities(other, "t") == expected
 
     processes = all_processes(one)
@@ -412,17 +412,17 @@ def test_a_task_outlives_the_disk_and_is_seen_by_other_servers(
     s3.down()
     try:
         job = adapt(anew, "later")["job"]
-        wait_for(lambda: metric(anew, "abmll_store_up") == 0, 60)
+        wait_for(lambda: metric(anew, "abmll_store_up") == 0)
         assert probabilities(anew, "t") == expected
         refused = anew.http.delete("/tasks/t")
         assert refused.status_code == 503
         assert bucket in refused.json()["error"]["message"]
-        wait_for(lambda: "trying again" in anew.log.read_text(), 60)
-        wait_for(lambda: anew.http.get(f"/adapt/{job}").json()["status"] == "running", 90)
+        wait_for(lambda: "trying again" in anew.log.read_text())
+        wait_for(lambda: anew.http.get(f"/adapt/{job}").json()["status"] == "running")
     finally:
         s3.up()
     assert anew.wait_job(job)["status"] == "done"
-    wait_for(lambda: metric(anew, "abmll_store_up") == 1, 60)
+    wait_for(lambda: metric(anew, "abmll_store_up") == 1)
     assert anew.http.delete("/tasks/t").status_code == 204
-    wait_for(lambda: other.http.get("/tasks/t").status_code == 404, 4 * REFRESH_SECONDS)
+    wait_for(lambda: other.http.get("/tasks/t").status_code == 404, 20 * REFRESH_SECONDS)
     assert other.http.get("/tasks/later").status_code == 200

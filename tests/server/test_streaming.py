@@ -169,13 +169,16 @@ def test_a_client_that_goes_away_frees_the_engine(server: Server) -> None:
         assert server.http.post("/generate", json=LONG | {"seed": 1, "stream": False}).status_code == 200
         return time.monotonic() - begun
 
+    def among_those_left() -> float:
+        begun = time.monotonic()
+        for _ in range(12):
+            with server.http.stream("POST", "/generate", json=LONG) as reply:
+                next(reply.iter_text())
+        return time.monotonic() - begun + seconds()
+
     alone = min(seconds() for _ in range(3))
-    begun = time.monotonic()
-    for _ in range(12):
-        with server.http.stream("POST", "/generate", json=LONG) as reply:
-            next(reply.iter_text())
-    spent = time.monotonic() - begun + seconds()
-    assert spent < 7 * alone  # one after another to their ends, twelve texts would take twelve times as long
+    # One after another to their ends, twelve texts would take twelve times as long, whatever else the machine does.
+    assert any(among_those_left() < 7 * alone for _ in range(3))
 
 
 def test_tokens_come_one_by_one(server: Server) -> None:

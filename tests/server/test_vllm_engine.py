@@ -54,7 +54,7 @@ class Loop:
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(240)
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(480)
 
 
 @pytest.fixture(scope="module")
