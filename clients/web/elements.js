@@ -104,6 +104,16 @@ export function rewrite(control, text) {
 }
 
 /**
+ * Whether the focus may be moved unasked: nobody is at work where it is, or it is in one of these places.
+ *
+ * @param {...Node} places
+ */
+export function mayMoveFocus(...places) {
+  const now = document.activeElement;
+  return now === null || now.matches("body, main, h1") || places.some((place) => place.contains(now));
+}
+
+/**
  * A value before and after, within `dl.changes`.
  *
  * @param {string} name

@@ -12,6 +12,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
+from abmll.meanings import normalized
 from clients.http import Client
 from tests.clients.conftest import Keyed
 
@@ -200,10 +201,25 @@ def test_an_answer_shows_what_the_server_said(visit: Open, keyed: Keyed) -> None
     expect(page.get_by_role("alert")).to_contain_text("Abstain below: this is not a number")
     expect(page.get_by_label("Abstain below")).to_be_focused()
     page.get_by_label("Abstain below").fill("99.9")
+    page.get_by_label("Draws").fill("1")
+    page.get_by_label("Answer 3", exact=True).fill(" alarm")
     page.get_by_role("button", name="Ask", exact=True).click()
     expect(page.get_by_role("heading", name="No answer")).to_be_visible()
     expect(page.locator(".reason")).to_contain_text("below the 99.9")
+    expect(page.locator(".parts")).to_contain_text("one draw does not tell it")
+    expect(page.locator(".result")).not_to_contain_text("±")
+    expect(page.locator(".whisker")).to_have_count(0)
     assert barriers(page) == []
+
+    told: list[Route] = []
+    page.route("**/feedback", lambda route: told.append(route))
+    page.get_by_label("Which answer is right?").select_option(" alarm")
+    page.get_by_role("button", name="This was right").click()
+    expect(page.locator(".judge")).to_have_attribute("aria-busy", "true")
+    page.get_by_label("Question", exact=True).focus()
+    told.pop().continue_()
+    expect(page.get_by_text("Noted:  alarm is right")).to_be_visible()
+    expect(page.get_by_label("Question", exact=True)).to_be_focused()
 
 
 def test_a_mistake_is_told_where_it_was_made(visit: Open) -> None:
@@ -251,8 +267,19 @@ def test_a_version_is_that_of_its_task_and_a_task_that_is_gone_is_told(visit: Op
     expect(version).to_have_value("2")  # the same question goes on
     page.evaluate(f"location.hash = '#/ask?task={home}'")
     expect(version).to_have_value("")
+    page.evaluate(f"location.hash = '#/ask?task={home}&version=9'")
+    lacks = f"Task {home} has no version 9 that can be asked; choose another, or ask it as it is served."
+    expect(page.get_by_role("alert")).to_have_text(lacks)
+    expect(version).to_be_focused()
+    expect(version).to_have_value("")
+    held: list[Route] = []
+    page.route("**/tasks", lambda route: held.append(route))
     page.evaluate("location.hash = '#/ask?task=nowhere'")
+    expect(task).to_have_value("nowhere")
+    page.get_by_label("Question", exact=True).focus()
+    held.pop().continue_()
     expect(page.get_by_role("alert")).to_have_text("There is no task nowhere; choose another.")
+    expect(page.get_by_label("Question", exact=True)).to_be_focused()
 
 
 def test_who_asks_before_the_tasks_are_listed_asks_the_one_the_link_names(visit: Open, home: str) -> None:
@@ -291,6 +318,15 @@ def test_a_late_reply_changes_nothing_on_another_page(visit: Open, home: str) ->
     with page.expect_response("**/reliability?version=1"):
         asked.pop().continue_()
     expect(page.get_by_role("heading", name="By feedback: 1 answer")).to_be_visible()
+    page.evaluate("location.hash = '#/ask'")
+    task = page.get_by_label("Task", exact=True)
+    expect(task).to_contain_text(home)
+    page.route(f"**/tasks/{home}", lambda route: asked.append(route))
+    task.select_option(home)
+    task.select_option("global")
+    with page.expect_response(f"**/tasks/{home}"):
+        asked.pop().fulfill(status=500, body="out of order")
+    expect(page.get_by_role("alert")).to_be_hidden()
 
 
 def test_a_free_text_comes_token_by_token_and_is_then_coloured(visit: Open, keyed: Keyed) -> None:
@@ -307,10 +343,15 @@ def test_a_free_text_comes_token_by_token_and_is_then_coloured(visit: Open, keye
     page.get_by_role("button", name="Ask", exact=True).click()
     tokens = page.locator(".token")
     expect(tokens).to_have_count(8)
+    expect(page.locator(".cut")).to_contain_text("was cut at its longest length")
+    expect(page.locator("#live")).to_contain_text("was cut at its longest length")
     tokens.first.focus()
     page.keyboard.press("ArrowRight")
     expect(tokens.nth(1)).to_be_focused()
     expect(page.locator(".detail")).to_contain_text("likely · epistemic")
+    tokens.nth(3).hover()
+    page.keyboard.press("Enter")
+    expect(tokens.nth(1)).to_have_class(re.compile("looked"))
     steps = tokens.evaluate_all("all => all.map(one => one.dataset.step)")
     tokens.first.click()
     page.locator(".tokens").select_text()
@@ -338,7 +379,7 @@ def test_a_task_is_taught_tried_rolled_back_and_deleted(visit: Open, keyed: Keye
     expect(page.get_by_label("Name of the task")).to_have_value("kitchen")
     expect(page.get_by_label("Hold back")).to_have_value("1")
     expect(page.get_by_role("cell", name="held back")).to_have_count(1)
-    page.get_by_role("button", name="Teach from 3 examples").click()
+    page.get_by_role("button", name="Teach kitchen from 3 examples").click()
     expect(page.get_by_role("progressbar")).to_be_visible()
     heading = page.get_by_role("heading", name="kitchen, version 1")
     expect(heading).to_be_focused(timeout=60_000)
@@ -353,7 +394,7 @@ def test_a_task_is_taught_tried_rolled_back_and_deleted(visit: Open, keyed: Keye
 
         client.serve("kitchen", 1)
     page.get_by_label("Hold back").fill("0")
-    page.get_by_role("button", name="Teach from 4 examples").click()
+    page.get_by_role("button", name="Teach kitchen from 4 examples").click()
     expect(page.get_by_role("heading", name=re.compile("^kitchen, version"))).to_be_focused(timeout=60_000)
     expect(page.locator(".verdict")).to_contain_text("still answered by version 1")
     page.get_by_role("link", name="Ask it").click()
@@ -405,6 +446,21 @@ def test_a_task_is_taught_tried_rolled_back_and_deleted(visit: Open, keyed: Keye
     page.get_by_role("button", name="Keep it").click()
     page.get_by_role("button", name="Delete kitchen").click()
     assert barriers(page) == []
+    held: list[Route] = []
+    page.route("**/tasks/kitchen", lambda r: held.append(r) if r.request.method == "DELETE" else r.continue_())
+    page.get_by_role("button", name="Delete for good").click()
+    expect(page.get_by_role("dialog")).to_contain_text("Deleting…")
+    for _ in range(2):
+        page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    page.evaluate("location.hash = '#/health'")
+    expect(page.get_by_role("dialog")).to_be_hidden()
+    held.pop().fulfill(status=500, body="out of order")
+    expect(page.get_by_role("dialog")).to_contain_text("500: out of order")
+    page.keyboard.press("Escape")
+    page.unroute("**/tasks/kitchen")
+    page.evaluate("location.hash = '#/tasks/kitchen'")
+    page.get_by_role("button", name="Delete kitchen").click()
     page.get_by_role("button", name="Delete for good").click()
     expect(page.get_by_role("heading", name="Tasks", exact=True)).to_be_visible()
     expect(page.get_by_role("table")).to_contain_text("global")
@@ -426,6 +482,12 @@ def test_each_line_that_is_no_example_is_named(visit: Open) -> None:
         ("prompt,answer\n" + "q,a\nr,b\n" * 40, ["Line 66 there are 80 examples; 64 are the most"]),
         ("prompt,answer\nq,a\nr,a\n", ["Line 2 all answers are the same"]),
         ("prompt,answer\nq,a,,\nlights on, please,b\n", ["Line 3 has 3 cells for 2 columns"]),
+        (
+            '{"question": "q", "choices": ["a", "b"], "answer": 1}\n{"prompt": "p", "Text": "q", "answer": "a"}',
+            ["Line 1 'choices' is no key of an example; name it 'options'", "Line 2 'prompt' and 'Text' both hold"],
+        ),
+        ("question,Choices,answer\nq,a|b,a\nr,,b\n", ["Line 1 'Choices' is no column of examples; name it 'options'"]),
+        ("prompt,label,answer\nq,,a\nr,1,b\n", ["Line 1 'label' and 'answer' both hold the answer; leave one"]),
     ):  # fmt: skip
         examples.fill(text)
         for fault in faults:
@@ -461,32 +523,99 @@ def test_examples_that_were_there_come_back(visit: Open) -> None:
     expect(examples).to_have_value(re.compile("mine"))
 
 
+def test_a_file_is_read_as_utf_8_and_gives_the_task_a_name_unless_the_reader_did(visit: Open) -> None:
+    page = visit("teach")
+    name, examples = page.get_by_label("Name of the task"), page.get_by_label("Examples, 1 to 64")
+
+    def give(file: str, encoding: str = "utf-8") -> None:
+        content = "prompt,answer\nun café,à boire\nun croissant,à manger\n".encode(encoding)
+        page.get_by_label("Or a file").set_input_files({"name": file, "mimeType": "text/csv", "buffer": content})
+
+    give("Home.csv", "utf-8-sig")
+    expect(page.get_by_role("button", name="Teach home from 2 examples")).to_be_visible()
+    for encoding in ("cp1252", "utf-16"):
+        give("Menu.csv", encoding)
+        expect(page.get_by_role("alert")).to_have_text("Menu.csv is not UTF-8; save it as CSV UTF-8.")
+        expect(examples).to_have_value(re.compile("^prompt.*café", re.DOTALL))
+        expect(name).to_have_value("home")
+        give("Other.csv")
+        expect(name).to_have_value("other")
+        expect(page.get_by_role("alert")).to_be_hidden()
+        give("Home.csv")
+        expect(name).to_have_value("home")
+    name.fill("mine")
+    expect(page.get_by_role("button", name="Teach mine from 2 examples")).to_be_visible()
+    examples.fill("")
+    give("Home.csv")
+    expect(examples).to_have_value(re.compile("café"))
+    expect(name).to_have_value("mine")
+    examples.evaluate("area => { area.value = 'prompt,answer'; area.form.requestSubmit(); }")  # before it is read
+    expect(page.get_by_role("button", name="Teach")).to_be_disabled()
+    expect(page.locator(".progress, .trouble").filter(visible=True)).to_have_count(0)
+
+
+def test_a_trial_judges_a_text_as_the_server_does_and_parts_no_question(visit: Open) -> None:
+    texts = [
+        "1.5", "15", "-5", "5", "+", "-", "a", "the", "The  Cat.", "cat", "caf\u00e9", "CAFE\u0301", "x < 3", "U.S.A.",
+        "$5", "5$", "½ cup", "\ufeffno", "a\x1fb", "नमस्ते", "می\u200cخواهم", "don't", "snake_case", "...", "",
+    ]  # fmt: skip
+    prompts = ["p", "q", "p", "r", "s", "q"]
+    found = visit("tasks").evaluate(
+        """async ([texts, prompts]) => {
+            const trial = await import(new URL("web/views/trial.js", document.baseURI));
+            const rows = prompts.map((prompt, line) => ({ prompt, options: null, answer: "x".repeat(150 * line) }));
+            const room = [];
+            const generate = async (_, { max_tokens }) => { room.push(max_tokens); return { answer: "" }; };
+            const { signal } = new AbortController();
+            await trial.attempt({ call: (work) => work({ generate }) }, rows, { task: "t", signal });
+            const parts = [1, 2, 3, 4, 5].map((count) => trial.holdBack(rows, count));
+            const asked = (part) => part.map(({ prompt }) => prompt);
+            return [texts.map(trial.normalized), room, parts.map(({ taught, held }) => [asked(taught), asked(held)])];
+        }""",
+        [texts, prompts],
+    )
+    assert found[0] == [normalized(text) for text in texts]
+    assert all(min(150 * line + 1, 512) <= room <= 512 for line, room in enumerate(found[1]))
+    for count, (taught, held) in enumerate(found[2], start=1):
+        assert sorted(taught + held) == sorted(prompts)
+        assert not set(taught) & set(held)
+        assert count - 1 <= len(held) <= count
+
+
 def test_a_count_to_hold_back_that_is_no_number_is_told(visit: Open) -> None:
     page = visit("teach")
     page.get_by_role("button", name="Fill in twelve examples").click()
     page.get_by_label("Hold back").select_text()
     page.get_by_label("Hold back").press_sequentially("-")
-    page.get_by_role("button", name="Teach from").click()
+    page.get_by_role("button", name="Teach home from").click()
     expect(page.get_by_role("alert")).to_contain_text("Hold back to test: this is not a number")
     expect(page.get_by_label("Hold back")).to_be_focused()
 
 
-def test_a_job_that_cannot_be_followed_is_said_to_run_on(visit: Open) -> None:
+def test_a_job_that_cannot_be_followed_is_said_to_run_on(visit: Open, keyed: Keyed) -> None:
     page = visit("teach")
-    page.route("**/adapt/*", lambda route: route.fulfill(status=500, body="out of order"))
+    asked: list[Route] = []
+    page.route("**/adapt/*", lambda route: asked.append(route))
     page.get_by_role("button", name="Fill in twelve examples").click()
+    page.get_by_label("Name of the task").fill("lost")
     page.get_by_label("Hold back").fill("0")
-    page.get_by_role("button", name=re.compile("^Teach from")).click()
+    with page.expect_request("**/adapt/*"):
+        page.get_by_role("button", name="Teach lost from 12 examples").click()
+    page.get_by_label("Hold back").focus()
+    asked.pop().fulfill(status=500, body="out of order")
     expect(page.get_by_role("alert")).to_have_text(
         "The server replied 500: out of order. The job may run on; the list of tasks shows what comes of it."
     )
+    expect(page.get_by_label("Hold back")).to_be_focused()
+    with Client(keyed.url, key=keyed.owner) as client:
+        client.cancel(client.jobs()[0].job)
 
 
 def test_a_key_without_the_right_is_told_in_words(visit: Open, keyed: Keyed) -> None:
     page = visit("teach", key=keyed.reader)
     page.get_by_role("button", name="Fill in twelve examples").click()
     page.get_by_label("Hold back").fill("0")
-    page.get_by_role("button", name="Teach from 12 examples").click()
+    page.get_by_role("button", name="Teach home from 12 examples").click()
     expect(page.get_by_role("alert")).to_contain_text("lacks the right 'adapt'")
 
 
@@ -521,11 +650,22 @@ def test_a_temperature_is_fitted_to_the_feedback_shown_and_made_a_version(visit:
         expect(page.get_by_text("From 20 judged answers")).to_be_focused()
         expect(page.get_by_role("alert").filter(has_text="needed")).to_be_hidden()
         assert barriers(page) == []
-        page.get_by_role("button", name="Make a version with it").click()
+        client.feedback(client.generate("number 20", task="judged", options=OPTIONS), answer=OPTIONS[0])
+        fitted = client.recalibrate("judged")
+        sent: list[str] = []
+        page.on("request", lambda request: sent.append(request.url))
+        page.get_by_role("button", name="Make a version with it").dblclick()
         expect(page.get_by_role("row", name=re.compile("^2 answers, as the newest"))).to_be_visible()
-        expect(page.locator("#live")).to_have_text("Version 2 has the new temperature, and the weights of version 1.")
+        was, now = (f"temperature {one.temperature_after:.2f}, fitted to" for one in (shown, fitted))
+        told = (
+            f"Version 2 has {now} 21 judged answers, and the weights of version 1. "
+            f"The feedback has changed: what was shown was {was} 20 judged answers."
+        )
+        expect(page.locator("#live")).to_have_text(told)
+        expect(page.locator(".versions")).to_contain_text(told)
+        assert sum(url.endswith("/recalibrate") for url in sent) == 1
         calibration: Any = client.task("judged").calibration
-        assert calibration["by_shots"][0]["temperature"] == pytest.approx(shown.temperature_after)
+        assert calibration["by_shots"][0]["temperature"] == pytest.approx(fitted.temperature_after)
         client.delete_task("judged")
 
 
@@ -535,6 +675,20 @@ def test_health_tells_what_the_metrics_say(visit: Open) -> None:
     figures = page.locator("dl.figures")
     expect(figures).to_contain_text("Enginetorch")
     expect(figures).to_contain_text("Engine upyes")
+
+
+def test_health_goes_on_without_a_key_and_counts_a_late_reply_as_none(visit: Open) -> None:
+    page = visit("health", key=None)
+    page.evaluate("const late = AbortSignal.timeout; AbortSignal.timeout = (time) => late.call(AbortSignal, time / 10)")
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_role("alert")).to_contain_text("asks for a key, and none was given")
+    page.route("**/healthz", lambda _: None)
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    expect(page.locator(".lamps")).to_contain_text("Livesno answer")
+    expect(page.locator(".lamps")).to_contain_text("Answers questionsyes")
+    page.route("**/readyz", lambda _: None)
+    expect(page.locator(".lamps")).to_contain_text("Answers questionsnot now")  # by itself, in three seconds
+    expect(page.get_by_role("dialog")).to_be_hidden()
 
 
 def test_no_view_keeps_anybody_out(visit: Open, keyed: Keyed, home: str) -> None:

@@ -5,10 +5,12 @@ import { duration, nats, percent, points, several } from "../figures.js";
 import { sentence } from "../session.js";
 import { judge } from "./judge.js";
 
+export const CUT = "It was cut at its longest length and may go on; the confidence is that of this beginning.";
+
 /**
  * @param {string} prompt The question.
  * @param {any} answer The server's reply.
- * @param {{session: any, tokens: Node | null}} page
+ * @param {{session: any, announce: (text: string) => void, tokens: Node | null}} page
  * @returns {Node}
  */
 export function reading(prompt, answer, page) {
@@ -22,6 +24,7 @@ export function reading(prompt, answer, page) {
       {},
       heading(answer.abstained ? "No answer" : "Answer", prompt),
       answer.abstained ? withheld(answer) : said,
+      answer.finish === "length" && h("p", { class: "cut" }, CUT),
     ),
     confidence(answer),
     answer.options !== null && options(answer),
@@ -56,9 +59,9 @@ function withheld({ abstained, options: asked }) {
 
 /** @param {any} answer */
 function confidence(answer) {
-  const { confidence: share, calibrated, standard_error: error, options: asked, abstained } = answer;
-  // Of a free text the standard error is that of another number, the whole text's probability.
-  const spread = asked === null ? null : error;
+  const { confidence: share, calibrated, standard_error: error, options: asked, abstained, draws } = answer;
+  // Of a free text the standard error is that of another number, the whole text's probability; one draw has none.
+  const spread = asked === null || draws === 1 ? null : error;
   return h(
     "div",
     { class: "confidence" },
@@ -105,10 +108,12 @@ function gauge(share, error, mark = null) {
 function options({
   options: asked,
   probabilities,
-  standard_errors: errors,
+  standard_errors,
   prediction_set: set,
   answer_index: chosen,
+  draws,
 }) {
+  const errors = draws === 1 ? null : standard_errors;
   const rows = asked.map((/** @type {string} */ option, /** @type {number} */ index) => {
     const error = errors?.[index] ?? null;
     const within = set?.includes(option);
@@ -153,20 +158,21 @@ function options({
  * @param {any} answer
  * @param {boolean} text
  */
-function doubt({ uncertainty: { total, aleatoric, epistemic }, options: asked }, text) {
+function doubt({ uncertainty: { total, aleatoric, epistemic }, options: asked, draws }, text) {
+  const ignorance = draws === 1 ? "one draw does not tell it" : nats(epistemic);
   const most = text ? Math.max(total, 1e-9) : Math.log(asked.length);
   const width = (/** @type {number} */ entropy) => `${(100 * Math.max(0, entropy)) / most}%`;
   const part = (
     /** @type {string} */ kind,
     /** @type {string} */ name,
     /** @type {string} */ what,
-    /** @type {number} */ entropy,
+    /** @type {string} */ entropy,
   ) =>
     h(
       "div",
       { class: "part" },
       h("dt", {}, h("span", { class: `swatch ${kind}`, "aria-hidden": "true" }), name),
-      h("dd", { class: "number" }, nats(entropy)),
+      h("dd", { class: "number" }, entropy),
       h("dd", { class: "hint" }, what),
     );
   return h(
@@ -182,9 +188,9 @@ function doubt({ uncertainty: { total, aleatoric, epistemic }, options: asked },
     h(
       "dl",
       { class: "parts" },
-      part("epistemic", "The model does not know", "Epistemic: more examples would remove it.", epistemic),
-      part("aleatoric", "The question is open", "Aleatoric: no examples would remove it.", aleatoric),
-      part("whole", "Together", text ? "In nats per token." : `In nats, of ${nats(most)} at most.`, total),
+      part("epistemic", "The model does not know", "Epistemic: more examples would remove it.", ignorance),
+      part("aleatoric", "The question is open", "Aleatoric: no examples would remove it.", nats(aleatoric)),
+      part("whole", "Together", text ? "In nats per token." : `In nats, of ${nats(most)} at most.`, nats(total)),
     ),
   );
 }

@@ -3,7 +3,7 @@
 import { h } from "../elements.js";
 import { percent } from "../figures.js";
 import { inWords } from "../session.js";
-import { heading, reading } from "./answer.js";
+import { CUT, heading, reading } from "./answer.js";
 import { QuestionForm } from "./question.js";
 import { Tokens } from "./tokens.js";
 
@@ -20,6 +20,7 @@ export function askView({ session, announce }) {
     event.preventDefault();
     if (running) return;
     running = new AbortController();
+    const asker = document.activeElement;
     form.complain("");
     form.setBusy(true);
     result.setAttribute("aria-busy", "true");
@@ -27,7 +28,10 @@ export function askView({ session, announce }) {
       await ask(form.read(), running.signal);
     } catch (/** @type {any} */ error) {
       if (error?.name === "AbortError") announce("Stopped.");
-      else form.complain(inWords(error), error?.input ?? error?.field);
+      else {
+        const place = document.activeElement === asker ? form.root : form.stop; // not out of what is written meanwhile
+        form.complain(inWords(error), error?.input ?? error?.field, [place]);
+      }
     } finally {
       running = null;
       const left = document.activeElement === form.stop;
@@ -77,10 +81,11 @@ export function askView({ session, announce }) {
    * @param {any} answer
    */
   function tell(prompt, answer) {
-    const tokens = answer.tokens?.length ? new Tokens(answer.tokens).root : null;
-    result.replaceChildren(reading(prompt, answer, { session, tokens }));
+    const tokens = answer.tokens?.length ? new Tokens(answer.tokens, answer.finish).root : null;
+    result.replaceChildren(reading(prompt, answer, { session, announce, tokens }));
     const said = answer.abstained ? `No answer: ${answer.abstained.reason}` : `Answer: ${answer.answer}`;
-    announce(`${said}. Confidence ${percent(answer.confidence)}.`);
+    const cut = answer.finish === "length" ? ` ${CUT}` : "";
+    announce(`${said}. Confidence ${percent(answer.confidence)}.${cut}`);
   }
 
   const root = h(
@@ -92,6 +97,6 @@ export function askView({ session, announce }) {
   return {
     root,
     enter: (/** @type {string} */ task, /** @type {string} */ version) =>
-      form.refresh(task, version).catch((/** @type {any} */ error) => form.complain(inWords(error))),
+      form.refresh(task, version).catch((/** @type {any} */ error) => form.complain(inWords(error), null, [])),
   };
 }

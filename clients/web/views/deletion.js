@@ -27,8 +27,9 @@ export function deletion({ task: name, versions, serving, version: answering }, 
     () => `Delete ${name}?`,
     "All its versions go, with their calibration. This cannot be undone.",
     async () => {
+      const address = location.hash;
       await session.call((client) => client.deleteTask(name));
-      location.hash = "#/tasks";
+      if (location.hash === address) location.hash = "#/tasks"; // else the reader has gone on
       announce(`${name} is deleted.`);
     },
   );
@@ -60,18 +61,40 @@ function confirmation(question, warning, act) {
   const title = newId();
   const heading = h("h2", { id: title });
   const trouble = h("p", { class: "trouble", role: "alert", hidden: true });
-  const keep = h("button", { type: "button", onclick: () => root.close() }, "Keep it");
+  const state = h("p", { role: "status" });
+  const keep = h("button", { type: "button", onclick: () => busy || root.close() }, "Keep it");
   const remove = h("button", { type: "button", class: "danger" }, "Delete for good");
   const buttons = h("div", { class: "row" }, keep, remove);
-  const root = h("dialog", { "aria-labelledby": title }, heading, h("p", {}, warning), trouble, buttons);
+  const root = h("dialog", { "aria-labelledby": title }, heading, h("p", {}, warning), trouble, state, buttons);
+  let busy = false;
+
+  /** @param {boolean} now */
+  function setBusy(now) {
+    busy = now;
+    state.textContent = busy ? "Deleting…" : "";
+    for (const button of [keep, remove]) button.setAttribute("aria-disabled", String(busy));
+  }
+
   remove.addEventListener("click", async () => {
+    if (busy) return;
+    setBusy(true);
+    trouble.hidden = true;
     try {
       await act();
       root.close();
     } catch (error) {
       trouble.textContent = inWords(error);
       trouble.hidden = false;
+      if (!root.isConnected || root.closest("[hidden]")) document.body.append(root); // else nobody would see it
+      if (!root.open) root.showModal();
+    } finally {
+      setBusy(false);
     }
+  });
+  root.addEventListener("cancel", (/** @type {Event} */ event) => busy && event.preventDefault());
+  // A browser may end a dialog at the second Escape without asking.
+  root.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
+    if (busy && event.key === "Escape") event.preventDefault();
   });
   const open = () => {
     heading.textContent = question();

@@ -2,6 +2,7 @@
 
 export const MOST_EXAMPLES = 64;
 const NAMES = { prompt: ["prompt", "input", "question", "text"], answer: ["answer", "label"], options: ["options"] };
+const MISNAMED = ["choices", "labels", "option"]; // what other people's files call options
 const SEPARATORS = [",", ";", "\t"];
 
 /** @typedef {{line: number, prompt: string, options: string[] | null, answer: string}} Example */
@@ -117,10 +118,8 @@ function jsonLine(content, line) {
   try {
     const row = JSON.parse(content);
     if (row === null || typeof row !== "object" || Array.isArray(row)) return { line, message: "is not a JSON object" };
-    const told = Object.entries(row).filter(([, value]) => value !== null);
-    const at = columns(told.map(([name]) => name));
-    const [prompt, answer, options] = [at.prompt, at.answer, at.options].map((place) => told[place]?.[1]);
-    return { line, prompt, options: options ?? null, answer };
+    const { fault, ...told } = meant(Object.entries(row), "key of an example");
+    return fault ? { line, message: fault } : { line, ...told };
   } catch {
     return { line, message: 'is not JSON; give {"prompt": …, "options": […], "answer": …}' };
   }
@@ -133,44 +132,64 @@ function jsonLine(content, line) {
 function csvLines(text) {
   const tables = SEPARATORS.map((mark) => cells(text, mark));
   const known = tables.find(([first]) => {
-    const { prompt, answer } = columns(first?.values ?? []);
-    return prompt >= 0 && answer >= 0;
+    const titles = (first?.values ?? []).map(plain);
+    return [NAMES.prompt, NAMES.answer].every((names) => titles.some((title) => names.includes(title)));
   });
   const [head, ...rest] = known ?? tables[0] ?? [];
   if (!head) return [];
-  const { prompt, answer, options } = columns(head.values);
   if (!known) {
     return [
       { line: head.line, message: "the first line must name the columns: prompt,answer or prompt,answer,options" },
     ];
   }
-  return rest.map(({ line, values, open }) => {
+  /** @type {Set<string>} */
+  const ofHead = new Set();
+  const rows = rest.map(({ line, values, open }) => {
     if (open) return { line, message: 'a quotation mark " is never closed' };
     const last = values.findLastIndex((value) => value.trim());
     if (last >= head.values.length) {
       const message = `has ${last + 1} cells for ${head.values.length} columns; put a text that holds a separator in "…"`;
       return { line, message };
     }
-    const listed = options < 0 ? "" : (values[options] ?? "").trim();
+    const named = head.values.map((title, place) => [title.trim(), (values[place] ?? "").trim() || null]);
+    const { fault, prompt, answer, options } = meant(/** @type {[string, any][]} */ (named), "column of examples");
+    if (fault) ofHead.add(fault);
     return {
       line,
-      prompt: (values[prompt] ?? "").trim(),
-      answer: (values[answer] ?? "").trim(),
-      options: listed === "" ? null : listed.split("|").map((option) => option.trim()),
+      prompt,
+      answer,
+      options: options?.split("|").map((/** @type {string} */ option) => option.trim()) ?? null,
     };
   });
+  return ofHead.size > 0 ? [...ofHead].map((message) => ({ line: head.line, message })) : rows;
 }
 
 /**
- * Where the question, the answer and the options stand; -1 where they do not.
+ * What a record says, whichever of the known names it says it by; and a fault, where a name is another's.
  *
- * @param {string[]} titles
+ * @param {[string, any][]} record Names with what they hold; null: nothing.
+ * @param {string} kind What a name is.
+ * @returns {{prompt: any, answer: any, options: any, fault: string | null}}
  */
-function columns(titles) {
-  const plain = titles.map((title) => title.trim().toLowerCase());
-  const at = (/** @type {string[]} */ names) =>
-    names.map((name) => plain.indexOf(name)).find((place) => place >= 0) ?? -1;
-  return { prompt: at(NAMES.prompt), answer: at(NAMES.answer), options: at(NAMES.options) };
+function meant(record, kind) {
+  const told = record.filter(([, value]) => value !== null);
+  /** @type {string | null} */
+  let fault = null;
+  const the = (/** @type {keyof typeof NAMES} */ part) => {
+    const found = told.filter(([name]) => NAMES[part].includes(plain(name)));
+    const [first, second] = found.filter(([, value]) => typeof value !== "string" || value.trim());
+    if (first && second) fault = `'${first[0]}' and '${second[0]}' both hold the ${part}; leave one of them out`;
+    return (first ?? found[0])?.[1] ?? null;
+  };
+  const [prompt, answer, options] = [the("prompt"), the("answer"), the("options")];
+  const misnamed = options === null && told.find(([name]) => MISNAMED.includes(plain(name)));
+  if (misnamed) fault = `'${misnamed[0]}' is no ${kind}; name it 'options', or leave it out`;
+  return { prompt, answer, options, fault };
+}
+
+/** @param {string} title */
+function plain(title) {
+  return title.trim().toLowerCase();
 }
 
 /**

@@ -7,6 +7,7 @@ import { inWords } from "../session.js";
 import { readSamples, total } from "./exposition.js";
 
 const EVERY = 3; // seconds
+const LIMIT = 5; // seconds after which a call counts as not answered
 
 /** @param {{session: import("../session.js").Session}} page */
 export function healthView({ session }) {
@@ -16,26 +17,33 @@ export function healthView({ session }) {
   const read = h("p", { class: "facts number" });
   const panel = h("div", { class: "panel" }, figures, read);
   let here = false;
+  let refused = false; // whether the figures need a key that was not given
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   let next;
 
   async function refresh() {
     clearTimeout(next);
-    const [lives, ready] = await Promise.all([session.client.healthy(), session.client.ready()]);
+    const { client } = session;
+    const [lives, ready] = await Promise.all([orNo(client.healthy(limit())), orNo(client.ready(limit()))]);
     say(lamps, [lamp("Lives", lives, "yes", "no answer"), lamp("Answers questions", ready, "yes", "not now")]);
+    if (!refused) await readFigures();
+    if (here && !document.hidden) next = setTimeout(refresh, 1000 * EVERY);
+  }
+
+  async function readFigures() {
     try {
-      const samples = readSamples(await session.call((client) => client.metrics()));
+      const samples = readSamples(await session.call((client) => client.metrics(limit())));
       figures.replaceChildren(...told(samples).map(([name, value]) => pair(name, value)));
       trouble.hidden = true;
       panel.hidden = false;
       read.textContent = `Read at ${new Date().toLocaleTimeString("en-GB")}, again every ${EVERY} s.`;
-    } catch (error) {
-      if (trouble.textContent !== inWords(error)) trouble.textContent = inWords(error);
+    } catch (/** @type {any} */ error) {
+      const told = error?.name === "TimeoutError" ? `The server did not reply in ${LIMIT} s.` : inWords(error);
+      if (trouble.textContent !== told) trouble.textContent = told;
       trouble.hidden = false;
       panel.hidden = true; // old figures would be taken for new ones
-      if (error instanceof AccessDenied) return; // else a key would be asked for again and again
+      refused = error instanceof AccessDenied; // else a key would be asked for again and again
     }
-    if (here && !document.hidden) next = setTimeout(refresh, 1000 * EVERY);
   }
 
   document.addEventListener("visibilitychange", () => {
@@ -46,6 +54,7 @@ export function healthView({ session }) {
     root,
     enter: () => {
       here = true;
+      refused = false;
       refresh();
     },
     leave: () => {
@@ -53,6 +62,25 @@ export function healthView({ session }) {
       clearTimeout(next);
     },
   };
+}
+
+/** What gives a request up once it is late. */
+function limit() {
+  return { signal: AbortSignal.timeout(1000 * LIMIT) };
+}
+
+/**
+ * What a check says; false where it is late.
+ *
+ * @param {Promise<boolean>} check
+ */
+async function orNo(check) {
+  try {
+    return await check;
+  } catch (/** @type {any} */ error) {
+    if (error?.name === "TimeoutError") return false;
+    throw error;
+  }
 }
 
 /**

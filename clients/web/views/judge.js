@@ -1,14 +1,14 @@
 /** "Was this right?": sends what the reader knows as feedback. */
 
-import { field, h } from "../elements.js";
+import { field, h, mayMoveFocus } from "../elements.js";
 import { inWords } from "../session.js";
 
 /**
  * @param {any} answer
- * @param {{session: any}} page
+ * @param {{session: any, announce: (text: string) => void}} page
  * @returns {HTMLElement}
  */
-export function judge(answer, { session }) {
+export function judge(answer, { session, announce }) {
   const withheld = answer.abstained !== null;
   const root = h("section", { class: "judge" });
   const trouble = h("p", { class: "trouble", role: "alert", hidden: true });
@@ -25,8 +25,10 @@ export function judge(answer, { session }) {
       // The confidence of a text that is not calibrated is no probability: there is nothing to hold it to.
       const counts = answer.options !== null || answer.calibrated;
       const thanks = counts ? `${noted} It counts when ${answer.task} is judged.` : noted;
+      const near = mayMoveFocus(root);
       root.replaceChildren(h("p", { class: "noted", tabindex: -1 }, thanks));
-      root.firstElementChild.focus();
+      if (near) root.firstElementChild.focus();
+      else announce(thanks);
     } catch (error) {
       trouble.textContent = inWords(error);
       trouble.hidden = false;
@@ -37,7 +39,9 @@ export function judge(answer, { session }) {
 
   function askWhich() {
     const others = answer.options.filter((/** @type {string} */ option) => withheld || option !== answer.answer);
-    const which = h("select", {}, ...others.map((/** @type {string} */ option) => h("option", {}, option)));
+    // Without a value of its own an option's is its text without white space around it.
+    const choice = (/** @type {string} */ option) => h("option", { value: option }, option);
+    const which = h("select", {}, ...others.map(choice));
     const tell = h("button", { type: "button", onclick: () => send({ answer: which.value }) }, "This was right");
     const unknown = h(
       "button",

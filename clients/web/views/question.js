@@ -1,6 +1,6 @@
 /** The form that a question is asked with. */
 
-import { field, h, numberIn } from "../elements.js";
+import { field, h, mayMoveFocus, numberIn } from "../elements.js";
 import { inWords } from "../session.js";
 
 const MOST_OPTIONS = 64;
@@ -26,7 +26,8 @@ export class QuestionForm {
       "Add an answer",
     );
     this.task = h("select", {
-      onchange: () => this.showVersions().catch((/** @type {any} */ error) => this.complain(inWords(error), "task")),
+      onchange: () =>
+        this.showVersions().catch((/** @type {any} */ error) => this.complain(inWords(error), this.task, [])),
     });
     this.version = h("select", {}, h("option", { value: "" }, SERVED));
     this.versionsOf = "global"; // the task whose versions are listed
@@ -147,7 +148,8 @@ export class QuestionForm {
     );
     if (this.task.value !== name) {
       const damaged = tasks.some(({ task }) => task === name);
-      this.complain(`${damaged ? `Task ${name} is damaged` : `There is no task ${name}`}; choose another.`, this.task);
+      const wrong = damaged ? `Task ${name} is damaged` : `There is no task ${name}`;
+      this.complain(`${wrong}; choose another.`, this.task, []);
     }
     await this.showVersions();
   }
@@ -166,7 +168,7 @@ export class QuestionForm {
     );
     this.versionsOf = name;
     this.listVersions(version ? [version] : []);
-    this.chooseVersion(version);
+    this.version.value = version;
   }
 
   /** Lists the versions of the task that is chosen; the one that was chosen of the same task stays. */
@@ -175,23 +177,28 @@ export class QuestionForm {
     if (name !== this.versionsOf) this.listVersions([]);
     this.versionsOf = name;
     if (name === "global") return;
-    const { versions } = await this.session.call((client) => client.task(name));
-    if (this.task.value !== name) return; // another was chosen meanwhile
+    let info;
+    try {
+      info = await this.session.call((client) => client.task(name));
+    } catch (error) {
+      if (this.task.value === name) throw error;
+      return; // another was chosen meanwhile
+    }
+    if (this.task.value !== name) return;
     const chosen = this.version.value;
-    this.listVersions(versions.filter(({ status }) => status === "ready").map(({ version }) => `${version}`));
-    this.chooseVersion(chosen);
+    const usable = info.versions.filter(({ status }) => status === "ready").map(({ version }) => `${version}`);
+    this.listVersions(usable);
+    if (!chosen || usable.includes(chosen)) this.version.value = chosen;
+    else {
+      const lacks = `Task ${name} has no version ${chosen} that can be asked`;
+      this.complain(`${lacks}; choose another, or ask it as it is served.`, this.version, []);
+    }
   }
 
   /** @param {string[]} versions */
   listVersions(versions) {
     const served = h("option", { value: "" }, SERVED);
     this.version.replaceChildren(served, ...versions.map((version) => h("option", {}, version)));
-  }
-
-  /** @param {string} version Empty, or none of those listed: as served. */
-  chooseVersion(version) {
-    this.version.value = version;
-    if (this.version.selectedIndex < 0) this.version.value = "";
   }
 
   /** The inputs of the answers to choose from; one that is left blank is none. */
@@ -233,8 +240,9 @@ export class QuestionForm {
    *
    * @param {string} message Empty: nothing.
    * @param {HTMLElement | string | null} [where] The control, or the request's field.
+   * @param {Node[]} [places] Whence the focus may be moved there; the default is the form.
    */
-  complain(message, where = null) {
+  complain(message, where = null, places = [this.root]) {
     this.trouble.textContent = message;
     this.trouble.hidden = message === "";
     const inputs = this.inputs();
@@ -244,7 +252,7 @@ export class QuestionForm {
     wrong.setAttribute("aria-invalid", "true");
     const hidden = wrong.closest("details");
     if (hidden) hidden.open = true;
-    wrong.focus();
+    if (mayMoveFocus(...places)) wrong.focus();
   }
 
   /**

@@ -1,6 +1,6 @@
 /** Fits a version's temperature to its judged answers: first shown, then made a version. */
 
-import { change, h } from "../elements.js";
+import { change, h, mayMoveFocus } from "../elements.js";
 import { percent, several } from "../figures.js";
 import { inWords } from "../session.js";
 
@@ -8,39 +8,55 @@ import { inWords } from "../session.js";
  * @param {string} name
  * @param {number} version
  * @param {{session: import("../session.js").Session, announce: (text: string) => void}} page
- * @param {(task: import("../../js/abmll.js").TaskInfo, focused: string) => void} changed
+ * @param {(task: import("../../js/abmll.js").TaskInfo, focused: string, note: string) => void} changed
  */
 export function recalibration(name, version, { session, announce }, changed) {
   const trouble = h("p", { class: "trouble", role: "alert", hidden: true });
   const found = h("div", { class: "stack" });
   const look = h("button", { type: "button" }, "Show what it would change");
 
+  /** @param {boolean} busy */
+  function setBusy(busy) {
+    root.setAttribute("aria-busy", String(busy));
+    for (const button of root.querySelectorAll("button")) button.setAttribute("aria-disabled", String(busy));
+  }
+
   /** @param {() => Promise<void>} work */
   async function attempt(work) {
+    if (root.getAttribute("aria-busy") === "true") return; // a second version would be made
+    setBusy(true);
     trouble.hidden = true;
     try {
       await work();
     } catch (error) {
       trouble.textContent = inWords(error);
       trouble.hidden = false;
+    } finally {
+      setBusy(false);
     }
   }
 
   const show = () =>
     attempt(async () => {
       const fitted = await session.call((client) => client.recalibrate(name, { version }));
-      found.replaceChildren(...differences(fitted), h("div", { class: "row" }, make()));
-      found.querySelector("p").focus();
+      const near = mayMoveFocus(root);
+      const make = h("button", { type: "button", class: "main" }, "Make a version with it");
+      make.addEventListener("click", () => apply(fitted));
+      found.replaceChildren(...differences(fitted), h("div", { class: "row" }, make));
+      if (near) found.querySelector("p").focus();
+      else announce(found.querySelector("p").textContent);
     });
-  const make = () => h("button", { type: "button", class: "main", onclick: apply }, "Make a version with it");
-  const apply = () =>
+  const apply = (/** @type {import("../../js/abmll.js").Recalibration} */ shown) =>
     attempt(async () => {
-      const { applied } = await session.call((client) => client.recalibrate(name, { version, apply: true }));
-      changed(await session.call((client) => client.task(name)), ".versions");
-      announce(`Version ${applied} has the new temperature, and the weights of version ${version}.`);
+      const made = await session.call((client) => client.recalibrate(name, { version, apply: true }));
+      const [was, is] = [fit(shown), fit(made)];
+      const told = `Version ${made.applied} has ${is}, and the weights of version ${version}.`;
+      const note = was === is ? told : `${told} The feedback has changed: what was shown was ${was}.`;
+      changed(await session.call((client) => client.task(name)), ".versions", note);
+      announce(note);
     });
   look.addEventListener("click", show);
-  return h(
+  const root = h(
     "section",
     { class: "stack" },
     h("h3", {}, "Fit it to the feedback"),
@@ -53,6 +69,12 @@ export function recalibration(name, version, { session, announce }, changed) {
     h("div", { class: "row" }, look),
     found,
   );
+  return root;
+}
+
+/** @param {import("../../js/abmll.js").Recalibration} fitted */
+function fit({ temperature_after, answers }) {
+  return `temperature ${temperature_after.toFixed(2)}, fitted to ${several(answers, "judged answer")}`;
 }
 
 /** @param {import("../../js/abmll.js").Recalibration} fitted */

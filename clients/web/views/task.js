@@ -1,6 +1,6 @@
 /** The view of one task: its versions, which of them answers, and how far its confidence held. */
 
-import { h, table } from "../elements.js";
+import { h, mayMoveFocus, table } from "../elements.js";
 import { moment, percent } from "../figures.js";
 import { inWords } from "../session.js";
 import { curves } from "./curves.js";
@@ -17,6 +17,7 @@ export function taskView(page) {
 
   /** @param {string} wanted */
   async function enter(wanted) {
+    leave();
     name = wanted;
     title.textContent = name;
     ask.href = `#/ask?task=${encodeURIComponent(name)}`;
@@ -32,19 +33,27 @@ export function taskView(page) {
   /**
    * @param {import("../../js/abmll.js").TaskInfo} task
    * @param {string} [focused] What has the focus then, by a selector: the control that had it is made anew.
+   * @param {string} [note] What there is to say of the newest version.
    */
-  function show(task, focused) {
+  function show(task, focused, note) {
     if (task.task !== name) return; // the reader has gone on
+    const near = mayMoveFocus(body);
     const held = h("div", { class: "stack" });
     const global = task.task === "global";
     body.replaceChildren(
-      h("div", { class: "panel versions", tabindex: -1 }, history(task), task.error && h("p", { class: "trouble" }, inWords(task.error))),
+      h(
+        "div",
+        { class: "panel versions", tabindex: -1 },
+        history(task),
+        note && h("p", {}, note),
+        task.error && h("p", { class: "trouble" }, inWords(task.error)),
+      ),
       ...(global ? [] : [servingForm(task, page, show)]),
       h("section", { class: "panel" }, h("h2", {}, "How far its confidence held"), versions(task, held), held),
       ...(global ? [] : [deletion(task, page, show)]),
     );
-    if (task.status === "ready") judge(task.version, held);
-    if (focused) body.querySelector(focused)?.focus();
+    if (task.status === "ready" && task.version !== null) judge(task.version, held);
+    if (focused && near) body.querySelector(focused)?.focus();
   }
 
   /**
@@ -85,9 +94,14 @@ export function taskView(page) {
     }
   }
 
+  // A dialog out of sight would keep everything else from being used.
+  function leave() {
+    for (const dialog of body.querySelectorAll("dialog[open]")) dialog.close();
+  }
+
   const ask = h("a", {}, "Ask it");
   const back = h("p", { class: "back" }, h("a", { href: "#/tasks" }, "All tasks"), " · ", ask);
-  return { root: h("section", {}, back, title, body), enter };
+  return { root: h("section", {}, back, title, body), enter, leave };
 }
 
 /** @param {import("../../js/abmll.js").TaskInfo} task */

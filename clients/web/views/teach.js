@@ -1,7 +1,7 @@
 /** The view that teaches a task from examples, and shows on those held back what it has learnt. */
 
 import { JobCancelled, NotFound } from "../../js/abmll.js";
-import { field, h, numberIn, rewrite } from "../elements.js";
+import { field, h, mayMoveFocus, numberIn, rewrite } from "../elements.js";
 import { several } from "../figures.js";
 import { inWords, sentence } from "../session.js";
 import { readExamples } from "./examples.js";
@@ -53,6 +53,10 @@ export function teachView({ session, announce }) {
   const progress = h("div", { class: "panel progress", tabindex: -1, hidden: true });
   const result = h("div", {});
   let chosen = false; // whether the reader said how many to hold back
+  let suggested = ""; // the name that the page gave the task, which the reader may have changed
+  let count = 0; // examples to teach
+  /** @type {File | null} */
+  let opened = null;
   /** @type {AbortController | null} */
   let running = null;
   /** @type {ReturnType<typeof setTimeout> | undefined} */
@@ -86,28 +90,47 @@ export function teachView({ session, announce }) {
     shared.disabled = own;
     held.max = Math.max(0, found.length - 1);
     if (!chosen) held.value = usualShare(found.length);
-    const count = Math.min(Math.max(0, Math.trunc(Number(held.value)) || 0), Math.max(0, found.length - 1));
-    const parts = holdBack(found, count);
+    const most = Math.max(0, found.length - 1);
+    const parts = holdBack(found, Math.min(Math.max(0, Math.trunc(Number(held.value)) || 0), most));
+    count = parts.taught.length;
     shown.replaceChildren(...preview(found, faults, new Set(parts.held)));
     start.disabled = found.length === 0 || faults.length > 0;
     start.setAttribute("aria-disabled", String(running !== null));
-    start.textContent = found.length ? `Teach from ${several(found.length - count, "example")}` : "Teach";
+    nameStart();
     return parts;
+  }
+
+  function nameStart() {
+    const task = name.value.trim();
+    start.textContent = count ? `Teach ${task && `${task} `}from ${several(count, "example")}` : "Teach";
+  }
+
+  /**
+   * Takes examples, and a name for their task unless the reader has given one.
+   *
+   * @param {string} examples
+   * @param {string} task
+   */
+  function take(examples, task) {
+    rewrite(text, examples);
+    if (name.value === "" || name.value === suggested) name.value = suggested = task;
+    read();
   }
 
   /**
    * @param {unknown} error
    * @param {import("./examples.js").Example[]} [taught] What the server was sent: it counts examples, a reader lines.
+   * @param {Node} [place] Whence the focus may be moved to the control at fault.
    */
-  function complain(error, taught = []) {
+  function complain(error, taught = [], place = form) {
     const line = (/** @type {string} */ told, /** @type {string} */ place) =>
       taught[Number(place)] ? `line ${taught[Number(place)]?.line}` : told;
     trouble.textContent = error ? inWords(error).replace(/\bexamples\[(\d+)\]/gi, line) : "";
     trouble.hidden = !error;
     const { input, field: where } = /** @type {any} */ (error) ?? {};
     const wrong = where === "task" ? name : input;
-    for (const control of [name, held]) control.setAttribute("aria-invalid", String(control === wrong));
-    wrong?.focus();
+    for (const control of [name, file, held]) control.setAttribute("aria-invalid", String(control === wrong));
+    if (mayMoveFocus(place)) wrong?.focus();
   }
 
   /**
@@ -200,15 +223,17 @@ export function teachView({ session, announce }) {
       } catch (/** @type {any} */ error) {
         // It is taught all the same.
         const why = error?.name === "AbortError" ? "" : ` ${inWords(error)}`;
-        result.replaceChildren(verdict({ ...told, after: null, serving: null }));
+        result.replaceChildren(verdict({ ...told, after: null, serving: undefined }));
         complain(new Error(`${task} is taught, but what it has learnt was not asked.${why}`));
       }
-      result.querySelector("h2").focus();
+      const title = result.querySelector("h2");
+      if (mayMoveFocus(progress, start)) title.focus();
+      else announce(`Taught: ${title.textContent}.`);
     } catch (/** @type {any} */ error) {
       const cancelled = error instanceof JobCancelled || error?.name === "AbortError";
       if (cancelled) announce("Cancelled.");
-      start.focus();
-      complain(cancelled ? new Error("cancelled; nothing was taught") : error, taught);
+      if (mayMoveFocus(progress)) start.focus();
+      complain(cancelled ? new Error("cancelled; nothing was taught") : error, taught, start);
     } finally {
       running = null;
       progress.hidden = true;
@@ -226,12 +251,14 @@ export function teachView({ session, announce }) {
       return;
     }
     const { taught, held: asked } = read();
+    if (start.disabled) return; // what was pasted just now has faults
     run(name.value.trim(), taught, asked);
   });
   text.addEventListener("input", () => {
     clearTimeout(reading);
     reading = setTimeout(read, PAUSE);
   });
+  name.addEventListener("input", nameStart);
   shared.addEventListener("change", read);
   held.addEventListener("input", () => {
     chosen = held.value !== "" || held.validity.badInput;
@@ -240,15 +267,18 @@ export function teachView({ session, announce }) {
   file.addEventListener("change", async () => {
     const [first] = file.files;
     if (!first) return;
-    rewrite(text, await first.text());
-    name.value ||= nameOf(first.name);
-    read();
+    file.value = ""; // the same file, once mended, can be chosen again
+    opened = first;
+    try {
+      const written = await textOf(first);
+      if (opened !== first) return; // the reader has chosen another
+      complain(null);
+      take(written, nameOf(first.name));
+    } catch (/** @type {any} */ error) {
+      if (opened === first) complain(Object.assign(error, { input: file }));
+    }
   });
-  sample.addEventListener("click", () => {
-    rewrite(text, SAMPLE);
-    name.value ||= "home";
-    read();
-  });
+  sample.addEventListener("click", () => take(SAMPLE, "home"));
   read();
 
   const root = h(
@@ -258,6 +288,25 @@ export function teachView({ session, announce }) {
     h("div", { class: "bench" }, form, h("div", { class: "stack" }, progress, result, shown)),
   );
   return { root };
+}
+
+/**
+ * A file's text. Throws where it is no UTF-8: read leniently, what is no letter there would be taught as �.
+ *
+ * @param {File} file
+ */
+async function textOf(file) {
+  let bytes;
+  try {
+    bytes = await file.arrayBuffer();
+  } catch (/** @type {any} */ error) {
+    throw new Error(`${file.name} cannot be read: ${error.message}`);
+  }
+  try {
+    return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
+  } catch {
+    throw new Error(`${file.name} is not UTF-8; save it as CSV UTF-8`);
+  }
 }
 
 /**

@@ -24,19 +24,24 @@ const MEASURES = {
  * A token's text; the signs that stand for what cannot be seen are not copied with it.
  *
  * @param {string} text
+ * @param {string} named As one line shows it.
  */
-function shown(text) {
-  if (text === "") return [h("span", { class: "sign" }, visible(text))];
+function shown(text, named) {
+  if (text === "") return [h("span", { class: "sign" }, named)];
   return text.split(/([\n\t])/).map((part) => (/[\n\t]/.test(part) ? h("span", { class: "sign" }, visible(part)) : part));
 }
 
 /** The text, its legend, what stands at the token that is looked at, and all tokens in a table. */
 export class Tokens {
-  /** @param {any[]} tokens */
-  constructor(tokens) {
+  /**
+   * @param {any[]} tokens
+   * @param {string | null} finish What ended the text.
+   */
+  constructor(tokens, finish) {
     this.tokens = tokens;
+    this.finish = finish;
     this.measure = MEASURES.probability;
-    this.detail = h("div", { class: "detail" });
+    this.detail = h("div", { class: "detail", "aria-live": "polite" });
     this.legend = h("ul", { class: "legend" });
     this.places = tokens.map((token, index) => this.place(token, index));
     const hint = newId();
@@ -73,25 +78,42 @@ export class Tokens {
     // No button element: a browser lets nobody select the text of one, and an answer is to be copied.
     const place = h(
       "span",
-      { role: "button", class: "token", tabindex: -1, "aria-label": this.spoken(token) },
-      ...shown(token.text),
+      { role: "button", class: "token", tabindex: -1, "aria-label": this.spoken(token, index) },
+      ...shown(token.text, this.named(index)),
     );
     place.addEventListener("focus", () => this.look(index));
     place.addEventListener("click", () => this.look(index));
     place.addEventListener("mouseenter", () => this.look(index));
     place.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
       const last = this.tokens.length - 1;
-      const goal = { ArrowRight: index + 1, ArrowLeft: index - 1, Home: 0, End: last }[event.key];
+      /** @type {Record<string, number>} */
+      const goals = { ArrowRight: index + 1, ArrowLeft: index - 1, Home: 0, End: last, Enter: index, " ": index };
+      const goal = goals[event.key];
       if (goal === undefined) return;
       event.preventDefault();
       this.places[Math.min(last, Math.max(0, goal))].focus();
+      if (goal === index) this.look(index); // it has the focus already, but another may be looked at
     });
     return place;
   }
 
-  /** @param {any} token */
-  spoken(token) {
-    return `${visible(token.text).trim()}, ${percent(token.probability)}`;
+  /**
+   * @param {any} token
+   * @param {number} index
+   */
+  spoken(token, index) {
+    return `${this.named(index).trim()}, ${percent(token.probability)}`;
+  }
+
+  /**
+   * A token's text as one line shows it. Without a text it is the end, or part of a character.
+   *
+   * @param {number} index
+   */
+  named(index) {
+    const { text } = this.tokens[index];
+    const ends = index === this.tokens.length - 1 && this.finish !== "length";
+    return text === "" && !ends ? "(part)" : visible(text);
   }
 
   /** @param {string} name */
@@ -109,12 +131,12 @@ export class Tokens {
       place.tabIndex = other === index ? 0 : -1;
       place.classList.toggle("looked", other === index);
     });
-    const { text, probability, uncertainty, likeliest } = this.tokens[index];
+    const { probability, uncertainty, likeliest } = this.tokens[index];
     this.detail.replaceChildren(
       h(
         "p",
         {},
-        h("strong", {}, visible(text)),
+        h("strong", {}, this.named(index)),
         ` ${percent(probability)} likely · epistemic ${nats(uncertainty.epistemic)}`,
         ` · aleatoric ${nats(uncertainty.aleatoric)} nats`,
       ),
@@ -129,9 +151,9 @@ export class Tokens {
   }
 
   all() {
-    const rows = this.tokens.map(({ text, probability, uncertainty, likeliest }, index) => [
+    const rows = this.tokens.map(({ probability, uncertainty, likeliest }, index) => [
       `${index + 1}`,
-      visible(text),
+      this.named(index),
       percent(probability),
       nats(uncertainty.epistemic),
       nats(uncertainty.aleatoric),

@@ -12,12 +12,13 @@ import { summary } from "./trial.js";
  * @param {import("./examples.js").Example[]} told.asked
  * @param {import("./trial.js").Outcome[]} told.before
  * @param {import("./trial.js").Outcome[] | null} told.after null where it could not be asked.
- * @param {Record<string, number> | null} told.serving Shares of the versions that answer; null: the newest.
+ * @param {Record<string, number> | null | undefined} told.serving Shares of the versions that answer; null: the newest;
+ *   undefined: not known.
  * @param {(() => void) | null} told.again Teaches from all examples.
  */
 export function verdict({ task, version, taught, asked, before, after, serving, again }) {
   const name = encodeURIComponent(task);
-  const answers = serving === null || `${version}` in serving;
+  const answers = serving === null || (serving !== undefined && `${version}` in serving);
   const ask = h("a", { href: `#/ask?task=${name}${answers ? "" : `&version=${version}`}` }, "Ask it");
   const still = Object.keys(serving ?? {}).join(" and ");
   const pinned = h(
@@ -32,7 +33,7 @@ export function verdict({ task, version, taught, asked, before, after, serving, 
     { class: "panel verdict" },
     h("h2", { tabindex: -1 }, `${task}, version ${version}`),
     h("p", {}, `Taught from ${several(taught.length, "example")}. `, ask, "."),
-    !answers && pinned,
+    !answers && serving && pinned,
     ...(asked.length > 0 && after ? compared(asked, before, after) : []),
     again &&
       h(
