@@ -23,6 +23,8 @@ _TITLES = {
     "world-layers": "Report: layers",
     "world-steps": "Report: steps",
     "world-longer": "Report: more learning from tasks",
+    "world-more-tasks": "Report: more tasks to learn from",
+    "world-longest": "Report: most learning from tasks",
     "world-longer-steps": "Report: more learning, and more steps",
     "real-longer-steps": "Report: more learning, and more steps, on real tasks",
     "texts": "Report: texts of real tasks",

@@ -85,6 +85,8 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tiny_model_folder: Path, tm
         "world-layers",
         "world-steps",
         "world-longer",
+        "world-more-tasks",
+        "world-longest",
         "world-longer-steps",
         "real-longer-steps",
     ],
