@@ -138,12 +138,6 @@ def fit_temperature_prior(
     return best[1]
 
 
-def _mass_above(probabilities: Tensor) -> Tensor:
-    """Probability of the options that are likelier than each, shape (..., options)."""
-    others, own = probabilities[..., None, :], probabilities[..., :, None]
-    return ((others > own) * others).sum(dim=-1)
-
-
 def conformal_scores(probabilities: Tensor, answers: Tensor, seed: int = 0) -> Tensor:
     """Nonconformity of the right answers: the probability that lies above them, and a random part of their own.
 
@@ -158,11 +152,11 @@ def conformal_scores(probabilities: Tensor, answers: Tensor, seed: int = 0) -> T
     Returns:
         Shape (n,), between 0 and 1.
     """
-    right = answers[:, None]
-    own = probabilities.gather(-1, right)
+    own = probabilities.gather(-1, answers[:, None])
+    above = ((probabilities > own) * probabilities).sum(dim=-1)
     as_likely = ((probabilities == own) * probabilities).sum(dim=-1)
     part = torch.rand(len(answers), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return _mass_above(probabilities).gather(-1, right).squeeze(-1) + part * as_likely
+    return above + part * as_likely
 
 
 def conformal_threshold(scores: Tensor, coverage: float) -> float:
@@ -189,7 +183,8 @@ def prediction_set(probabilities: Tensor, threshold: float) -> Tensor:
     right option at least as often as was wanted; where probabilities are right, for every question and whatever the
     number of options. For that it is larger than one that is right so often on average. No set is empty.
     """
-    return _mass_above(probabilities) <= threshold
+    others, own = probabilities[..., None, :], probabilities[..., :, None]
+    return ((others > own) * others).sum(dim=-1) <= threshold
 
 
 class ShotCalibration(BaseModel, frozen=True):

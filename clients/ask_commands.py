@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from clients.command_line import ConfigFile, Json, Task, Timeout, Url, coloured, connected, console
+from clients.command_line import ConfigFile, Json, Task, Timeout, Url, coloured, connected, console, is_typed
 
 if TYPE_CHECKING:
     from clients.replies import Answer
@@ -63,8 +63,7 @@ def ask_command(
     as_json: Json = False,
 ) -> None:
     """Ask a question and see how sure the answer is."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    given = {name for name in context.params if is_typed(context, name)}
     sampled = temperature > 0 or samples > 0
     _check(given, stream=stream, of_text=not option, settles=draws == "auto", sampled=sampled)
     text = sys.stdin.read() if prompt == "-" else prompt

@@ -1,4 +1,4 @@
-"""What the client's commands share: options, the connection, and where they print."""
+"""What commands share: options of the client's, the connection, and where they print."""
 
 from __future__ import annotations
 
@@ -30,6 +30,12 @@ ConfigFile = Annotated[
     typer.Option("--config", metavar="FILE", help=r"TOML file; its table \[client] may say url, timeout and key."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the server's reply as JSON.")]
+
+
+def is_typed(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def settings_of(url: str | None, timeout: float | None, config: Path | None) -> ClientSettings:

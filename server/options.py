@@ -12,8 +12,8 @@ import typer
 from annotated_types import Ge, Le
 from pydantic.fields import FieldInfo
 
+from clients.command_line import is_typed
 from server.settings import Settings
-from training.commands.options import is_typed
 
 if TYPE_CHECKING:
     from clients.config import Loaded

@@ -202,8 +202,7 @@ def test_processes_that_share_the_base_model_do_what_one_does(
     launched("adapt", *taught, "--out", tmp_path / "shared", *sharded, processes=2)
     assert_close(load_posterior(tmp_path / "shared"), load_posterior(tmp_path / "alone"))
     measured = ["eval", theta, "--tasks", data, "--queries", 6, "--draws", 2, "--shots", "2"]
-    found = launched(*measured, *sharded, told=False, processes=2)
-    assert cells(found) == pytest.approx(cells(abmll(*measured).out), abs=2e-3)
+    assert launched(*measured, *sharded, told=False, processes=2) == abmll(*measured).out
 
 
 def cells(printed: str) -> list[float]:

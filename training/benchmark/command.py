@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from clients.command_line import is_typed
 from training.commands.document import print_json
-from training.commands.options import is_typed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

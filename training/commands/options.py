@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from clients.command_line import is_typed
 from training.settings import SEED_LIMIT
 
 Tasks = Annotated[Path, typer.Option(help="Folder of tasks: JSON Lines files, with a manifest.json if you have one.")]
@@ -48,12 +49,6 @@ FactorRate = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as one JSON document.")]
-
-
-def is_typed(context: typer.Context, name: str) -> bool:
-    """Whether an option stands on the command line."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def typed(context: typer.Context, **options: Any) -> dict[str, Any]:

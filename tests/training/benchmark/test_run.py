@@ -208,6 +208,13 @@ def test_sets_of_methods_are_adaptive_prediction_sets_at_the_mean_of_their_rando
     probabilities = torch.tensor([[0.5, 0.3, 0.2], [0.25, 0.25, 0.5]])
     expected = torch.tensor([[0.25, 0.65, 0.9], [0.75, 0.75, 0.25]])
     torch.testing.assert_close(measures.set_scores(probabilities), expected)
+    generator = torch.Generator().manual_seed(5)
+    uniform = torch.rand(20_000, dtype=torch.double, generator=generator)
+    for row in torch.randn(20, 5, dtype=torch.double, generator=generator).softmax(-1):
+        for answer in range(5):
+            above = sum(p for p in row.tolist() if p > row[answer])
+            want = (above + uniform * row[answer]).mean().item()
+            assert measures.set_scores(row)[answer].item() == pytest.approx(want, abs=0.01)
 
 
 def test_doubt_that_is_higher_on_strange_questions_has_a_high_auroc() -> None:
