@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from pydantic import BaseModel, Field
@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from abmll.errors import InvalidExamples, PromptTooLong
 from abmll.examples import Example, Template
 from abmll.objective import Labelled
-from abmll.scoring import tokenize
+from abmll.scoring import Question, tokenize
 from training.base_model import BaseModel as Base
 from training.tasks import Task
 
@@ -54,10 +54,15 @@ def draw_support(task: Task, shots: int, rng: random.Random) -> tuple[tuple[Exam
     return tuple(shuffled[:shots]), tuple(shuffled[shots:])
 
 
+def what_is_asked(item: Example | Question) -> Hashable:
+    """What two examples have in common where one's answer tells the other's."""
+    return item.prompt, frozenset(item.options)
+
+
 def without_twins(examples: Sequence[Example], taught: Sequence[Example]) -> tuple[Example, ...]:
     """Returns the examples that do not ask what one of ``taught`` asks: their answers have been told."""
-    told = {(example.prompt, frozenset(example.options)) for example in taught}
-    return tuple(example for example in examples if (example.prompt, frozenset(example.options)) not in told)
+    told = {what_is_asked(example) for example in taught}
+    return tuple(example for example in examples if what_is_asked(example) not in told)
 
 
 def _vary(task: Task, config: EpisodeConfig, rng: random.Random) -> Task:

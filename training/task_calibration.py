@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
@@ -16,22 +15,12 @@ from abmll.objective import Labelled
 from abmll.posterior import Posterior
 from training.adaptation import AdaptConfig, adapt, of_part, task_posterior
 from training.base_model import BaseModel as Base
-from training.episodes import label
-
-FOLDS = 4
-
-
-def folds_of(support: int) -> int:
-    """Number of folds for a support set; 0 where it is too small to leave something out."""
-    return 0 if support < 2 else min(FOLDS, support)
+from training.episodes import label, what_is_asked
+from training.folds import folds, folds_of
 
 
-def _groups(support: Sequence[Labelled]) -> list[list[int]]:
-    """Places of the examples that ask the same: where one is held out, its twins must not be learnt from."""
-    found: dict[object, list[int]] = {}
-    for place, item in enumerate(support):
-        found.setdefault((item.question.prompt, frozenset(item.question.options)), []).append(place)
-    return list(found.values())
+def _questions(support: Sequence[Labelled]) -> list[Hashable]:
+    return [what_is_asked(item.question) for item in support]
 
 
 def held_out_scores(
@@ -45,8 +34,6 @@ def held_out_scores(
     on_step: Callable[[int, int], None] | None = None,
 ) -> HeldOut | None:
     """Scores each support example under a posterior adapted to the other folds (cross-validation).
-
-    Examples that ask the same are in the same fold.
 
     Args:
         attached: The model.
@@ -63,19 +50,15 @@ def held_out_scores(
     Raises:
         InvalidExamples: Adaptation to a part of the examples diverged.
     """
-    groups = _groups(support)
-    folds = folds_of(len(groups))
-    if folds == 0:
+    splits = folds(_questions(support), seed)
+    if not splits:
         return None
     width = max(len(item.question.options) for item in support)
     scores = torch.full((draws, len(support), width), float("-inf"))
     config = config.for_parts_of(support)
-    random.Random(seed).shuffle(groups)  # users list labels in turn: unshuffled, a fold could hold all of one label
-    for fold in range(folds):
-        left_out = [i for group in groups[fold::folds] for i in group]
-        rest = [support[i] for group in groups for i in group if i not in left_out]
-        report = of_part(on_step, fold, folds)
-        phi = task_posterior(attached, theta, rest, config, torch.Generator().manual_seed(seed), report)
+    for fold, (rest, left_out) in enumerate(splits):
+        report, generator = of_part(on_step, fold, len(splits)), torch.Generator().manual_seed(seed)
+        phi = task_posterior(attached, theta, [support[i] for i in rest], config, generator, report)
         part = score_draws(attached, phi, [support[i].question for i in left_out], range(draws), seed)
         scores[:, left_out, : part.shape[-1]] = part
     if scores.isnan().any():
@@ -119,14 +102,14 @@ def adapt_and_calibrate(
     shots, free_text = len(examples), bool(examples) and examples[0].is_free_text
     usual = None if calibration is None or free_text else calibration.nearest(shots)
     support = [] if usual is None else label(base, prior.config.template, examples)
-    folds = folds_of(len(_groups(support))) if usual is not None and usual.spread > 0 else 0
-    phi = adapt(base, attached, prior, examples, config, seed=seed, on_step=of_part(on_step, 0, 1 + folds))
+    parts = folds_of(len(set(_questions(support)))) if usual is not None and usual.spread > 0 else 0
+    phi = adapt(base, attached, prior, examples, config, seed=seed, on_step=of_part(on_step, 0, 1 + parts))
     if calibration is None:
         return phi, None
     if free_text:
         return phi, calibration.for_text_task(shots)
     held_out = None
-    if folds:
+    if parts:
         done = config.steps_on(support) * config.members
 
         def report_fold(step: int, steps: int) -> None:

@@ -13,7 +13,8 @@ from tests.training.conftest import TARGETS, rule_task
 from training.adaptation import AdaptConfig, adapt
 from training.base_model import BaseModel
 from training.episodes import label
-from training.task_calibration import adapt_and_calibrate, folds_of, held_out_scores
+from training.folds import folds_of
+from training.task_calibration import adapt_and_calibrate, held_out_scores
 
 CONFIG = AdaptConfig(steps=4, learning_rate=2e-2)
 EXAMPLES = rule_task(0).examples[:10]

@@ -54,6 +54,9 @@ def bench_command(
     growth: Annotated[
         float, typer.Option(help="Power of (shots / 16) that steps grow with: 1: K for every 16 examples, 0: always K.")
     ] = 0.0,
+    own_temperatures: Annotated[
+        bool, typer.Option(help="Give each task a temperature of its own, from its examples: takes five times as long.")
+    ] = False,
     seeds: Annotated[str, typer.Option(help="Seeds, joined by commas.")] = "0,1,2",
     meta_steps: Annotated[int, typer.Option(help="Steps of learning over tasks.")] = 100,
     settings_of: Annotated[
@@ -84,6 +87,7 @@ def bench_command(
         "shots": numbers(shots, "shots"),
         "episode_shots": None if episode_shots is None else numbers(episode_shots, "episode_shots"),
         "growth": growth,
+        "own_temperatures": own_temperatures,
         "meta_steps": meta_steps,
         "train_tasks": train_tasks,
         "validation_tasks": validation_tasks,
@@ -245,9 +249,12 @@ def _report(rows: list[dict[str, Any]], config: BenchConfig, used: Iterable[Part
     sources = "; ".join(sorted({row["measured"] for row in rows}))
     head = f"{sources}. Seeds: {seeds}. Tasks: {_counted(used)}. Settings: {config.model_dump_json()}"
     parts = [f"# Benchmark\n\n{head}\n"]
+    calibrated_kind = "calibrated on the validation tasks"
+    if config.own_temperatures:
+        calibrated_kind += ", each task with a temperature of its own"
     for calibrated in (True, False):
         for shots in config.shots:
-            kind = "calibrated on the validation tasks" if calibrated else "not calibrated"
+            kind = calibrated_kind if calibrated else "not calibrated"
             parts.append(f"## {shots} shots, {kind}\n\n{quality_table(rows, shots, calibrated)}\n")
             if calibrated and ours and baselines_of(rows):
                 parts.append(f"Paired differences, below 0 is better:\n\n{paired_table(rows, shots, True, ours)}\n")

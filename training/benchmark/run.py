@@ -24,7 +24,13 @@ from pydantic import BaseModel, Field, NonNegativeInt
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from abmll.calibration import conformal_threshold, fit_temperature_prior
+from abmll.calibration import (
+    HeldOut,
+    TemperaturePrior,
+    conformal_threshold,
+    fit_temperature_prior,
+    task_temperature,
+)
 from abmll.errors import AbmllError
 from abmll.examples import Example
 from abmll.metrics import negative_log_likelihood
@@ -36,7 +42,8 @@ from training.benchmark.measures import of_task, ood_auroc, set_scores
 from training.benchmark.method import Budget, Learner, Method, Noting, Revised, Settings
 from training.benchmark.ood import foreign, nonsense
 from training.benchmark.world import World
-from training.episodes import EpisodeConfig, draw_support, without_twins
+from training.episodes import EpisodeConfig, draw_support, what_is_asked, without_twins
+from training.folds import folds
 from training.progress import Progress, silent
 from training.provenance import provenance
 from training.settings import choose_device
@@ -70,6 +77,11 @@ class BenchConfig(BaseModel, frozen=True, allow_inf_nan=False):
         le=1,
         exclude_if=lambda value: value == 0,
         description="power of (support set / 16) that the steps grow with when a task is predicted",
+    )
+    own_temperatures: bool = Field(
+        default=False,
+        exclude_if=lambda value: not value,
+        description="whether each task has a temperature of its own, from its support set, held out in folds",
     )
     draws: int = Field(default=8, ge=1)
     rank: int = Field(default=16, ge=3, description="rank of LoRA, and of a draw where a method has draws")
@@ -115,7 +127,7 @@ class Parts:
 class _Predicted:
     """A task's predictions, and what they were made from and took.
 
-    ``ood`` has the scores of questions out of distribution, by kind.
+    ``ood`` has the scores of questions out of distribution, by kind; ``held_out`` those of the support set's own.
     """
 
     scores: Tensor
@@ -124,12 +136,23 @@ class _Predicted:
     query: list[Example]
     seconds: float
     ood: dict[str, Tensor]
+    held_out: HeldOut | None
 
 
 def _predict(
-    learner: Learner, task: Task, shots: int, config: BenchConfig, seed: int, others: Sequence[Task] | None = None
+    learner: Learner,
+    task: Task,
+    shots: int,
+    config: BenchConfig,
+    seed: int,
+    others: Sequence[Task] | None = None,
+    hold_out: bool = False,
 ) -> _Predicted:
-    """Predicts a task's queries; with ``others`` also questions out of distribution, foreign ones from these tasks."""
+    """Predicts a task's queries.
+
+    With ``others`` also questions out of distribution, foreign ones from these tasks; with ``hold_out`` also each
+    support example, from those of the other folds.
+    """
     support, query = _support(task, shots, config, seed)
     strange: dict[str, list[Example]] = {}
     if others is not None:
@@ -137,12 +160,29 @@ def _predict(
         strange = {"nonsense": nonsense(query, rng), "foreign": foreign(query, task, others, rng)}
     asked = [*query, *(example for examples in strange.values() for example in examples)]
     begin = time.perf_counter()
+    held_out = _held_out(learner, support, seed) if hold_out else None
     scores = learner.predict(support, asked, seed).detach()
     seconds = time.perf_counter() - begin
     answers = torch.tensor([example.answer for example in query])
     own, *parts = scores.split([len(query), *map(len, strange.values())], dim=1)
     ood = {kind: part for kind, part in zip(strange, parts, strict=True) if part.shape[1]}
-    return _Predicted(own, answers, support, query, seconds, ood)
+    return _Predicted(own, answers, support, query, seconds, ood, held_out)
+
+
+def _held_out(learner: Learner, support: Sequence[Example], seed: int) -> HeldOut | None:
+    """Scores of the support examples, each by what has not seen it; None for fewer than two different questions."""
+    splits = folds([what_is_asked(example) for example in support], seed)
+    if not splits:
+        return None
+    parts = [
+        (left_out, learner.predict([support[i] for i in rest], [support[i] for i in left_out], seed).detach())
+        for rest, left_out in splits
+    ]
+    width = max(part.shape[-1] for _, part in parts)
+    scores = torch.full((len(parts[0][1]), len(support), width), float("-inf"))
+    for left_out, part in parts:
+        scores[:, left_out, : part.shape[-1]] = part
+    return scores, torch.tensor([example.answer for example in support])
 
 
 def _ood_measures(inside: Predictive, item: _Predicted, temperature: float) -> dict[str, float]:
@@ -169,24 +209,25 @@ def _answers(confidence: Tensor, correct: Tensor) -> dict[str, list[Any]]:
     return {"confidence": [round(value, 5) for value in confidence.tolist()], "correct": correct.tolist()}
 
 
-def _threshold(predicted: Sequence[_Predicted], temperature: float) -> float:
+def _threshold(predicted: Sequence[_Predicted], temperatures: TemperaturePrior) -> float:
     """Threshold of 90 % conformal sets on the validation tasks' answers."""
     scores: list[Tensor] = []
     for item in predicted:
+        temperature = task_temperature(temperatures, item.held_out)
         each = set_scores(predictive(item.scores, temperature).probabilities)
         scores.append(each.gather(-1, item.answers[:, None]).squeeze(-1))
     return conformal_threshold(torch.cat(scores), 0.9)
 
 
-def _temperature(predicted: Sequence[_Predicted]) -> float:
-    """The one temperature that suits the tasks best."""
+def _temperatures(predicted: Sequence[_Predicted]) -> TemperaturePrior:
+    """The temperatures that suit the tasks best: one for all, but where support sets were held out."""
     pairs = [(item.scores, item.answers) for item in predicted]
-    return fit_temperature_prior([None] * len(pairs), pairs).median
+    return fit_temperature_prior([item.held_out for item in predicted], pairs)
 
 
 def _tempered_loss(predicted: Sequence[_Predicted]) -> float:
     """Mean over tasks of NLL at the temperature that suits them best."""
-    temperature = _temperature(predicted)
+    temperature = _temperatures(predicted).median
     losses = [
         negative_log_likelihood(predictive(item.scores, temperature).probabilities, item.answers) for item in predicted
     ]
@@ -210,10 +251,11 @@ def run(
 
     Settings are chosen by NLL on the first seed's validation tasks after tempering, and serve all seeds; each is tried
     in a process of its own too. Temperatures (for results with ``calibrated``) and conformal thresholds are fitted on
-    each seed's validation tasks for each number of shots. Test tasks are looked at once. Questions out of distribution
-    are asked at one number of shots, in the same pass, and count in its seconds. Where a method raises an error, the
-    others go on, and the first error is raised at the end; a process that is killed ends the run. What was measured
-    stays.
+    each seed's validation tasks for each number of shots. With ``own_temperatures`` each task has its own, as the
+    product's tasks have; how they are spread comes from the validation tasks, and the folds count in a task's seconds.
+    Test tasks are looked at once. Questions out of distribution are asked at one number of shots, in the same pass, and
+    count in its seconds. Where a method raises an error, the others go on, and the first error is raised at the end; a
+    process that is killed ends the run. What was measured stays.
 
     Args:
         methods: What to compare.
@@ -351,9 +393,11 @@ class _Job:
         )
         return learner, time.perf_counter() - begin, device
 
-    def validate(self, learner: Learner, shots: int) -> list[_Predicted]:
-        """Predicts the validation tasks."""
-        return [_predict(learner, task, shots, self.config, self.seed) for task in self.parts.validation]
+    def validate(self, learner: Learner, shots: int, hold_out: bool = False) -> list[_Predicted]:
+        """Predicts the validation tasks; with ``hold_out`` their support sets too."""
+        return [
+            _predict(learner, task, shots, self.config, self.seed, hold_out=hold_out) for task in self.parts.validation
+        ]
 
 
 class _Processes:
@@ -420,16 +464,19 @@ def _measure(job: _Job) -> list[dict[str, Any]]:
     bound = isinstance(learner, ExactBayes)
     rows: list[dict[str, Any]] = []
     for shots in config.shots:
-        predicted = job.validate(learner, shots)
+        hold_out = config.own_temperatures and not bound
+        predicted = job.validate(learner, shots, hold_out)
+        untempered = TemperaturePrior(median=1.0)
         # The exact predictive is calibrated by definition: a temperature could only spoil it.
-        temperatures = {False: 1.0, True: 1.0 if bound else _temperature(predicted)}
+        temperatures = {False: untempered, True: untempered if bound else _temperatures(predicted)}
         thresholds = {calibrated: _threshold(predicted, chosen) for calibrated, chosen in temperatures.items()}
         for task in parts.test:
             # The exact predictive is told of the world's scenes only.
             strange = shots == config.strange_shots and not bound
-            item = _predict(learner, task, shots, config, seed, parts.test if strange else None)
+            item = _predict(learner, task, shots, config, seed, parts.test if strange else None, hold_out)
             exact = None if world is None else world.exact(item.support, item.query)
-            for calibrated, chosen in temperatures.items():
+            for calibrated, prior in temperatures.items():
+                chosen = task_temperature(prior, item.held_out)
                 result = predictive(item.scores, chosen)
                 measures = of_task(item.scores, item.answers, chosen, thresholds[calibrated], exact)
                 measures |= _ood_measures(result, item, chosen)

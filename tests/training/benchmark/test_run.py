@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from abmll.errors import AbmllError
+from abmll.examples import Example
 from abmll.predictive import predictive
 from tests.training.conftest import rule_task
 from training import benchmark
@@ -25,6 +28,7 @@ from training.benchmark.point import McDropout, ZeroShot
 from training.benchmark.report import baselines_of, cost_table, ood_table, paired_table, quality_table
 from training.benchmark.run import BenchConfig, Parts, read_rows, run
 from training.benchmark.world import World
+from training.tasks import Task
 
 WORLD = World()
 CONFIG = BenchConfig(shots=(2, 8), queries=12, meta_steps=1, draws=2, tune_shots=8)
@@ -50,6 +54,28 @@ class Counted(ZeroShot):
         with self.notes.open("a") as stream:
             stream.write(json.dumps([seed, settings["rate"]]) + "\n")
         return super().learn(load, tasks, settings, budget, seed)
+
+
+class Knowing(ZeroShot):
+    """Is sure of an answer to every question, which is right where the question says so."""
+
+    parameters = 0
+    passes = 1
+
+    def learn(self, load: Load, tasks: Any, settings: Settings, budget: Budget, seed: int) -> Learner:
+        return self
+
+    def predict(self, support: Sequence[Example], query: Sequence[Example], seed: int) -> Tensor:
+        assert not {example.prompt for example in support} & {example.prompt for example in query}
+        sure_of = [
+            example.answer if example.prompt.startswith("easy") else zlib.crc32(example.prompt.encode()) % 2
+            for example in query
+        ]
+        return 3.0 * torch.nn.functional.one_hot(torch.tensor(sure_of), 2)[None]
+
+
+def _called(task: Task, kind: str) -> Task:
+    return replace(task, examples=tuple(replace(item, prompt=f"{kind} {item.prompt}") for item in task.examples))
 
 
 def bench(
@@ -110,6 +136,34 @@ def test_settings_that_are_given_are_not_tuned(tiny_model_folder: Path, tmp_path
     )
     assert sorted(method.learned) == [(0, 7), (1, 7)]
     assert {row["settings"].get("rate") for row in rows if row["method"] == method.name} == {7}
+
+
+def test_tasks_that_a_method_knows_have_lower_temperatures_of_their_own(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    easy, hard = ([_called(task, kind) for task in (*VALIDATION, *TEST)] for kind in ("easy", "hard"))
+    parts = Parts(TRAIN, [easy[0], hard[1]], [*easy[2:4], *hard[4:]])
+    own, shared = (
+        run(
+            [Knowing()],
+            {0: parts},
+            str(tiny_model_folder),
+            CONFIG.model_copy(update={"own_temperatures": wanted}),
+            tmp_path / f"{wanted}.jsonl.gz",
+        )
+        for wanted in (True, False)
+    )
+    known = {task.name for task in easy[2:4]}
+    most = [row for row in own if row["shots"] == 8]
+    temperatures = {
+        knows: [row["temperature"] for row in most if row["calibrated"] and (row["task"] in known) == knows]
+        for knows in (True, False)
+    }
+    assert max(temperatures[True]) < 1 < min(temperatures[False])
+    assert {row["temperature"] for row in own if not row["calibrated"]} == {1}
+    assert len({row["temperature"] for row in shared if row["calibrated"] and row["shots"] == 8}) == 1
+    of_own, of_shared = (sum(row["nll"] for row in rows if row["calibrated"]) for rows in (own, shared))
+    assert of_own < 0.9 * of_shared
 
 
 def test_a_method_that_fails_does_not_stop_the_others(tiny_model_folder: Path, tmp_path: Path) -> None:
