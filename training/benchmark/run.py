@@ -179,7 +179,7 @@ def _held_out(learner: Learner, support: Sequence[Example], seed: int) -> HeldOu
         for rest, left_out in splits
     ]
     width = max(part.shape[-1] for _, part in parts)
-    scores = torch.full((len(parts[0][1]), len(support), width), float("-inf"))
+    scores = torch.full((len(parts[0][1]), len(support), width), float("-inf"), dtype=parts[0][1].dtype)
     for left_out, part in parts:
         scores[:, left_out, : part.shape[-1]] = part
     return scores, torch.tensor([example.answer for example in support])

@@ -71,7 +71,7 @@ class Knowing(ZeroShot):
             example.answer if example.prompt.startswith("easy") else zlib.crc32(example.prompt.encode()) % 2
             for example in query
         ]
-        return 3.0 * torch.nn.functional.one_hot(torch.tensor(sure_of), 2)[None]
+        return 3.0 * torch.nn.functional.one_hot(torch.tensor(sure_of), 2)[None].double()
 
 
 def _called(task: Task, kind: str) -> Task:
