@@ -22,6 +22,7 @@ OURS = (
     "abmll subspace in-context",
     "abmll subspace mixture",
     "abmll subspace own factors",
+    "abmll subspace mixture components",
 )
 
 # A pair of the usual eight draws for each.
@@ -49,6 +50,7 @@ def catalogue(world: World | None) -> list[Method]:
         Abmll("subspace", in_context=True),
         Abmll("subspace", members=MEMBERS),
         Abmll("subspace", own_factors=True),
+        Abmll("subspace", members=MEMBERS, components=True),
     ]
     return methods if world is None else [ExactBayes(world), *methods]
 

@@ -15,10 +15,11 @@ from abmll.examples import Example
 from abmll.kl import kl
 from abmll.layers import Attached, attach
 from abmll.posterior import Family, Posterior, PosteriorConfig, members_of, mixture
-from training.adaptation import AdaptConfig, family_settings, task_posterior
+from training.adaptation import AdaptConfig, family_settings, task_components, task_posterior
 from training.base_model import BaseModel
 from training.benchmark.method import META_RATE, Budget, Learner, Load, Settings
 from training.benchmark.point import InContext, label_in_context
+from training.components import Components
 from training.episodes import label
 from training.meta import MetaConfig, meta_train
 from training.progress import silent
@@ -51,6 +52,7 @@ class Abmll:
         layers: Which blocks of the model are Gaussian, for an ablation.
         members: Gaussians that a task's posterior is a mixture of.
         own_factors: Whether a task with more examples than a batch has factors of its own around its core.
+        components: Whether a task's prior is a mixture of the training tasks' posteriors.
     """
 
     def __init__(
@@ -61,19 +63,23 @@ class Abmll:
         layers: str = "all",
         members: int = 1,
         own_factors: bool = False,
+        components: bool = False,
     ) -> None:
         self.family: Family = family
         self.in_context, self.layers, self.members = in_context, layers, members
         self.factor_rate = _FACTOR_RATE if own_factors else 0.0
+        self.components = components
         self.name = (
             f"abmll {family}"
             + (" in-context" if in_context else "")
             + (f" {layers}" if layers != "all" else "")
             + (" mixture" if members > 1 else "")
+            + (" components" if components else "")
             + (" own factors" if own_factors else "")
         )
         self.version = InContext.version if in_context else 1
-        self.trials: Sequence[Settings] = _TRIALS[family] if members == 1 else _MIXTURE
+        # With components a member begins nowhere that a setting says.
+        self.trials: Sequence[Settings] = _MIXTURE if members > 1 and not components else _TRIALS[family]
         if beta is not None:
             self.name += f" beta {beta:g}"
             self.trials = (dict(self.trials[1]) | {"beta": beta},)
@@ -110,7 +116,10 @@ class Abmll:
         of_task = {"members": self.members, "apart": settings.get("apart", 1.0), "factor_rate": self.factor_rate}
         adapt = inner.model_copy(update={"growth": budget.growth} | of_task)
         parameters = mixture([theta] * self.members).parameters
-        return _Abmll(base, attached, theta, adapt, parameters, budget.draws, self.in_context)
+        components = None
+        if self.components:
+            components = task_components(base, attached, theta, [task.examples for task in tasks], inner, seed, silent)
+        return _Abmll(base, attached, theta, adapt, parameters, budget.draws, self.in_context, components)
 
 
 @dataclass
@@ -122,12 +131,14 @@ class _Abmll:
     parameters: int
     passes: int
     in_context: bool
+    components: Components | None = None
     notes: dict[str, float] = field(default_factory=dict)
 
     def predict(self, support: Sequence[Example], query: Sequence[Example], seed: int) -> Tensor:
         template = self.theta.config.template
         labelled = label(self.base, template, support)
-        phi = task_posterior(self.attached, self.theta, labelled, self.inner, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        phi = task_posterior(self.attached, self.theta, labelled, self.inner, generator, components=self.components)
         self.notes = {}
         if support:
             # Of a mixture an upper bound: KL is convex.
