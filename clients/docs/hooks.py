@@ -27,6 +27,7 @@ _TITLES = {
     "world-longest": "Report: most learning from tasks",
     "world-longer-steps": "Report: more learning, and more steps",
     "real-longer-steps": "Report: more learning, and more steps, on real tasks",
+    "real-own-temperatures": "Report: a temperature for each real task",
     "texts": "Report: texts of real tasks",
     "texts-world": "Report: texts of the generated world",
 }

@@ -115,6 +115,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tiny_model_folder: Path, tm
         "world-longest",
         "world-longer-steps",
         "real-longer-steps",
+        "real-own-temperatures",
     ],
 )
 def test_the_results_in_the_repository_can_be_gone_on_from(folder: str) -> None:
