@@ -161,32 +161,73 @@ class LayerPosterior:
 
 
 @dataclass(frozen=True)
+class Components:
+    """Means of the posteriors of tasks that a global posterior was learnt from, see ``abmll.components``.
+
+    Attributes:
+        tasks: Names of the tasks.
+        cores: Module name to their cores, shape (tasks, r, r), around the global posterior's factors.
+    """
+
+    tasks: tuple[str, ...]
+    cores: Mapping[str, Tensor]
+
+    def only(self, chosen: Sequence[int]) -> Components:
+        """Returns some of them, by their numbers."""
+        cores = {name: own[list(chosen)] for name, own in self.cores.items()}
+        return Components(tuple(self.tasks[number] for number in chosen), cores)
+
+
+@dataclass(frozen=True)
 class Posterior:
     """Gaussians of all targeted layers.
 
     Attributes:
         config: What it is made of and for.
         layers: Module name in the base model to its Gaussian.
+        components: Of a global posterior, what a new task's prior is a mixture of; None: its Gaussian alone.
     """
 
     config: PosteriorConfig
     layers: Mapping[str, LayerPosterior]
+    components: Components | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns all parameters, keyed ``<module>.mean.a`` and so on, in a fixed order."""
         return {f"{name}.{key}": t for name, layer in self.layers.items() for key, t in layer.tensors().items()}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Posterior:
-        """Returns a posterior of the same kind with other parameters."""
+        """Returns a posterior of the same kind with other parameters, and no components."""
         layers = {
             name: layer.with_tensors({key: tensors[f"{name}.{key}"] for key in layer.tensors()})
             for name, layer in self.layers.items()
         }
-        return replace(self, layers=layers)
+        return Posterior(self.config, layers)
+
+    def with_components(self, components: Components | None) -> Posterior:
+        """Returns the same posterior with these components.
+
+        Raises:
+            ValueError: It is no single Gaussian over cores.
+        """
+        if components is not None and (self.config.family != "subspace" or self.config.members > 1):
+            raise ValueError("only a subspace posterior that is no mixture has components")
+        return replace(self, components=components if components is not None and components.tasks else None)
+
+    def unfamiliar_with(self, task: str) -> Posterior:
+        """Returns the same posterior without the component of a task, so that it meets the task as a new one."""
+        if self.components is None or task not in self.components.tasks:
+            return self
+        others = [number for number, name in enumerate(self.components.tasks) if name != task]
+        return self.with_components(self.components.only(others))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Posterior:
-        """Returns a posterior with ``function`` applied to each parameter tensor."""
-        return self.with_tensors({key: function(tensor) for key, tensor in self.tensors().items()})
+        """Returns a posterior with ``function`` applied to each parameter tensor, those of components too."""
+        mapped = self.with_tensors({key: function(tensor) for key, tensor in self.tensors().items()})
+        if self.components is None:
+            return mapped
+        cores = {name: function(own) for name, own in self.components.cores.items()}
+        return replace(mapped, components=replace(self.components, cores=cores))
 
     @property
     def parameters(self) -> int:
@@ -204,7 +245,8 @@ class Posterior:
         usual = {"layers": "all", "members": 1}
         untold = {name for name, value in usual.items() if getattr(self.config, name) == value}
         state = hashlib.sha256(self.config.model_dump_json(exclude=untold).encode())
-        for key, tensor in self.tensors().items():
+        cores = {} if self.components is None else self.components.cores
+        for key, tensor in (self.tensors() | {f"{name}.components": own for name, own in cores.items()}).items():
             state.update(key.encode())
             state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return state.hexdigest()[:16]

@@ -27,7 +27,7 @@ from torch import Tensor
 from abmll.calibration import Calibration, ShotCalibration
 from abmll.errors import AbmllError, InvalidPosterior, StoreFailure
 from abmll.names import GLOBAL
-from abmll.posterior import LayerPosterior, Posterior, PosteriorConfig
+from abmll.posterior import Components, LayerPosterior, Posterior, PosteriorConfig
 
 FORMAT = 1
 # As sha256sum writes it, so that `sha256sum -c SHA256SUMS` checks a folder too.
@@ -101,6 +101,7 @@ class _File(BaseModel):
     config: PosteriorConfig
     record: Record
     layers: dict[str, LayerShape]
+    components: list[str] = Field(default_factory=list, exclude_if=lambda value: not value)
 
 
 def _card(posterior: Posterior, record: Record, calibration: Calibration | None) -> str:
@@ -116,6 +117,11 @@ def _card(posterior: Posterior, record: Record, calibration: Calibration | None)
         f"- scale family: {config.family}; rank {config.rank}; {posterior.parameters:,} parameters; "
         f"{'' if config.members == 1 else f'a mixture of {config.members}; '}"
         f"a draw is a LoRA adapter of rank {config.draw_rank}",
+        *(
+            []
+            if posterior.components is None
+            else [f"- a task's prior has {len(posterior.components.tasks)} components"]
+        ),
         f"- made {record.created}, seed {record.seed}, {record.shots} labelled examples"
         + (f", from posterior {record.parent}" if record.parent else ""),
     ]
@@ -170,12 +176,16 @@ def save_posterior(
         StoreFailure: The disk is full or not writable; nothing is left behind.
     """
     check_replaceable(folder, record.task)
-    tensors = {key: t.detach().to("cpu", torch.float32).contiguous() for key, t in posterior.tensors().items()}
+    clean = posterior.map(lambda tensor: tensor.detach().to("cpu", torch.float32).contiguous())
+    components = clean.components
+    tensors = clean.tensors()
+    if components is not None:
+        tensors |= {f"{name}.components": cores for name, cores in components.cores.items()}
     _check_finite(tensors, "this posterior")
-    clean = posterior.with_tensors(tensors)
     shapes = {n: LayerShape(d_out=layer.b.shape[0], d_in=layer.a.shape[1]) for n, layer in posterior.layers.items()}
     digest = clean.digest()
-    file = _File(format=FORMAT, digest=digest, config=posterior.config, record=record, layers=shapes)
+    names = [] if components is None else list(components.tasks)
+    file = _File(format=FORMAT, digest=digest, config=posterior.config, record=record, layers=shapes, components=names)
     contents = {
         "posterior.safetensors": save(tensors),
         "posterior.json": (file.model_dump_json(indent=1) + "\n").encode(),
@@ -342,11 +352,12 @@ def _check_finite(tensors: dict[str, Tensor], where: str) -> None:
             raise InvalidPosterior(f"{where}: parameter {key} has values that are not finite")
 
 
-def _expected_shapes(config: PosteriorConfig, shape: LayerShape) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(config: PosteriorConfig, shape: LayerShape, components: int) -> dict[str, tuple[int, ...]]:
     a, b = (config.rank, shape.d_in), (shape.d_out, config.rank)
     core = (config.rank, config.rank) if config.members == 1 else (config.members, config.rank, config.rank)
     if config.family == "subspace":
-        return {"shared.a": a, "shared.b": b, "mean.core": core, "scale.log_s": core}
+        of_components = {"components": (components, config.rank, config.rank)} if components else {}
+        return {"shared.a": a, "shared.b": b, "mean.core": core, "scale.log_s": core} | of_components
     shapes: dict[str, tuple[int, ...]] = {"mean.a": a, "mean.b": b}
     if config.family == "kronecker":
         return shapes | {"scale.log_s": (shape.d_out,), "scale.log_t": (shape.d_in,)}
@@ -390,7 +401,7 @@ def load_posterior(folder: Path) -> StoredPosterior:
     expected = {
         f"{name}.{key}": want
         for name, shape in file.layers.items()
-        for key, want in _expected_shapes(file.config, shape).items()
+        for key, want in _expected_shapes(file.config, shape, len(file.components)).items()
     }
     if expected.keys() != tensors.keys():
         odd = sorted(expected.keys() ^ tensors.keys())[0]
@@ -405,14 +416,14 @@ def load_posterior(folder: Path) -> StoredPosterior:
     offset = file.config.scale_init if file.config.family == "lowrank" else 0.0
     layers: dict[str, LayerPosterior] = {}
     for name, shape in file.layers.items():
-        keys = _expected_shapes(file.config, shape)
-        own = {key: tensors[f"{name}.{key}"] for key in keys}
+        own = {key: tensors[f"{name}.{key}"] for key in _expected_shapes(file.config, shape, 0)}
         scale = {key.removeprefix("scale."): t for key, t in own.items() if key.startswith("scale.")}
         if file.config.family == "subspace":
             layers[name] = LayerPosterior(own["shared.a"], own["shared.b"], scale, core=own["mean.core"])
         else:
             layers[name] = LayerPosterior(own["mean.a"], own["mean.b"], scale, offset)
-    posterior = Posterior(file.config, layers)
+    cores = {name: tensors[f"{name}.components"] for name in layers} if file.components else {}
+    posterior = Posterior(file.config, layers, Components(tuple(file.components), cores) if cores else None)
     digest = posterior.digest()
     if digest != file.digest:
         raise InvalidPosterior(f"{tensor_file} does not match its posterior.json (hash {digest}, not {file.digest})")

@@ -9,18 +9,15 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from abmll.components import beginning, log_likelihood
 from abmll.errors import AbmllError, InvalidExamples, InvalidPosterior
 from abmll.examples import Example, check_one_kind
 from abmll.layers import Attached
 from abmll.objective import Labelled, task_gradient
 from abmll.posterior import Family, Posterior, mixture
 from training.base_model import BaseModel as Base
-from training.components import Components, beginning, log_likelihood
 from training.episodes import label, minibatch
-from training.progress import Progress
 from training.settings import MAX_STEPS
-
-COMPONENT_EXAMPLES = 96
 
 
 class AdaptConfig(BaseModel, frozen=True, allow_inf_nan=False):
@@ -235,13 +232,12 @@ def task_posterior(
     config: AdaptConfig,
     generator: torch.Generator,
     on_step: Callable[[int, int], None] | None = None,
-    components: Components | None = None,
 ) -> Posterior:
     """Adapts to tokenized examples: one Gaussian, or a mixture of ``config.members``, each by an inner loop of its own.
 
     The members begin at draws from the prior and are held near its mean by KL all the same: where they end differs as
-    far as the examples leave it open. With components they begin where the examples make it likely, and are held near
-    there. Without examples or steps it is ``theta``.
+    far as the examples leave it open. With components (``abmll.components``), where there are options, one Gaussian or
+    several begin where the examples make it likely, and are held near there. Without examples or steps it is ``theta``.
 
     Args:
         attached: The model.
@@ -250,7 +246,6 @@ def task_posterior(
         config: Settings.
         generator: Source of all chance.
         on_step: Called before each step with (step, steps) of all members.
-        components: What the prior of a task with options is a mixture of; by default it is ``theta``.
 
     Raises:
         AbmllError: See ``check_family``.
@@ -258,8 +253,8 @@ def task_posterior(
     check_family(config, theta.config.family)
     members, steps = config.members, config.steps_on(support)
     if steps == 0:
-        return theta
-    likelihood = None
+        return theta.with_components(None)
+    components, likelihood = theta.components, None
     if components is not None and not support[0].is_free_text:
         likelihood = log_likelihood(attached, theta, components, support, config.max_tokens)
     found: list[Posterior] = []
@@ -273,36 +268,6 @@ def task_posterior(
         phi = run_inner(attached, prior, support, config, generator, report, start).phi
         found.append(phi.map(torch.Tensor.detach))  # without its gradients
     return mixture(found)
-
-
-def task_components(
-    base: Base,
-    attached: Attached,
-    theta: Posterior,
-    tasks: Sequence[Sequence[Example]],
-    config: AdaptConfig,
-    seed: int,
-    progress: Progress,
-) -> Components:
-    """Adapts the global posterior to tasks that it was learnt from: what a new task's prior is a mixture of.
-
-    Args:
-        base: Model and tokenizer.
-        attached: The same model, attached.
-        theta: The global posterior, ``subspace``, on the model's device.
-        tasks: Examples with options of each task; at most ``COMPONENT_EXAMPLES`` are looked at.
-        config: Inner-loop settings; each example is looked at as often as in a batch.
-        seed: Seed of adaptation.
-        progress: Shows progress.
-    """
-    of_one = config.model_copy(update={"members": 1, "factor_rate": 0.0, "growth": 1.0})
-    found: list[Posterior] = []
-    with progress("components", total=len(tasks)) as bar:
-        for number, examples in enumerate(tasks, start=1):
-            support = label(base, theta.config.template, examples[:COMPONENT_EXAMPLES])
-            found.append(task_posterior(attached, theta, support, of_one, torch.Generator().manual_seed(seed)))
-            bar.update(number, {})
-    return Components.of(found)
 
 
 def check_family(config: AdaptConfig, family: Family, draws: int | None = None) -> None:

@@ -1,121 +1,83 @@
-"""A prior that is a mixture of the posteriors of tasks met before, and where a new task begins in it.
-
-One Gaussian around which all tasks lie says little where tasks come in kinds. The tasks that the global posterior was
-learnt from say more: each one's posterior is a component of the prior, as in the variational mixture of posteriors
-(VampPrior, Tomczak & Welling 2018, arXiv 1705.07120), and a new task's examples weigh them by their likelihood, as in
-Bayesian model averaging. Where the examples leave many components likely, what is begun at is a mean of several.
-"""
+"""Components of a prior: the posteriors of tasks that a global posterior was learnt from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from abmll.draw_scores import score_draws
+from abmll.errors import AbmllError
 from abmll.layers import Attached
-from abmll.objective import Labelled
-from abmll.posterior import Posterior
-from abmll.predictive import option_log_probs
+from abmll.posterior import Components, Family, Posterior
+from training.adaptation import AdaptConfig, task_posterior
+from training.base_model import BaseModel as Base
+from training.episodes import label
+from training.progress import Progress
+from training.tasks import Task, spread_over_families
 
-# Power of the likelihood in a component's weight: its answers are more certain than they are right. Of 0.5, 0.7 and 1
-# the best with 16 and 64 examples on the generated world's validation tasks.
-_TEMPER = 0.5
-# Components whose mean a task, or a member of its mixture, begins at. Of 1, 4 and 16 the best there with 1 to 16.
-_AVERAGED = 16
-# Components that the model runs with at a time, and examples after which those of negligible weight are left out.
-_AT_ONCE = 8
-_SCREEN = 16
-_NEGLIGIBLE = -6.0
+# Of each task, at most, that its component is adapted to; and fewest.
+MOST_EXAMPLES = 96
+_FEWEST_EXAMPLES = 16
 
 
-@dataclass(frozen=True)
-class Components:
-    """Means of the components of a prior.
+def check_components(count: int, family: Family) -> None:
+    """Checks that a posterior of a family can have so many components; to be asked before hours of work.
 
-    Attributes:
-        cores: Module name to cores, shape (components, r, r), around the global posterior's factors.
+    Raises:
+        AbmllError: It cannot.
     """
-
-    cores: Mapping[str, Tensor]
-
-    @staticmethod
-    def of(posteriors: Sequence[Posterior]) -> Components:
-        """Returns the means of ``subspace`` posteriors that share their factors."""
-        each = [posterior.tensors() for posterior in posteriors]
-        names = posteriors[0].layers
-        return Components({name: torch.stack([tensors[f"{name}.mean.core"] for tensors in each]) for name in names})
-
-    def only(self, chosen: Tensor) -> Components:
-        """Returns some of them, by their numbers."""
-        return Components({name: cores[chosen.to(cores.device)] for name, cores in self.cores.items()})
-
-    @property
-    def count(self) -> int:
-        """Number of components."""
-        return len(next(iter(self.cores.values())))
+    if count < 0:
+        raise AbmllError(f"components is {count}; give how many tasks, or 0 for none", field="components")
+    if count and family != "subspace":
+        raise AbmllError(
+            f"components is {count}, but only a subspace posterior has some, not a {family} one; give 0",
+            field="components",
+        )
 
 
-def _without_noise(theta: Posterior, cores: Mapping[str, Tensor]) -> Posterior:
-    """The mixture of these cores, each certain."""
-    members = len(next(iter(cores.values())))
-    of_one = {name: core.squeeze(0) if members == 1 else core for name, core in cores.items()}
-    scales = {f"{name}.scale.log_s": torch.full_like(core, -torch.inf) for name, core in of_one.items()}
-    means = {f"{name}.mean.core": core for name, core in of_one.items()}
-    config = theta.config.model_copy(update={"members": members})
-    return replace(theta.with_tensors(theta.tensors() | means | scales), config=config)
+def choose_tasks(tasks: Sequence[Task], count: int, seed: int) -> list[Task]:
+    """Chooses tasks to be components: with options and examples enough, spread over the families.
+
+    Raises:
+        AbmllError: There is none, though some are wanted.
+    """
+    fit = [task for task in tasks if not task.is_free_text and len(task.examples) >= _FEWEST_EXAMPLES]
+    if count and not fit:
+        raise AbmllError(
+            f"no training task has {_FEWEST_EXAMPLES} examples with options, for a component; give 0 components",
+            field="components",
+        )
+    return spread_over_families(fit, seed)[:count]
 
 
-def log_likelihood(
-    attached: Attached, theta: Posterior, components: Components, support: Sequence[Labelled], max_tokens: int = 4096
-) -> Tensor:
-    """The support set's log-likelihood, log p(support | component), under each component's mean.
-
-    After each few examples those components are left out whose weight is negligible by then.
+def task_components(
+    base: Base,
+    attached: Attached,
+    theta: Posterior,
+    tasks: Sequence[Task],
+    config: AdaptConfig,
+    seed: int,
+    progress: Progress,
+) -> Components:
+    """Adapts the global posterior to tasks that it was learnt from.
 
     Args:
-        attached: The model.
-        theta: The global posterior.
-        components: Around its factors.
-        support: The support set, with options.
-        max_tokens: Padded tokens in one forward pass.
-
-    Returns:
-        In nats, shape (components,), float64, on the CPU; -inf for those that were left out.
+        base: Model and tokenizer.
+        attached: The same model, attached.
+        theta: The global posterior, ``subspace``, on the model's device; its own components are not looked at.
+        tasks: The tasks, with options; at most ``MOST_EXAMPLES`` of each are looked at.
+        config: Inner-loop settings; each example is looked at as often as in a batch.
+        seed: Seed of adaptation.
+        progress: Shows progress.
     """
-    result = torch.zeros(components.count, dtype=torch.float64)
-    for start in range(0, len(support), _SCREEN):
-        left = result.isfinite().nonzero().squeeze(-1)
-        for chosen in left.split(_AT_ONCE):
-            result[chosen] += _log_likelihood(
-                attached, theta, components.only(chosen), support[start : start + _SCREEN], max_tokens
-            )
-        result[_TEMPER * (result - result.max()) < _NEGLIGIBLE] = -torch.inf
-    return result
-
-
-def _log_likelihood(
-    attached: Attached, theta: Posterior, components: Components, support: Sequence[Labelled], max_tokens: int
-) -> Tensor:
-    certain = _without_noise(theta, components.cores)
-    draws = range(0, 2 * certain.config.members, 2)  # a pair is of one member
-    scores = score_draws(attached, certain, [item.question for item in support], draws, 0, max_tokens=max_tokens)
-    right = torch.tensor([item.answer for item in support])[None, :, None].expand(len(scores), -1, 1)
-    return option_log_probs(scores.double()).gather(-1, right).sum(dim=(1, 2))
-
-
-def beginning(theta: Posterior, components: Components, likelihood: Tensor, generator: torch.Generator) -> Posterior:
-    """Where a task's posterior, or a member of it, begins; also the prior that it is held near.
-
-    Args:
-        theta: The global posterior, whose standard deviations it has.
-        components: Around its factors.
-        likelihood: See ``log_likelihood``.
-        generator: Source of the components that are drawn, each time anew, by their weights.
-    """
-    weights = (_TEMPER * likelihood).softmax(dim=0)
-    drawn = torch.multinomial(weights, _AVERAGED, replacement=True, generator=generator)
-    means = {f"{name}.mean.core": cores[drawn.to(cores.device)].mean(dim=0) for name, cores in components.cores.items()}
-    return theta.with_tensors(theta.tensors() | means)
+    alone = theta.with_components(None)
+    of_one = config.model_copy(update={"members": 1, "factor_rate": 0.0, "growth": 1.0})
+    found: list[dict[str, torch.Tensor]] = []
+    with progress("components", total=len(tasks)) as bar:
+        for number, task in enumerate(tasks, start=1):
+            support = label(base, theta.config.template, task.examples[:MOST_EXAMPLES])
+            generator = torch.Generator().manual_seed(seed)
+            found.append(task_posterior(attached, alone, support, of_one, generator).tensors())
+            bar.update(number, {})
+    cores = {name: torch.stack([own[f"{name}.mean.core"] for own in found]) for name in theta.layers}
+    return Components(tuple(task.name for task in tasks), cores)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -197,6 +198,17 @@ def load_tasks(folder: Path) -> list[Task]:
     if count > 1:
         raise InvalidExamples(f"{folder} has {count} tasks named {name!r}; give each a name of its own", field=name)
     return sorted(tasks, key=lambda task: task.name)
+
+
+def spread_over_families(tasks: Sequence[Task], seed: int) -> list[Task]:
+    """Returns the tasks in random order, the first of every family before the second of any."""
+    shuffled = list(tasks)
+    random.Random(seed).shuffle(shuffled)
+    order: dict[str, int] = {}
+    rank: dict[str, int] = {}
+    for task in shuffled:
+        rank[task.name] = order[task.family] = order.get(task.family, -1) + 1
+    return sorted(shuffled, key=lambda task: rank[task.name])
 
 
 @dataclass(frozen=True)

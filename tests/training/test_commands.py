@@ -280,3 +280,41 @@ def test_a_posterior_is_calibrated_for_mixtures_which_are_then_made(
     assert abmll("calibrate", theta, *measured, "--members", 2).code == 0  # members share their factors
     inner = load_posterior(theta).record.training["inner"]
     assert (inner["members"], inner["factor_rate"]) == (2, 0.0)
+
+
+@pytest.mark.slow
+def test_a_prior_has_components_as_many_as_are_asked_for(
+    tiny_model_folder: Path, trained: tuple[Path, Path, str], tmp_path: Path, abmll: CommandLine
+) -> None:
+    data, kronecker, _ = trained
+    theta, out = tmp_path / "theta", ("--out", tmp_path / "theta")
+    settings = ["train", "--tasks", data, "--model", tiny_model_folder, "--steps", 1, "--calibration-draws", 2, *PINS]
+    settings += ["--config", tmp_path / "settings.toml", "--components", 2, "--family"]
+    (tmp_path / "settings.toml").write_text("[inner]\nsteps = 2\n[episodes]\nshots = [4]\nqueries = 4\n")
+    assert "only a subspace posterior has some, not a kronecker one" in abmll(*settings, "kronecker", *out).refusal
+    assert not theta.exists()
+    assert abmll(*settings, "subspace", *out).code == 0
+    stored = load_posterior(theta)
+    assert stored.posterior.components is not None
+    training = {name for name, part in stored.record.training["split"]["families"].items() if part == "train"}
+    assert len(stored.posterior.components.tasks) == 2
+    assert {f"family_{name.removeprefix('rule_')}" for name in stored.posterior.components.tasks} <= training
+    taught = ["adapt", theta, "--examples", data / "tasks" / "rule_4.jsonl", "--task", "t", "--out"]
+    assert abmll(*taught, tmp_path / "phi").code == 0
+    assert load_posterior(tmp_path / "phi").posterior.components is None
+
+    measured = ["--tasks", data, "--shots", "4", "--draws", 2, "--queries", 10]
+    assert abmll("calibrate", theta, *measured).code == 0
+    assert load_posterior(theta).digest == stored.digest
+    assert abmll("calibrate", theta, *measured, "--components", 1).code == 0
+    fewer = load_posterior(theta)
+    assert fewer.posterior.components is not None
+    assert fewer.posterior.components.tasks == stored.posterior.components.tasks[:1]
+    assert abmll("eval", theta, *measured).code == 0
+    assert abmll("calibrate", theta, *measured, "--components", 0).code == 0
+    none = load_posterior(theta)
+    assert none.posterior.components is None
+    assert none.digest not in {stored.digest, fewer.digest}
+    assert abmll(*taught, tmp_path / "other").code == 0
+    assert load_posterior(tmp_path / "other").digest != load_posterior(tmp_path / "phi").digest
+    assert "not a kronecker one; give 0" in abmll("calibrate", kronecker, *measured, "--components", 1).refusal

@@ -1,17 +1,24 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
+from abmll.components import beginning, log_likelihood
+from abmll.errors import AbmllError, InvalidPosterior
 from abmll.examples import Example
 from abmll.layers import Attached, init_posterior
 from abmll.objective import data_loss
-from abmll.posterior import Posterior, PosteriorConfig, members_of
+from abmll.posterior import Components, Posterior, PosteriorConfig, members_of, mixture
+from abmll.store import Record, load_posterior, save_posterior
 from tests.training.conftest import TARGETS, rule_task
-from training.adaptation import COMPONENT_EXAMPLES, AdaptConfig, task_components, task_posterior
+from training.adaptation import AdaptConfig, task_posterior
 from training.base_model import BaseModel
-from training.components import Components, beginning, log_likelihood
+from training.components import MOST_EXAMPLES, check_components, choose_tasks, task_components
 from training.episodes import label
+from training.evaluation import EvalConfig, predict_task
 from training.progress import silent
 
 CONFIG = AdaptConfig(steps=4, learning_rate=5e-2, scale_rate=5e-2, beta=1e-2)
@@ -27,7 +34,7 @@ def theta(attached: Attached) -> Posterior:
 def components(theta: Posterior) -> Components:
     generator = torch.Generator().manual_seed(0)
     cores = {name: 6 * torch.randn(9, *layer.noise_shape, generator=generator) for name, layer in theta.layers.items()}
-    return Components(cores)
+    return Components(tuple(f"task {number}" for number in range(9)), cores)
 
 
 def at(theta: Posterior, components: Components, number: int) -> Posterior:
@@ -40,7 +47,7 @@ def by_one(
 ) -> torch.Tensor:
     support = label(base, theta.config.template, examples)
     with torch.no_grad():
-        nats = [data_loss(attached, at(theta, components, number), support, None) for number in range(components.count)]
+        nats = [data_loss(attached, at(theta, components, number), support, None) for number in range(9)]
     return -torch.stack(nats).double()
 
 
@@ -53,7 +60,7 @@ def test_components_are_as_likely_as_posteriors_at_their_means(
     assert found.shape == (9,)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert expected.std() > 0.1  # they differ, so that no other order of them would do
-    torch.testing.assert_close(log_likelihood(attached, theta, components.only(torch.tensor([7])), support), found[7:8])
+    torch.testing.assert_close(log_likelihood(attached, theta, components.only([7]), support), found[7:8])
 
 
 def test_components_whose_weight_is_negligible_are_left_out(
@@ -93,11 +100,12 @@ def test_adaptation_starts_there_and_is_held_there(
 ) -> None:
     support = label(base, theta.config.template, EXAMPLES[:16])
     likeliest = int(log_likelihood(attached, theta, components, support).argmax())
-    alone = components.only(torch.tensor([likeliest]))
+    alone = components.only([likeliest])
 
     def distance(config: AdaptConfig, given: Components | None) -> float:
         generator = torch.Generator().manual_seed(0)
-        phi = task_posterior(attached, theta, support, config, generator, components=given)
+        phi = task_posterior(attached, theta.with_components(given), support, config, generator)
+        assert phi.components is None
         assert phi.config.members == config.members
         return max(
             (layer.core - alone.cores[name][0]).abs().max().item()
@@ -118,23 +126,84 @@ def test_without_options_or_examples_there_is_nothing_to_weigh_them_by(
     texts = [Example(example.prompt, (example.options[example.answer],), 0) for example in EXAMPLES[:4]]
     support = label(base, theta.config.template, texts)
     with_them, without = (
-        task_posterior(attached, theta, support, CONFIG, torch.Generator().manual_seed(0), components=given)
+        task_posterior(attached, theta.with_components(given), support, CONFIG, torch.Generator().manual_seed(0))
         for given in (components, None)
     )
     assert with_them.digest() == without.digest() != theta.digest()
     generator = torch.Generator().manual_seed(0)
-    assert task_posterior(attached, theta, [], CONFIG, generator, components=components).digest() == theta.digest()
+    untaught = task_posterior(attached, theta.with_components(components), [], CONFIG, generator)
+    assert untaught.digest() == theta.digest()
 
 
 def test_components_are_posteriors_of_the_tasks(base: BaseModel, attached: Attached, theta: Posterior) -> None:
-    long = rule_task(1, COMPONENT_EXAMPLES + 4).examples
-    tasks = [rule_task(0).examples, long, long[:COMPONENT_EXAMPLES]]
+    long = rule_task(1, MOST_EXAMPLES + 4)
+    tasks = [rule_task(0), long, replace(long, name="short", examples=long.examples[:MOST_EXAMPLES])]
     config = CONFIG.model_copy(update={"growth": 0.0, "members": 4})
     found = task_components(base, attached, theta, tasks, config, 1, silent)
-    assert found.count == 3
+    assert found.tasks == ("rule_0", "rule_1", "short")
     alone = CONFIG.model_copy(update={"growth": 1.0})
     generator = torch.Generator().manual_seed(1)
-    phi = task_posterior(attached, theta, label(base, theta.config.template, tasks[0]), alone, generator)
+    phi = task_posterior(attached, theta, label(base, theta.config.template, tasks[0].examples), alone, generator)
     for name, cores in found.cores.items():
         assert torch.equal(cores[0], phi.tensors()[f"{name}.mean.core"])
         assert torch.equal(cores[1], cores[2])
+
+
+def test_tasks_to_be_components_have_options_and_are_of_all_families() -> None:
+    texts = [Example(example.prompt, (example.text,), 0) for example in EXAMPLES]
+    tasks = [rule_task(number) for number in range(3)]
+    more = [replace(tasks[0], name=f"again_{number}") for number in range(5)]
+    few = replace(rule_task(7), examples=EXAMPLES[:15])
+    free = replace(rule_task(8), examples=tuple(texts))
+    chosen = choose_tasks([*tasks, *more, few, free], 4, seed=0)
+    assert len(chosen) == 4
+    assert {task.family for task in chosen[:3]} == {"family_0", "family_1", "family_2"}
+    assert choose_tasks([few, free], 0, seed=0) == []
+    with pytest.raises(AbmllError, match="no training task has 16 examples with options"):
+        choose_tasks([few, free], 2, seed=0)
+
+
+def test_only_one_gaussian_over_cores_has_components(
+    attached: Attached, theta: Posterior, components: Components
+) -> None:
+    other = init_posterior(attached, PosteriorConfig(base_model="tiny", targets=TARGETS), 0)
+    for posterior in (other, mixture([theta, theta])):
+        with pytest.raises(ValueError, match="only a subspace posterior that is no mixture"):
+            posterior.with_components(components)
+    with pytest.raises(AbmllError, match="not a kronecker one; give 0"):
+        check_components(3, "kronecker")
+    with pytest.raises(AbmllError, match="components is -1"):
+        check_components(-1, "subspace")
+    check_components(0, "kronecker")
+
+
+def test_a_stored_posterior_keeps_its_components(theta: Posterior, components: Components, tmp_path: Path) -> None:
+    whole = theta.with_components(components)
+    stored = save_posterior(tmp_path / "posterior", whole, Record())
+    read = load_posterior(tmp_path / "posterior").posterior
+    assert read.components is not None
+    assert read.components.tasks == components.tasks
+    torch.testing.assert_close(dict(read.components.cores), dict(components.cores), rtol=0, atol=0)
+    assert read.digest() == stored.digest == whole.digest() != theta.digest()
+    assert "9 components" in (tmp_path / "posterior" / "CARD.md").read_text()
+    fewer = read.unfamiliar_with("task 4").components
+    assert fewer is not None
+    assert fewer.tasks == tuple(f"task {number}" for number in range(9) if number != 4)
+    assert all(torch.equal(own, components.cores[name][[0, 1, 2, 3, 5, 6, 7, 8]]) for name, own in fewer.cores.items())
+    assert theta.with_components(components.only([4])).unfamiliar_with("task 4").components is None
+    path = tmp_path / "posterior" / "posterior.json"
+    path.write_text(path.read_text().replace('"task 8"', '"task 8", "task 9"'))
+    with pytest.raises(InvalidPosterior, match=r"components is \(9, 16, 16\).*not \(10, 16, 16\)"):
+        load_posterior(tmp_path / "posterior")
+
+
+def test_an_evaluated_task_is_not_met_as_its_own_component(
+    base: BaseModel, attached: Attached, theta: Posterior, components: Components
+) -> None:
+    task = replace(rule_task(0), name="task 4")
+    config = EvalConfig(shots=(4,), draws=2, queries=8)
+    with_it, without = (
+        predict_task(base, attached, theta.with_components(given), task, 4, CONFIG, config)
+        for given in (components, components.only([0, 1, 2, 3, 5, 6, 7, 8]))
+    )
+    assert torch.equal(with_it.scores, without.scores)

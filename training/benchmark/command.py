@@ -191,8 +191,6 @@ def _real(tasks: Path | None, model: str, config: BenchConfig, seeds: tuple[int,
     A seed chooses tasks of each part and their items, but moves no family to another part: the embedded base model
     has read the training families. A folder with other families has a split of its own, the same each time.
     """
-    import random
-
     from abmll.errors import AbmllError
     from abmll.store import load_posterior
     from training.base.corpus import unseen_items
@@ -200,7 +198,7 @@ def _real(tasks: Path | None, model: str, config: BenchConfig, seeds: tuple[int,
     from training.embedded import POSTERIOR
     from training.episodes import short_items
     from training.splits import Part, Split, split_families
-    from training.tasks import load_tasks
+    from training.tasks import load_tasks, spread_over_families
 
     assert tasks is not None
     loaded = load_tasks(tasks)
@@ -213,12 +211,7 @@ def _real(tasks: Path | None, model: str, config: BenchConfig, seeds: tuple[int,
     def choose(part: Part, count: int, seed: int) -> list[Task]:
         own = [task for task in split.select(loaded, part) if len(task.examples) >= need and not task.is_free_text]
         own = unseen_items(Path(model), own) if part == "train" else own
-        random.Random(seed).shuffle(own)
-        order: dict[str, int] = {}
-        rank: dict[str, int] = {}
-        for task in own:  # the first task of every family, then the second of each, ...
-            rank[task.name] = order[task.family] = order.get(task.family, -1) + 1
-        return sorted(own, key=lambda task: rank[task.name])[:count]
+        return spread_over_families(own, seed)[:count]
 
     found = {
         seed: Parts(

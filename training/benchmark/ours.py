@@ -15,11 +15,11 @@ from abmll.examples import Example
 from abmll.kl import kl
 from abmll.layers import Attached, attach
 from abmll.posterior import Family, Posterior, PosteriorConfig, members_of, mixture
-from training.adaptation import AdaptConfig, family_settings, task_components, task_posterior
+from training.adaptation import AdaptConfig, family_settings, task_posterior
 from training.base_model import BaseModel
 from training.benchmark.method import META_RATE, Budget, Learner, Load, Settings
 from training.benchmark.point import InContext, label_in_context
-from training.components import Components
+from training.components import task_components
 from training.episodes import label
 from training.meta import MetaConfig, meta_train
 from training.progress import silent
@@ -116,10 +116,9 @@ class Abmll:
         of_task = {"members": self.members, "apart": settings.get("apart", 1.0), "factor_rate": self.factor_rate}
         adapt = inner.model_copy(update={"growth": budget.growth} | of_task)
         parameters = mixture([theta] * self.members).parameters
-        components = None
         if self.components:
-            components = task_components(base, attached, theta, [task.examples for task in tasks], inner, seed, silent)
-        return _Abmll(base, attached, theta, adapt, parameters, budget.draws, self.in_context, components)
+            theta = theta.with_components(task_components(base, attached, theta, tasks, inner, seed, silent))
+        return _Abmll(base, attached, theta, adapt, parameters, budget.draws, self.in_context)
 
 
 @dataclass
@@ -131,14 +130,12 @@ class _Abmll:
     parameters: int
     passes: int
     in_context: bool
-    components: Components | None = None
     notes: dict[str, float] = field(default_factory=dict)
 
     def predict(self, support: Sequence[Example], query: Sequence[Example], seed: int) -> Tensor:
         template = self.theta.config.template
         labelled = label(self.base, template, support)
-        generator = torch.Generator().manual_seed(seed)
-        phi = task_posterior(self.attached, self.theta, labelled, self.inner, generator, components=self.components)
+        phi = task_posterior(self.attached, self.theta, labelled, self.inner, torch.Generator().manual_seed(seed))
         self.notes = {}
         if support:
             # Of a mixture an upper bound: KL is convex.

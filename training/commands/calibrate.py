@@ -9,7 +9,19 @@ import typer
 
 from training.commands.document import print_json
 from training.commands.opening import join_ranks, open_base
-from training.commands.options import Device, Dtype, FactorRate, Jobs, Json, Members, OwnModel, Seed, ShardBase, Tasks
+from training.commands.options import (
+    Components,
+    Device,
+    Dtype,
+    FactorRate,
+    Jobs,
+    Json,
+    Members,
+    OwnModel,
+    Seed,
+    ShardBase,
+    Tasks,
+)
 from training.commands.parts import (
     tasks_of_part,
     tell_of_factors,
@@ -31,6 +43,7 @@ def calibrate_command(
     supports: Annotated[int, typer.Option(help="Support sets of each task and number of shots.")] = 1,
     members: Members = None,
     factor_rate: FactorRate = None,
+    components: Components = None,
     seed: Seed = 0,
     jobs: Jobs = 1,
     dtype: Dtype = "float32",
@@ -44,6 +57,7 @@ def calibrate_command(
     from training.adaptation import AdaptConfig, check_family
     from training.base.corpus import unseen_items
     from training.calibrate import calibrate_all
+    from training.components import check_components, choose_tasks, task_components
     from training.embedded import resolve
     from training.evaluation import EvalConfig
     from training.progress import silent, track
@@ -58,6 +72,7 @@ def calibrate_command(
         other = {"factor_rate": 0.0} | other  # members share their factors
     inner = checked(AdaptConfig, inner.model_dump() | other)
     check_family(inner, stored.posterior.config.family, draws)
+    check_components(components or 0, stored.posterior.config.family)
     check_replaceable(posterior, GLOBAL)
     loaded = load_tasks(tasks)
     own: dict[str, Any] = {} if split is None else {"split": read_split(split).model_dump()}
@@ -77,6 +92,11 @@ def calibrate_command(
     tell_of_small(validation, config.shots, ranks.main)
     tell_of_unfamiliar(training, config, ranks.main)
     tell_of_factors(inner, config, ranks.main)
+    if components is not None:
+        banked = choose_tasks(training, components, seed)
+        theta = theta.with_components(
+            task_components(base, attached, theta, banked, inner, seed, progress) if banked else None
+        )
     calibration, results, tables = calibrate_all(
         base, attached, theta, validation, training, inner, config, progress, jobs
     )
@@ -86,9 +106,9 @@ def calibrate_command(
     # What is adapted from now on is what was calibrated.
     own |= {"inner": inner.model_dump()} if other else {}
     record = stored.record.model_copy(update={"results": results, "training": stored.record.training | own})
-    save_posterior(posterior, stored.posterior, record, calibration)
+    saved = save_posterior(posterior, theta, record, calibration)
     if as_json:
-        written = {"folder": posterior, "posterior": stored.digest, "results": results}
+        written = {"folder": posterior, "posterior": saved.digest, "results": results}
         print_json(written | {"calibration": calibration})
         return
     typer.echo("\n\n".join(tables))

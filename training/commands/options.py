@@ -48,6 +48,15 @@ FactorRate = Annotated[
         show_default="as the posterior says, 0",
     ),
 ]
+Components = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Training tasks whose posteriors a new task's prior is a mixture of; 0: it is one Gaussian. subspace "
+        "alone.",
+        show_default="as the posterior says, 0",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as one JSON document.")]
 
 

@@ -10,6 +10,7 @@ import typer
 from training.commands.document import print_json
 from training.commands.opening import dtype_of, join_ranks
 from training.commands.options import (
+    Components,
     ConfigFile,
     Device,
     Dtype,
@@ -51,6 +52,7 @@ def train_command(
     ] = None,
     members: Members = None,
     factor_rate: FactorRate = None,
+    components: Components = None,
     config: ConfigFile = None,
     books: Annotated[Path | None, typer.Option(help="Book shards to make pseudo-tasks from.")] = None,
     pseudo: Annotated[int, typer.Option("--pseudo-tasks", help="Pseudo-tasks of each kind.")] = 30,
@@ -75,6 +77,7 @@ def train_command(
     from training.base.corpus import unseen_items
     from training.base_model import load_base
     from training.calibrate import calibrate_all
+    from training.components import check_components, choose_tasks, task_components
     from training.embedded import NAME, resolve
     from training.evaluation import EvalConfig
     from training.meta import MetaConfig, meta_train
@@ -107,6 +110,7 @@ def train_command(
     posterior_config = checked(PosteriorConfig, {"base_model": model or NAME} | posterior_values)
     evaluation = checked(EvalConfig, {"draws": calibration_draws, "seed": seed})
     check_family(settings.inner, posterior_config.family, evaluation.draws)
+    check_components(components or 0, posterior_config.family)
     check_replaceable(out, GLOBAL)
     loaded = load_tasks(tasks)
     work = out.with_name(out.name + ".work")
@@ -136,6 +140,7 @@ def train_command(
     familiar = within_context(
         base, posterior_config.template, unseen_items(Path(source), chosen.select(loaded, "train")), ranks.main
     )
+    banked = choose_tasks(familiar, components or 0, seed)
     from_books = pseudo_tasks(books, pseudo, seed) if books is not None else []
     made = [*kind_tasks(familiar, pseudo, seed), *from_books]
     training_tasks = [*familiar, *within_context(base, posterior_config.template, made, ranks.main)]
@@ -152,6 +157,8 @@ def train_command(
     theta = theta.map(lambda tensor: tensor.to(base.device))
     calibration, results = None, {}
     progress = track if ranks.main else silent
+    if banked:
+        theta = theta.with_components(task_components(base, attached, theta, banked, settings.inner, seed, progress))
     if validation:
         calibration, results, tables = calibrate_all(
             base, attached, theta, validation, familiar, settings.inner, evaluation, progress, jobs
