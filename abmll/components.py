@@ -8,7 +8,8 @@ Bayesian model averaging. Where the examples leave many components likely, what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,7 @@ from abmll.layers import Attached
 from abmll.objective import Labelled
 from abmll.posterior import Components, Posterior
 from abmll.predictive import option_log_probs
+from abmll.together import Together
 
 # Power of the likelihood in a component's weight: its answers are more certain than they are right. Of 0.5, 0.7 and 1
 # the best with 16 and 64 examples on the generated world's validation tasks.
@@ -31,8 +33,8 @@ _SCREEN = 16
 _NEGLIGIBLE = -6.0
 
 
-def without_noise(theta: Posterior, components: Components) -> Posterior:
-    """Returns the mixture of components, each without a doubt: pairs of its draws are the components in turn."""
+def _certain(theta: Posterior, components: Components) -> Posterior:
+    """The mixture of components without their noise: pairs of its draws are the components in turn."""
     members = len(components.tasks)
     cores = {name: own[0] if members == 1 else own for name, own in components.cores.items()}
     means = {f"{name}.mean.core": core for name, core in cores.items()}
@@ -42,7 +44,12 @@ def without_noise(theta: Posterior, components: Components) -> Posterior:
 
 
 def log_likelihood(
-    attached: Attached, theta: Posterior, components: Components, support: Sequence[Labelled], max_tokens: int = 4096
+    attached: Attached,
+    theta: Posterior,
+    components: Components,
+    support: Sequence[Labelled],
+    max_tokens: int = 4096,
+    on_part: Callable[[], None] | None = None,
 ) -> Tensor:
     """The support set's log-likelihood, log p(support | component), under each component's mean.
 
@@ -54,22 +61,36 @@ def log_likelihood(
         components: Around its factors.
         support: The support set, with options.
         max_tokens: Padded tokens in one forward pass.
+        on_part: Called before each part of the work; what it raises ends it.
 
     Returns:
         In nats, shape (components,), float64, on the CPU; -inf for those that were left out.
     """
     result = torch.zeros(len(components.tasks), dtype=torch.float64)
-    for start in range(0, len(support), _SCREEN):
-        part = support[start : start + _SCREEN]
+    # Users list labels in turn or one after the other: what a component is left out by should have some of each.
+    shuffled = random.Random(0).sample(list(support), len(support))
+    for start in range(0, len(shuffled), _SCREEN):
+        part = shuffled[start : start + _SCREEN]
         questions, answers = [item.question for item in part], torch.tensor([item.answer for item in part])
         for chosen in result.isfinite().nonzero().squeeze(-1).split(_AT_ONCE):
-            certain = without_noise(theta, components.only(chosen.tolist()))
+            if on_part is not None:
+                on_part()
+            certain = _certain(theta, components.only(chosen.tolist()))
             draws = range(0, 2 * len(chosen), 2)
             scores = score_draws(attached, certain, questions, draws, 0, max_tokens=max_tokens)
             right = answers[None, :, None].expand(len(chosen), -1, 1)
             result[chosen] += option_log_probs(scores.double()).gather(-1, right).sum(dim=(1, 2))
+        if attached.together is not None:
+            result = _same_everywhere(result, attached.together, next(attached.model.parameters()).device)
         result[_TEMPER * (result - result.max()) < _NEGLIGIBLE] = -torch.inf
     return result
+
+
+def _same_everywhere(result: Tensor, together: Together, device: torch.device) -> Tensor:
+    """The mean over processes, which rounding may tell apart, and which have to go on alike."""
+    sums = torch.cat([result, result.new_ones(1)]).to(device)
+    together.add_up([sums])
+    return (sums[:-1] / sums[-1]).to(result.device)
 
 
 def beginning(theta: Posterior, components: Components, likelihood: Tensor, generator: torch.Generator) -> Posterior:

@@ -15,6 +15,7 @@ be a mixture of several such Gaussians, equal in weight, as deep ensembles are (
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -166,16 +167,19 @@ class Components:
 
     Attributes:
         tasks: Names of the tasks.
+        families: Their families.
         cores: Module name to their cores, shape (tasks, r, r), around the global posterior's factors.
     """
 
     tasks: tuple[str, ...]
+    families: tuple[str, ...]
     cores: Mapping[str, Tensor]
 
     def only(self, chosen: Sequence[int]) -> Components:
         """Returns some of them, by their numbers."""
         cores = {name: own[list(chosen)] for name, own in self.cores.items()}
-        return Components(tuple(self.tasks[number] for number in chosen), cores)
+        tasks, families = (tuple(own[number] for number in chosen) for own in (self.tasks, self.families))
+        return Components(tasks, families, cores)
 
 
 @dataclass(frozen=True)
@@ -214,11 +218,11 @@ class Posterior:
             raise ValueError("only a subspace posterior that is no mixture has components")
         return replace(self, components=components if components is not None and components.tasks else None)
 
-    def unfamiliar_with(self, task: str) -> Posterior:
-        """Returns the same posterior without the component of a task, so that it meets the task as a new one."""
-        if self.components is None or task not in self.components.tasks:
+    def unfamiliar_with(self, family: str) -> Posterior:
+        """Returns the same posterior without the components of a family: its tasks may share items."""
+        if self.components is None or family not in self.components.families:
             return self
-        others = [number for number, name in enumerate(self.components.tasks) if name != task]
+        others = [number for number, own in enumerate(self.components.families) if own != family]
         return self.with_components(self.components.only(others))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Posterior:
@@ -245,7 +249,10 @@ class Posterior:
         usual = {"layers": "all", "members": 1}
         untold = {name for name, value in usual.items() if getattr(self.config, name) == value}
         state = hashlib.sha256(self.config.model_dump_json(exclude=untold).encode())
-        cores = {} if self.components is None else self.components.cores
+        cores: Mapping[str, Tensor] = {}
+        if self.components is not None:
+            cores = self.components.cores
+            state.update(json.dumps([self.components.tasks, self.components.families]).encode())
         for key, tensor in (self.tensors() | {f"{name}.components": own for name, own in cores.items()}).items():
             state.update(key.encode())
             state.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -95,13 +95,18 @@ class StoredPosterior:
         return hashlib.sha256(f"{self.digest}{calibration}".encode()).hexdigest()[:32]
 
 
+class _Component(BaseModel):
+    task: str
+    family: str
+
+
 class _File(BaseModel):
     format: int
     digest: str
     config: PosteriorConfig
     record: Record
     layers: dict[str, LayerShape]
-    components: list[str] = Field(default_factory=list, exclude_if=lambda value: not value)
+    components: list[_Component] = Field(default_factory=list, exclude_if=lambda value: not value)
 
 
 def _card(posterior: Posterior, record: Record, calibration: Calibration | None) -> str:
@@ -177,15 +182,18 @@ def save_posterior(
     """
     check_replaceable(folder, record.task)
     clean = posterior.map(lambda tensor: tensor.detach().to("cpu", torch.float32).contiguous())
-    components = clean.components
     tensors = clean.tensors()
-    if components is not None:
-        tensors |= {f"{name}.components": cores for name, cores in components.cores.items()}
+    components: list[_Component] = []
+    if (own := clean.components) is not None:
+        tensors |= {f"{name}.components": cores for name, cores in own.cores.items()}
+        named = zip(own.tasks, own.families, strict=True)
+        components = [_Component(task=task, family=family) for task, family in named]
     _check_finite(tensors, "this posterior")
     shapes = {n: LayerShape(d_out=layer.b.shape[0], d_in=layer.a.shape[1]) for n, layer in posterior.layers.items()}
     digest = clean.digest()
-    names = [] if components is None else list(components.tasks)
-    file = _File(format=FORMAT, digest=digest, config=posterior.config, record=record, layers=shapes, components=names)
+    file = _File(
+        format=FORMAT, digest=digest, config=posterior.config, record=record, layers=shapes, components=components
+    )
     contents = {
         "posterior.safetensors": save(tensors),
         "posterior.json": (file.model_dump_json(indent=1) + "\n").encode(),
@@ -398,6 +406,8 @@ def load_posterior(folder: Path) -> StoredPosterior:
         raise InvalidPosterior(f"the posterior in {folder} is damaged ({error}); restore it") from error
     if file.format != FORMAT:
         raise InvalidPosterior(f"{json_file} has format {file.format}; this version reads format {FORMAT}")
+    if file.components and (file.config.family != "subspace" or file.config.members > 1 or file.record.task != GLOBAL):
+        raise InvalidPosterior(f"{json_file} lists components, which a global subspace posterior alone has")
     expected = {
         f"{name}.{key}": want
         for name, shape in file.layers.items()
@@ -422,8 +432,11 @@ def load_posterior(folder: Path) -> StoredPosterior:
             layers[name] = LayerPosterior(own["shared.a"], own["shared.b"], scale, core=own["mean.core"])
         else:
             layers[name] = LayerPosterior(own["mean.a"], own["mean.b"], scale, offset)
-    cores = {name: tensors[f"{name}.components"] for name in layers} if file.components else {}
-    posterior = Posterior(file.config, layers, Components(tuple(file.components), cores) if cores else None)
+    posterior = Posterior(file.config, layers)
+    if file.components:
+        tasks, families = (tuple(getattr(own, field) for own in file.components) for field in ("task", "family"))
+        cores = {name: tensors[f"{name}.components"] for name in layers}
+        posterior = posterior.with_components(Components(tasks, families, cores))
     digest = posterior.digest()
     if digest != file.digest:
         raise InvalidPosterior(f"{tensor_file} does not match its posterior.json (hash {digest}, not {file.digest})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -256,7 +257,9 @@ def task_posterior(
         return theta.with_components(None)
     components, likelihood = theta.components, None
     if components is not None and not support[0].is_free_text:
-        likelihood = log_likelihood(attached, theta, components, support, config.max_tokens)
+        # No step is done yet; who wants to stop can.
+        told = None if on_step is None else functools.partial(on_step, 0, members * steps)
+        likelihood = log_likelihood(attached, theta, components, support, config.max_tokens, told)
     found: list[Posterior] = []
     for number in range(members):
         prior, start = theta, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,7 @@ from training.tasks import Task, spread_over_families
 
 # Of each task, at most, that its component is adapted to; and fewest.
 MOST_EXAMPLES = 96
-_FEWEST_EXAMPLES = 16
+FEWEST_EXAMPLES = 16
 
 
 def check_components(count: int, family: Family) -> None:
@@ -26,8 +27,6 @@ def check_components(count: int, family: Family) -> None:
     Raises:
         AbmllError: It cannot.
     """
-    if count < 0:
-        raise AbmllError(f"components is {count}; give how many tasks, or 0 for none", field="components")
     if count and family != "subspace":
         raise AbmllError(
             f"components is {count}, but only a subspace posterior has some, not a {family} one; give 0",
@@ -41,10 +40,10 @@ def choose_tasks(tasks: Sequence[Task], count: int, seed: int) -> list[Task]:
     Raises:
         AbmllError: There is none, though some are wanted.
     """
-    fit = [task for task in tasks if not task.is_free_text and len(task.examples) >= _FEWEST_EXAMPLES]
+    fit = [task for task in tasks if not task.is_free_text and len(task.examples) >= FEWEST_EXAMPLES]
     if count and not fit:
         raise AbmllError(
-            f"no training task has {_FEWEST_EXAMPLES} examples with options, for a component; give 0 components",
+            f"no training task has {FEWEST_EXAMPLES} examples with options, for a component; give 0 components",
             field="components",
         )
     return spread_over_families(fit, seed)[:count]
@@ -65,19 +64,30 @@ def task_components(
         base: Model and tokenizer.
         attached: The same model, attached.
         theta: The global posterior, ``subspace``, on the model's device; its own components are not looked at.
-        tasks: The tasks, with options; at most ``MOST_EXAMPLES`` of each are looked at.
+        tasks: The tasks, with options; of each at most ``MOST_EXAMPLES``, drawn at random, are looked at.
         config: Inner-loop settings; each example is looked at as often as in a batch.
-        seed: Seed of adaptation.
+        seed: Seed of the examples and of adaptation.
         progress: Shows progress.
+
+    Raises:
+        AbmllError: Adaptation to a task diverged.
     """
     alone = theta.with_components(None)
     of_one = config.model_copy(update={"members": 1, "factor_rate": 0.0, "growth": 1.0})
     found: list[dict[str, torch.Tensor]] = []
     with progress("components", total=len(tasks)) as bar:
         for number, task in enumerate(tasks, start=1):
-            support = label(base, theta.config.template, task.examples[:MOST_EXAMPLES])
+            rng = random.Random(f"{seed}:{task.name}")
+            some = rng.sample(task.examples, min(MOST_EXAMPLES, len(task.examples)))
             generator = torch.Generator().manual_seed(seed)
-            found.append(task_posterior(attached, alone, support, of_one, generator).tensors())
+            phi = task_posterior(attached, alone, label(base, theta.config.template, some), of_one, generator).tensors()
+            if not all(tensor.isfinite().all() for tensor in phi.values()):
+                raise AbmllError(
+                    f"adaptation to task {task.name} diverged, so it is no component; lower the inner learning_rate, "
+                    "or give 0 components",
+                    field="components",
+                )
+            found.append(phi)
             bar.update(number, {})
     cores = {name: torch.stack([own[f"{name}.mean.core"] for own in found]) for name in theta.layers}
-    return Components(tuple(task.name for task in tasks), cores)
+    return Components(tuple(task.name for task in tasks), tuple(task.family for task in tasks), cores)

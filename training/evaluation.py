@@ -136,7 +136,7 @@ def predict_task(
     repeat: int = 0,
 ) -> TaskPredictions:
     """Adapts to a random support set of a task and predicts other items of it."""
-    theta = theta.unfamiliar_with(task.name)
+    theta = theta.unfamiliar_with(task.family)
     some, others = support_and_query(task, shots, config, repeat)
     support, query = (label(base, theta.config.template, part) for part in (some, others))
     generator = torch.Generator().manual_seed(config.seed)

@@ -306,6 +306,9 @@ def test_a_prior_has_components_as_many_as_are_asked_for(
     measured = ["--tasks", data, "--shots", "4", "--draws", 2, "--queries", 10]
     assert abmll("calibrate", theta, *measured).code == 0
     assert load_posterior(theta).digest == stored.digest
+    many = abmll("calibrate", theta, *measured, "--components", 99)
+    assert many.code == 0, many.err
+    assert re.search(r"the prior has \d components, not 99: no more training tasks have 16 examples", many.err)
     assert abmll("calibrate", theta, *measured, "--components", 1).code == 0
     fewer = load_posterior(theta)
     assert fewer.posterior.components is not None

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +16,11 @@ from abmll.objective import data_loss
 from abmll.posterior import Components, Posterior, PosteriorConfig, members_of, mixture
 from abmll.store import Record, load_posterior, save_posterior
 from tests.training.conftest import TARGETS, rule_task
-from training.adaptation import AdaptConfig, task_posterior
+from training.adaptation import AdaptConfig, adapt, task_posterior
 from training.base_model import BaseModel
 from training.components import MOST_EXAMPLES, check_components, choose_tasks, task_components
 from training.episodes import label
-from training.evaluation import EvalConfig, predict_task
+from training.evaluation import EvalConfig, predict_task, support_and_query
 from training.progress import silent
 
 CONFIG = AdaptConfig(steps=4, learning_rate=5e-2, scale_rate=5e-2, beta=1e-2)
@@ -34,7 +36,8 @@ def theta(attached: Attached) -> Posterior:
 def components(theta: Posterior) -> Components:
     generator = torch.Generator().manual_seed(0)
     cores = {name: 6 * torch.randn(9, *layer.noise_shape, generator=generator) for name, layer in theta.layers.items()}
-    return Components(tuple(f"task {number}" for number in range(9)), cores)
+    tasks, families = (tuple(f"{kind} {number}" for number in range(9)) for kind in ("task", "family"))
+    return Components(tasks, families, cores)
 
 
 def at(theta: Posterior, components: Components, number: int) -> Posterior:
@@ -67,7 +70,8 @@ def test_components_whose_weight_is_negligible_are_left_out(
     base: BaseModel, attached: Attached, theta: Posterior, components: Components
 ) -> None:
     found = log_likelihood(attached, theta, components, label(base, theta.config.template, EXAMPLES))
-    first, every = (by_one(base, attached, theta, components, examples) for examples in (EXAMPLES[:16], EXAMPLES))
+    shuffled = tuple(random.Random(0).sample(EXAMPLES, len(EXAMPLES)))
+    first, every = (by_one(base, attached, theta, components, examples) for examples in (shuffled[:16], EXAMPLES))
     kept = found.isfinite()
     assert 0 < kept.sum() < 9
     torch.testing.assert_close(found[kept], every[kept], atol=1e-3, rtol=1e-4)
@@ -136,17 +140,16 @@ def test_without_options_or_examples_there_is_nothing_to_weigh_them_by(
 
 
 def test_components_are_posteriors_of_the_tasks(base: BaseModel, attached: Attached, theta: Posterior) -> None:
-    long = rule_task(1, MOST_EXAMPLES + 4)
-    tasks = [rule_task(0), long, replace(long, name="short", examples=long.examples[:MOST_EXAMPLES])]
+    tasks = [rule_task(0), rule_task(1, MOST_EXAMPLES + 4)]
     config = CONFIG.model_copy(update={"growth": 0.0, "members": 4})
     found = task_components(base, attached, theta, tasks, config, 1, silent)
-    assert found.tasks == ("rule_0", "rule_1", "short")
-    alone = CONFIG.model_copy(update={"growth": 1.0})
-    generator = torch.Generator().manual_seed(1)
-    phi = task_posterior(attached, theta, label(base, theta.config.template, tasks[0].examples), alone, generator)
-    for name, cores in found.cores.items():
-        assert torch.equal(cores[0], phi.tensors()[f"{name}.mean.core"])
-        assert torch.equal(cores[1], cores[2])
+    assert (found.tasks, found.families) == (("rule_0", "rule_1"), ("family_0", "family_1"))
+    for number, (task, count) in enumerate(zip(tasks, (40, MOST_EXAMPLES), strict=True)):
+        some = random.Random(f"1:{task.name}").sample(task.examples, count)
+        alone = CONFIG.model_copy(update={"growth": 1.0})
+        generator = torch.Generator().manual_seed(1)
+        phi = task_posterior(attached, theta, label(base, theta.config.template, some), alone, generator)
+        assert all(torch.equal(own[number], phi.tensors()[f"{name}.mean.core"]) for name, own in found.cores.items())
 
 
 def test_tasks_to_be_components_have_options_and_are_of_all_families() -> None:
@@ -172,8 +175,6 @@ def test_only_one_gaussian_over_cores_has_components(
             posterior.with_components(components)
     with pytest.raises(AbmllError, match="not a kronecker one; give 0"):
         check_components(3, "kronecker")
-    with pytest.raises(AbmllError, match="components is -1"):
-        check_components(-1, "subspace")
     check_components(0, "kronecker")
 
 
@@ -186,24 +187,70 @@ def test_a_stored_posterior_keeps_its_components(theta: Posterior, components: C
     torch.testing.assert_close(dict(read.components.cores), dict(components.cores), rtol=0, atol=0)
     assert read.digest() == stored.digest == whole.digest() != theta.digest()
     assert "9 components" in (tmp_path / "posterior" / "CARD.md").read_text()
-    fewer = read.unfamiliar_with("task 4").components
+    fewer = read.unfamiliar_with("family 4").components
     assert fewer is not None
     assert fewer.tasks == tuple(f"task {number}" for number in range(9) if number != 4)
     assert all(torch.equal(own, components.cores[name][[0, 1, 2, 3, 5, 6, 7, 8]]) for name, own in fewer.cores.items())
-    assert theta.with_components(components.only([4])).unfamiliar_with("task 4").components is None
+    assert theta.with_components(components.only([4])).unfamiliar_with("family 4").components is None
+    assert whole.digest() != theta.with_components(replace(components, tasks=tuple("abcdefghi"))).digest()
     path = tmp_path / "posterior" / "posterior.json"
-    path.write_text(path.read_text().replace('"task 8"', '"task 8", "task 9"'))
+    file = json.loads(path.read_text())
+    more = file["components"] + [{"task": "task 9", "family": "family 9"}]
+    path.write_text(json.dumps(file | {"components": more}))
     with pytest.raises(InvalidPosterior, match=r"components is \(9, 16, 16\).*not \(10, 16, 16\)"):
         load_posterior(tmp_path / "posterior")
+    for change in ({"config": file["config"] | {"members": 2}}, {"record": file["record"] | {"task": "films"}}):
+        path.write_text(json.dumps(file | change))
+        with pytest.raises(InvalidPosterior, match="lists components, which a global subspace posterior alone has"):
+            load_posterior(tmp_path / "posterior")
 
 
-def test_an_evaluated_task_is_not_met_as_its_own_component(
+def test_an_evaluated_task_is_met_without_the_components_of_its_family(
     base: BaseModel, attached: Attached, theta: Posterior, components: Components
 ) -> None:
-    task = replace(rule_task(0), name="task 4")
     config = EvalConfig(shots=(4,), draws=2, queries=8)
-    with_it, without = (
-        predict_task(base, attached, theta.with_components(given), task, 4, CONFIG, config)
-        for given in (components, components.only([0, 1, 2, 3, 5, 6, 7, 8]))
+    support, _ = support_and_query(rule_task(0), 4, config, 0)
+    likelihood = log_likelihood(attached, theta, components, label(base, theta.config.template, support))
+    number = int(likelihood.argmax())
+    others = components.only([other for other in range(9) if other != number])
+
+    def scores(family: str, given: Components) -> torch.Tensor:
+        task = replace(rule_task(0), family=family)
+        return predict_task(base, attached, theta.with_components(given), task, 4, CONFIG, config).scores
+
+    assert torch.equal(scores(f"family {number}", components), scores("another", others))
+    assert not torch.equal(scores("another", components), scores("another", others))
+
+
+def test_in_what_order_examples_come_does_not_say_which_components_are_left_out(
+    base: BaseModel, attached: Attached, theta: Posterior, components: Components
+) -> None:
+    by_label = sorted(EXAMPLES, key=lambda example: example.answer)
+    found, of_first = (
+        log_likelihood(attached, theta, components, label(base, theta.config.template, examples))
+        for examples in (by_label, by_label[:16])
     )
-    assert torch.equal(with_it.scores, without.scores)
+    every = by_one(base, attached, theta, components, tuple(by_label))
+    assert (0.5 * every).softmax(dim=0)[~found.isfinite()].sum() < 0.01
+    assert int(found.argmax()) == int(every.argmax()) != int(of_first.argmax())
+
+
+def test_who_waits_is_asked_while_components_are_weighed(
+    base: BaseModel, attached: Attached, theta: Posterior, components: Components
+) -> None:
+    told: list[tuple[int, int]] = []
+
+    def stop(step: int, steps: int) -> None:
+        told.append((step, steps))
+        if len(told) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        adapt(base, attached, theta.with_components(components), EXAMPLES[:16], CONFIG, on_step=stop)
+    assert told == [(0, 4), (0, 4)]
+
+
+def test_a_task_that_diverges_is_no_component(base: BaseModel, attached: Attached, theta: Posterior) -> None:
+    wild = CONFIG.model_copy(update={"learning_rate": 1e30})
+    with pytest.raises(AbmllError, match="adaptation to task rule_0 diverged"):
+        task_components(base, attached, theta, [rule_task(0)], wild, 1, silent)

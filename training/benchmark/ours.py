@@ -137,7 +137,7 @@ class _Abmll:
         labelled = label(self.base, template, support)
         phi = task_posterior(self.attached, self.theta, labelled, self.inner, torch.Generator().manual_seed(seed))
         self.notes = {}
-        if support:
+        if support and self.theta.components is None:  # else each member has a prior of its own
             # Of a mixture an upper bound: KL is convex.
             members = members_of(phi)
             divergence = sum(kl(member, self.theta).item() for member in members) / len(members) / len(support)

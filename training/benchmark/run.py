@@ -170,7 +170,10 @@ def _predict(
 
 
 def _held_out(learner: Learner, support: Sequence[Example], seed: int) -> HeldOut | None:
-    """Scores of the support examples, each by what has not seen it; None for fewer than two different questions."""
+    """Scores of the support examples, each by what has not seen it; None for fewer than two different questions.
+
+    Unlike in the product, whether a task has factors of its own is decided for each fold by its own size.
+    """
     splits = folds([what_is_asked(example) for example in support], seed)
     if not splits:
         return None

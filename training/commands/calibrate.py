@@ -24,6 +24,7 @@ from training.commands.options import (
 )
 from training.commands.parts import (
     tasks_of_part,
+    tell_of_components,
     tell_of_factors,
     tell_of_small,
     tell_of_unfamiliar,
@@ -33,7 +34,12 @@ from training.settings import checked, numbers
 
 
 def calibrate_command(
-    posterior: Annotated[Path, typer.Argument(help="Folder of the global posterior; its calibration is replaced.")],
+    posterior: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of the global posterior; its calibration is replaced, and with --components its prior."
+        ),
+    ],
     tasks: Tasks,
     model: OwnModel = None,
     split: Annotated[Path | None, typer.Option(help="Split file; default: the posterior's own.")] = None,
@@ -94,6 +100,7 @@ def calibrate_command(
     tell_of_factors(inner, config, ranks.main)
     if components is not None:
         banked = choose_tasks(training, components, seed)
+        tell_of_components(banked, components, ranks.main)
         theta = theta.with_components(
             task_components(base, attached, theta, banked, inner, seed, progress) if banked else None
         )

@@ -159,3 +159,15 @@ def tasks_of_part(loaded: list[Task], split: Path | None, part: str, stored: Sto
     if not loaded:
         raise AbmllError(f"no task belongs to the part {part!r}", field="part")
     return loaded
+
+
+def tell_of_components(chosen: Sequence[Task], wanted: int, main: bool = True) -> None:
+    """Has the main process tell where fewer training tasks can be components of the prior than were asked for."""
+    from training.components import FEWEST_EXAMPLES
+
+    if main and len(chosen) < wanted:
+        typer.echo(
+            f"abmll: the prior has {len(chosen)} components, not {wanted}: no more training tasks have "
+            f"{FEWEST_EXAMPLES} examples with options",
+            err=True,
+        )

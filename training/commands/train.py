@@ -26,7 +26,14 @@ from training.commands.options import (
     Tasks,
     typed,
 )
-from training.commands.parts import chosen_split, tell_of_factors, tell_of_small, tell_of_unfamiliar, within_context
+from training.commands.parts import (
+    chosen_split,
+    tell_of_components,
+    tell_of_factors,
+    tell_of_small,
+    tell_of_unfamiliar,
+    within_context,
+)
 from training.settings import SEED_LIMIT, checked, choose_device, pop_table, read_toml
 
 
@@ -141,6 +148,7 @@ def train_command(
         base, posterior_config.template, unseen_items(Path(source), chosen.select(loaded, "train")), ranks.main
     )
     banked = choose_tasks(familiar, components or 0, seed)
+    tell_of_components(banked, components or 0, ranks.main)
     from_books = pseudo_tasks(books, pseudo, seed) if books is not None else []
     made = [*kind_tasks(familiar, pseudo, seed), *from_books]
     training_tasks = [*familiar, *within_context(base, posterior_config.template, made, ranks.main)]
