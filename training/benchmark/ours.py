@@ -117,7 +117,9 @@ class Abmll:
         adapt = inner.model_copy(update={"growth": budget.growth} | of_task)
         parameters = mixture([theta] * self.members).parameters
         if self.components:
-            theta = theta.with_components(task_components(base, attached, theta, tasks, inner, seed, silent))
+            # No more than there were episodes to learn from, so that a short run stays short.
+            some = tasks[: budget.meta_steps * budget.tasks_per_step]
+            theta = theta.with_components(task_components(base, attached, theta, some, inner, seed, silent))
         return _Abmll(base, attached, theta, adapt, parameters, budget.draws, self.in_context)
 
 
