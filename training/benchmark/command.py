@@ -24,9 +24,9 @@ QUICK = {
     "shots": (4, 16),
     "train_tasks": 60,
     "validation_tasks": 3,
-    "test_tasks": 6,
+    "test_tasks": 4,
     "queries": 16,
-    "meta_steps": 3,
+    "meta_steps": 2,
     "steps": 6,
     "draws": 4,
 }
