@@ -49,7 +49,7 @@ def choose_tasks(tasks: Sequence[Task], count: int, seed: int) -> list[Task]:
     return spread_over_families(fit, seed)[:count]
 
 
-def task_components(
+def with_task_components(
     base: Base,
     attached: Attached,
     theta: Posterior,
@@ -57,14 +57,14 @@ def task_components(
     config: AdaptConfig,
     seed: int,
     progress: Progress,
-) -> Components:
-    """Adapts the global posterior to tasks that it was learnt from.
+) -> Posterior:
+    """Adapts the global posterior to tasks that it was learnt from, and returns it with these as its components.
 
     Args:
         base: Model and tokenizer.
         attached: The same model, attached.
-        theta: The global posterior, ``subspace``, on the model's device; its own components are not looked at.
-        tasks: The tasks, with options; of each at most ``MOST_EXAMPLES``, drawn at random, are looked at.
+        theta: The global posterior, ``subspace``, on the model's device; components that it has are replaced.
+        tasks: The tasks, with options, perhaps none; of each at most ``MOST_EXAMPLES``, drawn at random, are looked at.
         config: Inner-loop settings; each example is looked at as often as in a batch.
         seed: Seed of the examples and of adaptation.
         progress: Shows progress.
@@ -73,6 +73,8 @@ def task_components(
         AbmllError: Adaptation to a task diverged.
     """
     alone = theta.with_components(None)
+    if not tasks:
+        return alone
     of_one = config.model_copy(update={"members": 1, "factor_rate": 0.0, "growth": 1.0})
     found: list[dict[str, torch.Tensor]] = []
     with progress("components", total=len(tasks)) as bar:
@@ -90,4 +92,5 @@ def task_components(
             found.append(phi)
             bar.update(number, {})
     cores = {name: torch.stack([own[f"{name}.mean.core"] for own in found]) for name in theta.layers}
-    return Components(tuple(task.name for task in tasks), tuple(task.family for task in tasks), cores)
+    names, families = tuple(task.name for task in tasks), tuple(task.family for task in tasks)
+    return theta.with_components(Components(names, families, cores))

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from abmll.calibration import HeldOut
 
 FOLDS = 4
 
@@ -37,3 +42,27 @@ def folds(questions: Sequence[Hashable], seed: int) -> list[tuple[list[int], lis
         rest = [group for group in shuffled if group not in part]
         found.append(([place for group in rest for place in group], [place for group in part for place in group]))
     return found
+
+
+def held_out(
+    questions: Sequence[Hashable], answers: Sequence[int], seed: int, score: Callable[[list[int], list[int]], Tensor]
+) -> HeldOut | None:
+    """Scores each example by what has learnt from the other folds (cross-validation).
+
+    Args:
+        questions: What each example asks.
+        answers: The right option of each.
+        seed: Of ``folds``.
+        score: Given the places to learn from and those held out, scores these: shape (draws, held out, options).
+
+    Returns:
+        Option scores (draws, n, options) in nats and answers (n,); None for fewer than two different questions.
+    """
+    parts = [(left_out, score(rest, left_out)) for rest, left_out in folds(questions, seed)]
+    if not parts:
+        return None
+    first, width = parts[0][1], max(part.shape[-1] for _, part in parts)
+    scores = torch.full((len(first), len(questions), width), float("-inf"), dtype=first.dtype)
+    for left_out, part in parts:
+        scores[:, left_out, : part.shape[-1]] = part
+    return scores, torch.tensor(answers)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
+from torch import Tensor
 
 from abmll.calibration import Calibration, HeldOut
 from abmll.draw_scores import score_draws
@@ -16,7 +18,7 @@ from abmll.posterior import Posterior
 from training.adaptation import AdaptConfig, adapt, of_part, task_posterior
 from training.base_model import BaseModel as Base
 from training.episodes import label, what_is_asked
-from training.folds import folds, folds_of
+from training.folds import folds_of, held_out
 
 
 def _questions(support: Sequence[Labelled]) -> list[Hashable]:
@@ -50,22 +52,21 @@ def held_out_scores(
     Raises:
         InvalidExamples: Adaptation to a part of the examples diverged.
     """
-    splits = folds(_questions(support), seed)
-    if not splits:
-        return None
-    width = max(len(item.question.options) for item in support)
-    scores = torch.full((draws, len(support), width), float("-inf"))
-    config = config.for_parts_of(support)
-    for fold, (rest, left_out) in enumerate(splits):
-        report, generator = of_part(on_step, fold, len(splits)), torch.Generator().manual_seed(seed)
+    questions = _questions(support)
+    parts, config = folds_of(len(set(questions))), config.for_parts_of(support)
+    done = itertools.count()
+
+    def score(rest: list[int], left_out: list[int]) -> Tensor:
+        report, generator = of_part(on_step, next(done), parts), torch.Generator().manual_seed(seed)
         phi = task_posterior(attached, theta, [support[i] for i in rest], config, generator, report)
-        part = score_draws(attached, phi, [support[i].question for i in left_out], range(draws), seed)
-        scores[:, left_out, : part.shape[-1]] = part
-    if scores.isnan().any():
+        return score_draws(attached, phi, [support[i].question for i in left_out], range(draws), seed)
+
+    found = held_out(questions, [item.answer for item in support], seed, score)
+    if found is not None and found[0].isnan().any():
         raise InvalidExamples(
             "adaptation diverged on a part of these examples; lower learning_rate or steps", field="examples"
         )
-    return scores, torch.tensor([item.answer for item in support])
+    return found
 
 
 def adapt_and_calibrate(
@@ -108,7 +109,7 @@ def adapt_and_calibrate(
         return phi, None
     if free_text:
         return phi, calibration.for_text_task(shots)
-    held_out = None
+    of_support = None
     if parts:
         done = config.steps_on(support) * config.members
 
@@ -116,7 +117,7 @@ def adapt_and_calibrate(
             if on_step is not None:
                 on_step(done + step, done + steps)
 
-        held_out = held_out_scores(
+        of_support = held_out_scores(
             attached, prior, support, config, draws=calibration.draws, seed=seed, on_step=report_fold
         )
-    return phi, calibration.for_task(shots, held_out)
+    return phi, calibration.for_task(shots, of_support)

@@ -18,7 +18,7 @@ from abmll.store import Record, load_posterior, save_posterior
 from tests.training.conftest import TARGETS, rule_task
 from training.adaptation import AdaptConfig, adapt, task_posterior
 from training.base_model import BaseModel
-from training.components import MOST_EXAMPLES, check_components, choose_tasks, task_components
+from training.components import MOST_EXAMPLES, check_components, choose_tasks, with_task_components
 from training.episodes import label
 from training.evaluation import EvalConfig, predict_task, support_and_query
 from training.progress import silent
@@ -142,7 +142,8 @@ def test_without_options_or_examples_there_is_nothing_to_weigh_them_by(
 def test_components_are_posteriors_of_the_tasks(base: BaseModel, attached: Attached, theta: Posterior) -> None:
     tasks = [rule_task(0), rule_task(1, MOST_EXAMPLES + 4)]
     config = CONFIG.model_copy(update={"growth": 0.0, "members": 4})
-    found = task_components(base, attached, theta, tasks, config, 1, silent)
+    found = with_task_components(base, attached, theta, tasks, config, 1, silent).components
+    assert found is not None
     assert (found.tasks, found.families) == (("rule_0", "rule_1"), ("family_0", "family_1"))
     for number, (task, count) in enumerate(zip(tasks, (40, MOST_EXAMPLES), strict=True)):
         some = random.Random(f"1:{task.name}").sample(task.examples, count)
@@ -253,4 +254,4 @@ def test_who_waits_is_asked_while_components_are_weighed(
 def test_a_task_that_diverges_is_no_component(base: BaseModel, attached: Attached, theta: Posterior) -> None:
     wild = CONFIG.model_copy(update={"learning_rate": 1e30})
     with pytest.raises(AbmllError, match="adaptation to task rule_0 diverged"):
-        task_components(base, attached, theta, [rule_task(0)], wild, 1, silent)
+        with_task_components(base, attached, theta, [rule_task(0)], wild, 1, silent)

@@ -19,7 +19,7 @@ from training.adaptation import AdaptConfig, family_settings, task_posterior
 from training.base_model import BaseModel
 from training.benchmark.method import META_RATE, Budget, Learner, Load, Settings
 from training.benchmark.point import InContext, label_in_context
-from training.components import task_components
+from training.components import with_task_components
 from training.episodes import label
 from training.meta import MetaConfig, meta_train
 from training.progress import silent
@@ -119,7 +119,7 @@ class Abmll:
         if self.components:
             # No more than there were episodes to learn from, so that a short run stays short.
             some = tasks[: budget.meta_steps * budget.tasks_per_step]
-            theta = theta.with_components(task_components(base, attached, theta, some, inner, seed, silent))
+            theta = with_task_components(base, attached, theta, some, inner, seed, silent)
         return _Abmll(base, attached, theta, adapt, parameters, budget.draws, self.in_context)
 
 

@@ -43,7 +43,7 @@ from training.benchmark.method import Budget, Learner, Method, Noting, Revised, 
 from training.benchmark.ood import foreign, nonsense
 from training.benchmark.world import World
 from training.episodes import EpisodeConfig, draw_support, what_is_asked, without_twins
-from training.folds import folds
+from training.folds import held_out
 from training.progress import Progress, silent
 from training.provenance import provenance
 from training.settings import choose_device
@@ -160,13 +160,13 @@ def _predict(
         strange = {"nonsense": nonsense(query, rng), "foreign": foreign(query, task, others, rng)}
     asked = [*query, *(example for examples in strange.values() for example in examples)]
     begin = time.perf_counter()
-    held_out = _held_out(learner, support, seed) if hold_out else None
+    of_support = _held_out(learner, support, seed) if hold_out else None
     scores = learner.predict(support, asked, seed).detach()
     seconds = time.perf_counter() - begin
     answers = torch.tensor([example.answer for example in query])
     own, *parts = scores.split([len(query), *map(len, strange.values())], dim=1)
     ood = {kind: part for kind, part in zip(strange, parts, strict=True) if part.shape[1]}
-    return _Predicted(own, answers, support, query, seconds, ood, held_out)
+    return _Predicted(own, answers, support, query, seconds, ood, of_support)
 
 
 def _held_out(learner: Learner, support: Sequence[Example], seed: int) -> HeldOut | None:
@@ -174,18 +174,11 @@ def _held_out(learner: Learner, support: Sequence[Example], seed: int) -> HeldOu
 
     Unlike in the product, whether a task has factors of its own is decided for each fold by its own size.
     """
-    splits = folds([what_is_asked(example) for example in support], seed)
-    if not splits:
-        return None
-    parts = [
-        (left_out, learner.predict([support[i] for i in rest], [support[i] for i in left_out], seed).detach())
-        for rest, left_out in splits
-    ]
-    width = max(part.shape[-1] for _, part in parts)
-    scores = torch.full((len(parts[0][1]), len(support), width), float("-inf"), dtype=parts[0][1].dtype)
-    for left_out, part in parts:
-        scores[:, left_out, : part.shape[-1]] = part
-    return scores, torch.tensor([example.answer for example in support])
+
+    def score(rest: list[int], left_out: list[int]) -> Tensor:
+        return learner.predict([support[i] for i in rest], [support[i] for i in left_out], seed).detach()
+
+    return held_out([what_is_asked(item) for item in support], [item.answer for item in support], seed, score)
 
 
 def _ood_measures(inside: Predictive, item: _Predicted, temperature: float) -> dict[str, float]:

@@ -63,7 +63,7 @@ def calibrate_command(
     from training.adaptation import AdaptConfig, check_family
     from training.base.corpus import unseen_items
     from training.calibrate import calibrate_all
-    from training.components import check_components, choose_tasks, task_components
+    from training.components import check_components, choose_tasks, with_task_components
     from training.embedded import resolve
     from training.evaluation import EvalConfig
     from training.progress import silent, track
@@ -101,9 +101,7 @@ def calibrate_command(
     if components is not None:
         banked = choose_tasks(training, components, seed)
         tell_of_components(banked, components, ranks.main)
-        theta = theta.with_components(
-            task_components(base, attached, theta, banked, inner, seed, progress) if banked else None
-        )
+        theta = with_task_components(base, attached, theta, banked, inner, seed, progress)
     calibration, results, tables = calibrate_all(
         base, attached, theta, validation, training, inner, config, progress, jobs
     )

@@ -84,7 +84,7 @@ def train_command(
     from training.base.corpus import unseen_items
     from training.base_model import load_base
     from training.calibrate import calibrate_all
-    from training.components import check_components, choose_tasks, task_components
+    from training.components import check_components, choose_tasks, with_task_components
     from training.embedded import NAME, resolve
     from training.evaluation import EvalConfig
     from training.meta import MetaConfig, meta_train
@@ -166,7 +166,7 @@ def train_command(
     calibration, results = None, {}
     progress = track if ranks.main else silent
     if banked:
-        theta = theta.with_components(task_components(base, attached, theta, banked, settings.inner, seed, progress))
+        theta = with_task_components(base, attached, theta, banked, settings.inner, seed, progress)
     if validation:
         calibration, results, tables = calibrate_all(
             base, attached, theta, validation, familiar, settings.inner, evaluation, progress, jobs
