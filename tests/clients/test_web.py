@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,24 @@ def browser() -> Iterator[Browser]:
         expect.set_options(timeout=20_000)
         yield started
         started.close()
+
+
+class Held:
+    """Requests of a page to addresses like ``url``, which get no reply until a test gives one."""
+
+    def __init__(self, page: Page, url: str, method: str = "GET") -> None:
+        self._page, self._routes = page, list[Route]()
+        page.route(
+            url, lambda route: self._routes.append(route) if route.request.method == method else route.fallback()
+        )
+
+    def next(self) -> Route:
+        """Returns one, as soon as it has been sent."""
+        deadline = time.monotonic() + 20
+        while not self._routes and time.monotonic() < deadline:
+            self._page.wait_for_timeout(20)  # the page's requests are heard of while something is waited for
+        assert self._routes, "the page sent no such request"
+        return self._routes.pop()
 
 
 @pytest.fixture
@@ -212,13 +231,12 @@ def test_an_answer_shows_what_the_server_said(visit: Open, keyed: Keyed) -> None
     expect(page.locator(".whisker")).to_have_count(0)
     assert barriers(page) == []
 
-    told: list[Route] = []
-    page.route("**/feedback", lambda route: told.append(route))
+    told = Held(page, "**/feedback", method="POST")
     page.get_by_label("Which answer is right?").select_option(" alarm")
     page.get_by_role("button", name="This was right").click()
     expect(page.locator(".judge")).to_have_attribute("aria-busy", "true")
     page.get_by_label("Question", exact=True).focus()
-    told.pop().continue_()
+    told.next().continue_()
     expect(page.get_by_text("Noted:  alarm is right")).to_be_visible()
     expect(page.get_by_label("Question", exact=True)).to_be_focused()
 
@@ -274,12 +292,11 @@ def test_a_version_is_that_of_its_task_and_a_task_that_is_gone_is_told(visit: Op
     expect(page.get_by_role("alert")).to_have_text(lacks)
     expect(version).to_be_focused()
     expect(version).to_have_value("")
-    held: list[Route] = []
-    page.route("**/tasks", lambda route: held.append(route))
+    held = Held(page, "**/tasks")
     page.evaluate("location.hash = '#/ask?task=nowhere'")
     expect(task).to_have_value("nowhere")
     page.get_by_label("Question", exact=True).focus()
-    held.pop().continue_()
+    held.next().continue_()
     expect(page.get_by_role("alert")).to_have_text("There is no task nowhere; choose another.")
     expect(page.get_by_label("Question", exact=True)).to_be_focused()
 
@@ -288,13 +305,12 @@ def test_who_asks_before_the_tasks_are_listed_asks_the_one_the_link_names(visit:
     page = visit("ask")
     ask(page)
     expect(page.get_by_text("global version")).to_be_visible()
-    held: list[Route] = []
-    page.route("**/tasks", lambda route: held.append(route))
+    held = Held(page, "**/tasks")
     page.evaluate(f"location.hash = '#/ask?task={home}&version=1'")
     expect(page.get_by_label("Task", exact=True)).to_have_value(home)
     page.get_by_role("button", name="Ask", exact=True).click()
     expect(page.get_by_text(f"{home} version 1")).to_be_visible()
-    held.pop().continue_()
+    held.next().continue_()
     version = page.get_by_label("Version", exact=True)
     expect(version).to_contain_text("2")
     expect(version).to_have_value("1")
@@ -302,15 +318,13 @@ def test_who_asks_before_the_tasks_are_listed_asks_the_one_the_link_names(visit:
 
 def test_a_late_reply_changes_nothing_on_another_page(visit: Open, home: str) -> None:
     page = visit("tasks")
-    asked: list[Route] = []
-    page.route("**/tasks/nowhere", lambda route: asked.append(route))
-    page.route("**/reliability?version=1", lambda route: asked.append(route))
+    nowhere, reliability = Held(page, "**/tasks/nowhere"), Held(page, "**/reliability?version=1")
     page.evaluate("location.hash = '#/tasks/nowhere'")
     expect(page.get_by_text("Reading the task.")).to_be_visible()
     page.evaluate(f"location.hash = '#/tasks/{home}'")
     expect(page.get_by_role("heading", name="By feedback: 1 answer")).to_be_visible()
     with page.expect_response("**/tasks/nowhere"):
-        asked.pop().continue_()
+        nowhere.next().continue_()
     expect(page.get_by_role("heading", name="By feedback: 1 answer")).to_be_visible()
     page.get_by_label("Version", exact=True).last.select_option("1")
     expect(page.get_by_text("Reading how far version 1 held")).to_be_visible()
@@ -318,16 +332,16 @@ def test_a_late_reply_changes_nothing_on_another_page(visit: Open, home: str) ->
     page.get_by_label("Version", exact=True).last.select_option("2")
     expect(page.get_by_role("heading", name="By feedback: 1 answer")).to_be_visible()
     with page.expect_response("**/reliability?version=1"):
-        asked.pop().continue_()
+        reliability.next().continue_()
     expect(page.get_by_role("heading", name="By feedback: 1 answer")).to_be_visible()
     page.evaluate("location.hash = '#/ask'")
     task = page.get_by_label("Task", exact=True)
     expect(task).to_contain_text(home)
-    page.route(f"**/tasks/{home}", lambda route: asked.append(route))
+    described = Held(page, f"**/tasks/{home}")
     task.select_option(home)
     task.select_option("global")
     with page.expect_response(f"**/tasks/{home}"):
-        asked.pop().fulfill(status=500, body="out of order")
+        described.next().fulfill(status=500, body="out of order")
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
@@ -455,8 +469,7 @@ def test_a_task_is_taught_tried_rolled_back_and_deleted(visit: Open, keyed: Keye
     page.get_by_role("button", name="Keep it").click()
     page.get_by_role("button", name="Delete kitchen").click()
     assert barriers(page) == []
-    held: list[Route] = []
-    page.route("**/tasks/kitchen", lambda r: held.append(r) if r.request.method == "DELETE" else r.continue_())
+    held = Held(page, "**/tasks/kitchen", method="DELETE")
     page.get_by_role("button", name="Delete for good").click()
     expect(page.get_by_role("dialog")).to_contain_text("Deleting…")
     for _ in range(2):
@@ -464,7 +477,7 @@ def test_a_task_is_taught_tried_rolled_back_and_deleted(visit: Open, keyed: Keye
     expect(page.get_by_role("dialog")).to_be_visible()
     page.evaluate("location.hash = '#/health'")
     expect(page.get_by_role("dialog")).to_be_hidden()
-    held.pop().fulfill(status=500, body="out of order")
+    held.next().fulfill(status=500, body="out of order")
     expect(page.get_by_role("dialog")).to_contain_text("500: out of order")
     page.keyboard.press("Escape")
     page.unroute("**/tasks/kitchen")
@@ -603,15 +616,14 @@ def test_a_count_to_hold_back_that_is_no_number_is_told(visit: Open) -> None:
 
 def test_a_job_that_cannot_be_followed_is_said_to_run_on(visit: Open, keyed: Keyed) -> None:
     page = visit("teach")
-    asked: list[Route] = []
-    page.route("**/adapt/*", lambda route: asked.append(route))
+    followed = Held(page, "**/adapt/*")
     page.get_by_role("button", name="Fill in twelve examples").click()
     page.get_by_label("Name of the task").fill("lost")
     page.get_by_label("Hold back").fill("0")
-    with page.expect_request("**/adapt/*"):
-        page.get_by_role("button", name="Teach lost from 12 examples").click()
+    page.get_by_role("button", name="Teach lost from 12 examples").click()
+    held = followed.next()
     page.get_by_label("Hold back").focus()
-    asked.pop().fulfill(status=500, body="out of order")
+    held.fulfill(status=500, body="out of order")
     expect(page.get_by_role("alert")).to_have_text(
         "The server replied 500: out of order. The job may run on; the list of tasks shows what comes of it."
     )
