@@ -20,6 +20,7 @@ from abmll.layers import Attached
 from abmll.objective import Labelled
 from abmll.posterior import Components, Posterior
 from abmll.predictive import option_log_probs
+from abmll.scoring import Question
 from abmll.together import Together
 
 # Power of the likelihood in a component's weight: its answers are more certain than they are right. Of 0.5, 0.7 and 1
@@ -31,6 +32,10 @@ _AVERAGED = 16
 _AT_ONCE = 8
 _SCREEN = 16
 _NEGLIGIBLE = -6.0
+
+# Of questions, the log-probabilities of their options under each component of one posterior, shape (components,
+# options), float32; NaN where a component was not asked. Kept so that folds of a support set do not ask it again.
+Known = dict[Question, Tensor]
 
 
 def _certain(theta: Posterior, components: Components) -> Posterior:
@@ -50,6 +55,7 @@ def log_likelihood(
     support: Sequence[Labelled],
     max_tokens: int = 4096,
     on_part: Callable[[], None] | None = None,
+    known: Known | None = None,
 ) -> Tensor:
     """The support set's log-likelihood, log p(support | component), under each component's mean.
 
@@ -62,24 +68,34 @@ def log_likelihood(
         support: The support set, with options.
         max_tokens: Padded tokens in one forward pass.
         on_part: Called before each part of the work; what it raises ends it.
+        known: What these components were asked before, which is not asked again; what they are asked now is added.
 
     Returns:
         In nats, shape (components,), float64, on the CPU; -inf for those that were left out.
     """
+    known = {} if known is None else known
     result = torch.zeros(len(components.tasks), dtype=torch.float64)
     # Users list labels in turn or one after the other: what a component is left out by should have some of each.
     shuffled = random.Random(0).sample(list(support), len(support))
     for start in range(0, len(shuffled), _SCREEN):
         part = shuffled[start : start + _SCREEN]
-        questions, answers = [item.question for item in part], torch.tensor([item.answer for item in part])
-        for chosen in result.isfinite().nonzero().squeeze(-1).split(_AT_ONCE):
-            if on_part is not None:
-                on_part()
-            certain = _certain(theta, components.only(chosen.tolist()))
-            draws = range(0, 2 * len(chosen), 2)
-            scores = score_draws(attached, certain, questions, draws, 0, max_tokens=max_tokens)
-            right = answers[None, :, None].expand(len(chosen), -1, 1)
-            result[chosen] += option_log_probs(scores.double()).gather(-1, right).sum(dim=(1, 2))
+        questions = list({item.question: None for item in part})
+        for question in questions:
+            known.setdefault(question, torch.full((len(components.tasks), len(question.options)), torch.nan))
+        unasked = torch.stack([known[question].isnan().any(dim=-1) for question in questions], dim=-1)
+        # Components that were left out at different times before lack answers to different questions.
+        for lacking in unasked[result.isfinite()].unique(dim=0):
+            missing = [question for question, lacks in zip(questions, lacking.tolist(), strict=True) if lacks]
+            alike = (result.isfinite() & (unasked == lacking).all(dim=-1)).nonzero().squeeze(-1)
+            for chosen in alike.split(_AT_ONCE) if missing else ():
+                if on_part is not None:
+                    on_part()
+                certain, draws = _certain(theta, components.only(chosen.tolist())), range(0, 2 * len(chosen), 2)
+                scores = score_draws(attached, certain, missing, draws, 0, max_tokens=max_tokens)
+                for number, question in enumerate(missing):
+                    known[question][chosen] = option_log_probs(scores[:, number, : len(question.options)])
+        for item in part:
+            result += known[item.question][:, item.answer].double().where(result.isfinite(), 0.0)
         if attached.together is not None:
             result = _same_everywhere(result, attached.together, next(attached.model.parameters()).device)
         result[_TEMPER * (result - result.max()) < _NEGLIGIBLE] = -torch.inf

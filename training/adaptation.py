@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from abmll.components import beginning, log_likelihood
+from abmll.components import Known, beginning, log_likelihood
 from abmll.errors import AbmllError, InvalidExamples, InvalidPosterior
 from abmll.examples import Example, check_one_kind
 from abmll.layers import Attached
@@ -233,6 +233,7 @@ def task_posterior(
     config: AdaptConfig,
     generator: torch.Generator,
     on_step: Callable[[int, int], None] | None = None,
+    known: Known | None = None,
 ) -> Posterior:
     """Adapts to tokenized examples: one Gaussian, or a mixture of ``config.members``, each by an inner loop of its own.
 
@@ -247,6 +248,7 @@ def task_posterior(
         config: Settings.
         generator: Source of all chance.
         on_step: Called before each step with (step, steps) of all members.
+        known: See ``log_likelihood``; of this theta.
 
     Raises:
         AbmllError: See ``check_family``.
@@ -259,7 +261,7 @@ def task_posterior(
     if components is not None and not support[0].is_free_text:
         # No step is done yet; who wants to stop can.
         told = None if on_step is None else functools.partial(on_step, 0, members * steps)
-        likelihood = log_likelihood(attached, theta, components, support, config.max_tokens, told)
+        likelihood = log_likelihood(attached, theta, components, support, config.max_tokens, told, known)
     found: list[Posterior] = []
     for number in range(members):
         prior, start = theta, None
@@ -318,6 +320,7 @@ def adapt(
     *,
     seed: int = 0,
     on_step: Callable[[int, int], None] | None = None,
+    known: Known | None = None,
 ) -> Posterior:
     """Adapts a posterior to a task from labelled examples.
 
@@ -329,6 +332,7 @@ def adapt(
         config: Inner-loop settings.
         seed: The same seed and examples give the same posterior.
         on_step: Called before each step with (step, steps); what it raises ends the adaptation.
+        known: See ``log_likelihood``; of this prior.
 
     Returns:
         The task posterior phi.
@@ -343,7 +347,7 @@ def adapt(
     check_one_kind(examples)
     support = label(base, prior.config.template, examples)
     generator = torch.Generator().manual_seed(seed)
-    phi = task_posterior(attached, prior, support, config, generator, on_step)
+    phi = task_posterior(attached, prior, support, config, generator, on_step, known)
     if not all(torch.isfinite(tensor).all() for tensor in phi.tensors().values()):
         raise InvalidExamples("adaptation diverged on these examples; lower learning_rate or steps", field="examples")
     return phi

@@ -28,6 +28,7 @@ from abmll.calibration import (
     prediction_set,
     task_temperature,
 )
+from abmll.components import Known
 from abmll.curves import curves
 from abmll.draw_scores import score_draws
 from abmll.errors import InvalidExamples
@@ -140,11 +141,12 @@ def predict_task(
     some, others = support_and_query(task, shots, config, repeat)
     support, query = (label(base, theta.config.template, part) for part in (some, others))
     generator = torch.Generator().manual_seed(config.seed)
-    phi = task_posterior(attached, theta, support, inner, generator)
+    known: Known = {}
+    phi = task_posterior(attached, theta, support, inner, generator, known=known)
     questions = [item.question for item in query]
     scores = score_draws(attached, phi, questions, range(config.draws), config.seed)
     answers = torch.tensor([item.answer for item in query])
-    held_out = held_out_scores(attached, theta, support, inner, draws=config.draws, seed=config.seed)
+    held_out = held_out_scores(attached, theta, support, inner, draws=config.draws, seed=config.seed, known=known)
     return TaskPredictions(task, shots, scores, answers, task.majority_share, held_out)
 
 

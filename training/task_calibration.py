@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from abmll.calibration import Calibration, HeldOut
+from abmll.components import Known
 from abmll.draw_scores import score_draws
 from abmll.errors import InvalidExamples
 from abmll.examples import Example, check_one_kind
@@ -34,6 +35,7 @@ def held_out_scores(
     draws: int,
     seed: int,
     on_step: Callable[[int, int], None] | None = None,
+    known: Known | None = None,
 ) -> HeldOut | None:
     """Scores each support example under a posterior adapted to the other folds (cross-validation).
 
@@ -45,6 +47,7 @@ def held_out_scores(
         draws: Draws of each fold's posterior.
         seed: Seed of adaptation and draws.
         on_step: Called before each step with (step, steps) of all folds.
+        known: See ``log_likelihood``; of this theta.
 
     Returns:
         Option scores (draws, n, options) in nats and answers (n,); None for fewer than two different questions.
@@ -52,13 +55,14 @@ def held_out_scores(
     Raises:
         InvalidExamples: Adaptation to a part of the examples diverged.
     """
+    known = {} if known is None else known
     questions = _questions(support)
     parts, config = folds_of(len(set(questions))), config.for_parts_of(support)
     done = itertools.count()
 
     def score(rest: list[int], left_out: list[int]) -> Tensor:
         report, generator = of_part(on_step, next(done), parts), torch.Generator().manual_seed(seed)
-        phi = task_posterior(attached, theta, [support[i] for i in rest], config, generator, report)
+        phi = task_posterior(attached, theta, [support[i] for i in rest], config, generator, report, known)
         return score_draws(attached, phi, [support[i].question for i in left_out], range(draws), seed)
 
     found = held_out(questions, [item.answer for item in support], seed, score)
@@ -104,7 +108,8 @@ def adapt_and_calibrate(
     usual = None if calibration is None or free_text else calibration.nearest(shots)
     support = [] if usual is None else label(base, prior.config.template, examples)
     parts = folds_of(len(set(_questions(support)))) if usual is not None and usual.spread > 0 else 0
-    phi = adapt(base, attached, prior, examples, config, seed=seed, on_step=of_part(on_step, 0, 1 + parts))
+    known: Known = {}
+    phi = adapt(base, attached, prior, examples, config, seed=seed, on_step=of_part(on_step, 0, 1 + parts), known=known)
     if calibration is None:
         return phi, None
     if free_text:
@@ -118,6 +123,6 @@ def adapt_and_calibrate(
                 on_step(done + step, done + steps)
 
         of_support = held_out_scores(
-            attached, prior, support, config, draws=calibration.draws, seed=seed, on_step=report_fold
+            attached, prior, support, config, draws=calibration.draws, seed=seed, on_step=report_fold, known=known
         )
     return phi, calibration.for_task(shots, of_support)

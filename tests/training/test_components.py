@@ -2,18 +2,21 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from abmll.components import beginning, log_likelihood
+import abmll.components
+from abmll.components import Known, beginning, log_likelihood
 from abmll.errors import AbmllError, InvalidPosterior
 from abmll.examples import Example
 from abmll.layers import Attached, init_posterior
 from abmll.objective import data_loss
 from abmll.posterior import Components, Posterior, PosteriorConfig, members_of, mixture
+from abmll.scoring import Question
 from abmll.store import Record, load_posterior, save_posterior
 from tests.training.conftest import TARGETS, rule_task
 from training.adaptation import AdaptConfig, adapt, task_posterior
@@ -147,7 +150,7 @@ def test_components_are_posteriors_of_the_tasks(base: BaseModel, attached: Attac
     assert (found.tasks, found.families) == (("rule_0", "rule_1"), ("family_0", "family_1"))
     for number, (task, count) in enumerate(zip(tasks, (40, MOST_EXAMPLES), strict=True)):
         some = random.Random(f"1:{task.name}").sample(task.examples, count)
-        alone = CONFIG.model_copy(update={"growth": 1.0})
+        alone = CONFIG.model_copy(update={"growth": 0.5})
         generator = torch.Generator().manual_seed(1)
         phi = task_posterior(attached, theta, label(base, theta.config.template, some), alone, generator)
         assert all(torch.equal(own[number], phi.tensors()[f"{name}.mean.core"]) for name, own in found.cores.items())
@@ -234,6 +237,33 @@ def test_in_what_order_examples_come_does_not_say_which_components_are_left_out(
     every = by_one(base, attached, theta, components, tuple(by_label))
     assert (0.5 * every).softmax(dim=0)[~found.isfinite()].sum() < 0.01
     assert int(found.argmax()) == int(every.argmax()) != int(of_first.argmax())
+
+
+def test_no_component_is_asked_the_same_question_twice(
+    base: BaseModel, attached: Attached, theta: Posterior, components: Components, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    support = label(base, theta.config.template, EXAMPLES)
+    asked: Counter[tuple[Question, int]] = Counter()
+    score = abmll.components.score_draws
+
+    def counted(
+        attached: Attached, posterior: Posterior, questions: list[Question], draws: range, *rest: int, **more: int
+    ) -> torch.Tensor:
+        name = next(iter(theta.layers))
+        cores = [member.tensors()[f"{name}.mean.core"] for member in members_of(posterior)]
+        numbers = [n for core in cores for n in range(9) if torch.equal(core, components.cores[name][n])]
+        asked.update((question, number) for question in questions for number in numbers)
+        return score(attached, posterior, questions, draws, *rest, **more)
+
+    afresh = [log_likelihood(attached, theta, components, part) for part in (support[:20], support, support[10:])]
+    monkeypatch.setattr(abmll.components, "score_draws", counted)
+    known: Known = {}
+    parts = (support[:20], support, support[10:])
+    again = [log_likelihood(attached, theta, components, part, known=known) for part in parts]
+    for one, other in zip(afresh, again, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
+    assert len({question for question, _ in asked}) == len({item.question for item in support})
+    assert set(asked.values()) == {1}
 
 
 def test_who_waits_is_asked_while_components_are_weighed(

@@ -22,7 +22,7 @@ RESULTS = "results.jsonl.gz"
 # Small enough for under five minutes on two cores.
 QUICK = {
     "shots": (4, 16),
-    "train_tasks": 60,
+    "train_tasks": 12,
     "validation_tasks": 3,
     "test_tasks": 4,
     "queries": 16,

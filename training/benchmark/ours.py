@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from abmll.components import Known
 from abmll.draw_scores import score_draws
 from abmll.examples import Example
 from abmll.kl import kl
 from abmll.layers import Attached, attach
 from abmll.posterior import Family, Posterior, PosteriorConfig, members_of, mixture
+from abmll.scoring import Question
 from training.adaptation import AdaptConfig, family_settings, task_posterior
 from training.base_model import BaseModel
 from training.benchmark.method import META_RATE, Budget, Learner, Load, Settings
@@ -77,7 +79,8 @@ class Abmll:
             + (" components" if components else "")
             + (" own factors" if own_factors else "")
         )
-        self.version = InContext.version if in_context else 1
+        # The second version of components takes fewer steps to each.
+        self.version = InContext.version if in_context else 2 if components else 1
         # With components a member begins nowhere that a setting says.
         self.trials: Sequence[Settings] = _MIXTURE if members > 1 and not components else _TRIALS[family]
         if beta is not None:
@@ -117,9 +120,7 @@ class Abmll:
         adapt = inner.model_copy(update={"growth": budget.growth} | of_task)
         parameters = mixture([theta] * self.members).parameters
         if self.components:
-            # No more than there were episodes to learn from, so that a short run stays short.
-            some = tasks[: budget.meta_steps * budget.tasks_per_step]
-            theta = with_task_components(base, attached, theta, some, inner, seed, silent)
+            theta = with_task_components(base, attached, theta, tasks, inner, seed, silent)
         return _Abmll(base, attached, theta, adapt, parameters, budget.draws, self.in_context)
 
 
@@ -133,11 +134,13 @@ class _Abmll:
     passes: int
     in_context: bool
     notes: dict[str, float] = field(default_factory=dict)
+    known: Known = field(default_factory=dict[Question, Tensor])
 
     def predict(self, support: Sequence[Example], query: Sequence[Example], seed: int) -> Tensor:
         template = self.theta.config.template
         labelled = label(self.base, template, support)
-        phi = task_posterior(self.attached, self.theta, labelled, self.inner, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        phi = task_posterior(self.attached, self.theta, labelled, self.inner, generator, known=self.known)
         self.notes = {}
         if support and self.theta.components is None:  # else each member has a prior of its own
             # Of a mixture an upper bound: KL is convex.
