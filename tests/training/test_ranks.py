@@ -12,15 +12,18 @@ from typing import Any
 import pytest
 import torch
 
+from abmll.components import log_likelihood
 from abmll.errors import AbmllError
-from abmll.layers import attach
-from abmll.posterior import PosteriorConfig
+from abmll.layers import attach, init_posterior
+from abmll.posterior import Components, PosteriorConfig
+from abmll.together import Together
 from tests.training.conftest import TARGETS, rule_task
 from tests.two_processes import results_of, start_two
-from training.adaptation import AdaptConfig, family_settings
-from training.base_model import load_base
+from training.adaptation import AdaptConfig, family_settings, task_posterior
+from training.base_model import BaseModel, load_base
+from training.components import with_task_components
 from training.embedded import BASE
-from training.episodes import EpisodeConfig
+from training.episodes import EpisodeConfig, label
 from training.meta import MetaConfig, meta_train
 from training.progress import silent
 from training.ranks import Ranks
@@ -95,6 +98,39 @@ def test_processes_share_a_base_model_whose_head_is_its_embedding(tmp_path: Path
     for told in results_of(_start(BASE, tmp_path / "two", config, sharded=True)):
         # Adam's first step, of 1.5e-3, makes of a gradient near 0 one of any size.
         _assert_close(told, one, atol=2e-4)
+
+
+def _weighed(base: BaseModel, together: Together | None) -> dict[str, torch.Tensor]:
+    """Cores of a component that is made, how likely components are, and where a task comes to that begins in them."""
+    attached = attach(base.model, TARGETS, together=together)
+    theta = init_posterior(attached, POSTERIOR, 0)
+    made = with_task_components(base, attached, theta, TASKS[:1], CONFIG.inner, 0, silent).components
+    assert made is not None
+    generator = torch.Generator().manual_seed(0)
+    cores = {name: torch.cat([own, torch.randn(9, 3, 3, generator=generator)]) for name, own in made.cores.items()}
+    names = tuple(f"task {number}" for number in range(10))
+    components = Components(names, names, cores)
+    support = label(base, POSTERIOR.template, TASKS[1].examples)
+    likelihood = log_likelihood(attached, theta, components, support)
+    config = CONFIG.inner.model_copy(update={"members": 2})
+    phi = task_posterior(attached, theta.with_components(components), support, config, generator)
+    found = {f"component.{name}": own[0] for name, own in cores.items()}
+    return found | {"likelihood": likelihood} | phi.tensors()
+
+
+def _weigh(pipe: Any, folder: str) -> None:
+    ranks = Ranks.join("cpu", sharded=True)
+    found = _weighed(load_base(folder, shards=ranks.shards), ranks.together)
+    pipe.send({key: tensor.numpy() for key, tensor in found.items()})
+
+
+def test_processes_that_share_a_base_model_weigh_components_as_one_does(tiny_model_folder: Path) -> None:
+    expected = _weighed(load_base(str(tiny_model_folder)), None)
+    assert 1 < expected["likelihood"].isfinite().sum() < 10
+    first, second = results_of(start_two(_weigh, str(tiny_model_folder)))
+    for key, values in first.items():
+        assert (values == second[key]).all(), key
+    _assert_close(first, expected)
 
 
 def test_a_killed_process_ends_the_other_and_both_go_on(
