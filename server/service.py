@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from abmll.errors import AbmllError, EngineFailure, StoreFailure, TaskConflict
+from abmll.errors import AbmllError, EngineFailure, StoreFailure, TaskConflict, TaskNotFound
 from abmll.names import GLOBAL
 from abmll.store import Record, StoredPosterior
 from server.admission import Admission
@@ -47,6 +47,7 @@ _LONGEST_DELAY = 60.0
 _WRITE_SECONDS = 1.0
 # How often object storage is looked at for what other servers have made, in seconds.
 REFRESH_SECONDS = 5.0
+_PRUNE_SECONDS = 30.0
 
 
 def _lock(store: Path) -> IO[str]:
@@ -128,6 +129,7 @@ class Service:
         self._running: asyncio.Task[None] | None = None
         self._writing: asyncio.Task[None] | None = None
         self._refreshing: asyncio.Task[None] | None = None
+        self._pruning: asyncio.Task[None] | None = None
         self._recalibrating = threading.Lock()
         # Apart from the threads that questions need: who changes the store may wait for object storage.
         self._changers = ThreadPoolExecutor(2, thread_name_prefix="store")
@@ -154,6 +156,8 @@ class Service:
         self._writing = in_background(self._write_answers(), "the writing of answers")
         if self.settings.objects is not None:
             self._refreshing = in_background(self._refresh_store(), "the reading of the object storage")
+        if self.settings.versions_kept is not None:
+            self._pruning = in_background(self._prune(self.settings.versions_kept), "the deletion of old versions")
         self._running = in_background(self._run(), "the watch over the engine")
 
     async def _run(self) -> None:
@@ -217,6 +221,24 @@ class Service:
                     await self._forget(task, digests, before, version)
                 except Exception:
                     logger.exception("what is left of task %s, which was deleted elsewhere, is not removed", task)
+
+    async def _prune(self, kept: int) -> None:
+        """Deletes old versions that do not answer."""
+        failing = False
+        while True:
+            try:
+                for task, version in await self._changing(lambda: self.store.superfluous(kept)):
+                    with contextlib.suppress(TaskNotFound, TaskConflict):  # deleted meanwhile; it answers now
+                        await self.delete_version(task, version)
+                        logger.info("version %d of task %s is deleted: --versions-kept is %d", version, task, kept)
+                failing = False
+            except StoreFailure as error:
+                if not failing:
+                    logger.error("old versions are not deleted, trying again: %s", error.message)
+                failing = True
+            except Exception:
+                logger.exception("old versions could not be deleted; trying again")
+            await asyncio.sleep(_PRUNE_SECONDS)
 
     def _make_engine(self) -> Engine:
         config = self.prior.posterior.config
@@ -427,7 +449,7 @@ class Service:
 
     async def close(self) -> None:
         """Stops everything; jobs under way are taken up again at the next start."""
-        for work in (self._running, self._writing, self._refreshing):
+        for work in (self._running, self._writing, self._refreshing, self._pruning):
             if work is not None:
                 work.cancel()
                 await asyncio.gather(work, return_exceptions=True)

@@ -87,6 +87,12 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
         default=1 << 30, ge=1 << 20, description="bytes of posteriors to keep in memory, and as many of draws"
     )
     feedback_kept: int = Field(default=200_000, ge=1, description="newest answers that feedback can be given on")
+    versions_kept: int | None = Field(
+        default=None,
+        ge=1,
+        description="newest versions of each task to keep, besides those that answer; older ones are deleted; default: "
+        "all",
+    )
     keys: Path | None = Field(
         default=None,
         description="file of API keys, as `abmll keys add` makes it; default: everybody may do everything",

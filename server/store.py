@@ -387,13 +387,7 @@ class TaskStore:
             known = self._known(name)
             if number not in known:
                 raise TaskNotFound(f"task {name!r} has no version {number}; it has {known}", "version")
-            answering, shares = self.answering(name)
-            if shares == {}:
-                raise TaskConflict(f"nothing is deleted of task {name!r}: {UNKNOWN_SERVING}", "name")
-            # Beside those that share the questions, the newest: the next one is numbered after it.
-            usable = [version.number for version in answering if version.stored is not None]
-            needed = {*usable, *(shares or ()), known[-1]}
-            if number in needed:
+            if number in self._needed(name, known):
                 raise TaskConflict(
                     f"version {number} of task {name!r} answers, or is the newest; only others can be deleted: say "
                     "with PUT /tasks/{name}/serving which answers, or delete the whole task",
@@ -405,6 +399,32 @@ class TaskStore:
         gone = self._unload(name, number)
         shutil.rmtree(grave, ignore_errors=True)
         return gone
+
+    def _needed(self, name: str, known: Sequence[int]) -> set[int]:
+        """The versions of a task that share its questions, and the newest: the next one is numbered after it.
+
+        Raises:
+            TaskConflict: Nobody knows which answer.
+        """
+        answering, shares = self.answering(name)
+        if shares == {}:
+            raise TaskConflict(f"nothing is deleted of task {name!r}: {UNKNOWN_SERVING}", "name")
+        usable = [version.number for version in answering if version.stored is not None]
+        return {*usable, *(shares or ()), known[-1]}
+
+    def superfluous(self, kept: int) -> list[tuple[str, int]]:
+        """Versions, each by task and number, that are not among the ``kept`` newest of their task and do not answer.
+
+        Raises:
+            StoreFailure: The store cannot be read.
+        """
+        found: list[tuple[str, int]] = []
+        for name in self._folders():
+            if len(known := self._numbers(name)) > kept:
+                with suppress(TaskNotFound, TaskConflict):  # deleted meanwhile; nobody knows which version answers
+                    needed = self._needed(name, known)
+                    found += [(name, number) for number in known[:-kept] if number not in needed]
+        return found
 
     def _bury(self, folder: Path, what: str) -> Path:
         """Moves a folder out of sight; says where it is to be removed."""

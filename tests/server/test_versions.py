@@ -13,7 +13,7 @@ from abmll.errors import TaskConflict
 from abmll.store import Record, StoredPosterior
 from clients.http import Client
 from server.store import TaskStore
-from tests.server.conftest import Server
+from tests.server.conftest import Server, wait_for
 from tests.server.test_http import QUESTION, adapt
 
 URL = "/tasks/versioned/serving"
@@ -162,3 +162,34 @@ def test_nothing_is_deleted_where_nobody_knows_which_version_answers(
         store.delete_version("t", 2)  # in place of the damaged one
     store.delete_version("t", 1)
     assert [version.number for version in store.versions("t")] == [2, 3]
+
+
+def test_of_old_versions_those_go_that_do_not_answer(
+    global_posterior: tuple[Path, StoredPosterior], start_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    store = TaskStore(tmp_path / "store", global_posterior[1])
+
+    def add(name: str) -> None:
+        store.add(name, global_posterior[1].posterior, None, lambda number: Record(task=name, version=number))
+
+    for name, count in (("few", 2), ("many", 5), ("pinned", 5), ("unknown", 4), ("broken", 4)):
+        for _ in range(count):
+            add(name)
+    store.serve("pinned", {1: 1.0, 3: 1.0})
+    (store.tasks / "unknown/serving.json").write_text("{")
+    for number in (3, 4):
+        (store.tasks / f"broken/v000{number}/posterior.safetensors").write_bytes(b"damaged")
+    store = TaskStore(tmp_path / "store", global_posterior[1])
+    gone = [("broken", 1), ("many", 1), ("many", 2), ("many", 3), ("pinned", 2)]
+    assert store.superfluous(2) == gone
+    assert store.superfluous(5) == []
+
+    server = start_server(tmp_path / "store", versions_kept=2)
+    left = {"few": [1, 2], "many": [4, 5], "pinned": [1, 3, 4, 5], "unknown": [1, 2, 3, 4], "broken": [2, 3, 4]}
+
+    def as_wanted() -> bool:
+        return all([version.number for version in store.versions(name)] == numbers for name, numbers in left.items())
+
+    wait_for(as_wanted)
+    assert store.superfluous(2) == []
+    assert [row["version"] for row in server.http.get("/tasks/many").json()["versions"]] == [4, 5]
