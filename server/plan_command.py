@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -41,6 +42,13 @@ def plan_command(
         int | None, typer.Option(min=1, show_default="train's", help="Examples of an episode, support and query.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Gradient steps of an adaptation.")] = 10,
+    members: Annotated[
+        int, typer.Option(min=1, max=32, help="Gaussians that a task's posterior is a mixture of (train's --members).")
+    ] = 1,
+    components: Annotated[
+        int,
+        typer.Option(min=0, help="Training tasks whose posteriors a task's prior is made of (train's --components)."),
+    ] = 0,
     draws: Annotated[int, typer.Option(min=1, help="Draws of a question.")] = 8,
     slots: Annotated[int, typer.Option(min=1, help="Draws that run in one step of vLLM.")] = _SLOTS,
     gpu: Annotated[str, typer.Option(help="GPU: h100, h200, a100-80gb, l4, ...")] = "h100",
@@ -69,8 +77,11 @@ def plan_command(
     from abmll.posterior import PosteriorConfig
     from server.gpus import find_gpu
     from server.serving_plan import plan_serving
+    from training.adaptation import AdaptConfig, check_family, grown
     from training.base_model import context_of, weights_dtype
+    from training.components import MOST_EXAMPLES, check_components, settings_of_one
     from training.embedded import NAME, resolve
+    from training.folds import FOLDS
     from training.plan import EPISODE, plan_training, read_config
     from training.settings import checked
 
@@ -81,6 +92,9 @@ def plan_command(
         "layers": layers,
     }  # fmt: skip
     posterior = checked(PosteriorConfig, given | ({} if rank is None else {"rank": rank}))
+    inner = checked(AdaptConfig, {"steps": steps, "batch": rows, "members": members})
+    check_family(inner, posterior.family)
+    check_components(components, posterior.family)
     training = plan_training(
         config, posterior, rows=rows, tokens=tokens, episode=episode or EPISODE, dtype=weights_dtype(dtype),
         checkpointing=checkpointing, shards=shards,
@@ -97,20 +111,31 @@ def plan_command(
         parallel=parallel,
     )
     seconds = training.step_flops / (reached * (chosen.flops_float32 if dtype == "float32" else chosen.flops))
-    commands = _commands(posterior, draws, slots, utilization, dtype, checkpointing, shards, parallel)
+    of_one = settings_of_one(inner)
+    to_one = grown(steps, of_one.growth, MOST_EXAMPLES, rows)
+    # What each fold of the temperature learns from is begun anew; without gradients a pass takes about half of a step.
+    times = {
+        "step_seconds": seconds,
+        "adaptation_seconds": members * (1 + FOLDS) * steps * seconds,
+        "weighing_seconds": components * seconds / 2,
+        "components_seconds": components * to_one * seconds,
+    }
+    commands = _commands(
+        posterior, members, components, draws, slots, utilization, dtype, checkpointing, shards, parallel
+    )
     if as_json:
         document = {
             "model": name,
             "posterior": posterior.model_dump(),
             "gpu": {"name": gpu} | chosen.model_dump(),
-            "training": training.model_dump()
-            | {"peak": training.peak, "adaptation": training.adaptation, "step_seconds": seconds},
+            "training": training.model_dump() | {"peak": training.peak, "adaptation": training.adaptation} | times,
             "serving": serving.model_dump(),
             "commands": commands,
         }
         typer.echo(json.dumps(document, indent=2))
         return
-    _print(name, posterior, training, serving, gpu, seconds, steps)
+    work = f"{steps} steps" if members == 1 else f"{steps} steps of each of {members} members"
+    _print(name, posterior, training, serving, gpu, times, work, components)
     if tokens > context_of(config):
         typer.echo(f"{name} reads {context_of(config):,} tokens at most, not {tokens:,}: plan with fewer --tokens")
     if training.peak > chosen.memory:
@@ -134,8 +159,9 @@ def _print(
     training: TrainingPlan,
     serving: ServingPlan,
     gpu: str,
-    seconds: float,
-    steps: int,
+    times: Mapping[str, float],
+    work: str,
+    components: int,
 ) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -152,6 +178,12 @@ def _print(
             ("training: base weights, a share", _size(training.base)),
             ("training: base weights gathered beside it", _size(training.gathered)),
         ]
+    of_components: list[tuple[str, str]] = []
+    if components:
+        of_components = [
+            (f"adaptation: {components} components weighed by its examples", _time(times["weighing_seconds"])),
+            (f"training: {components} components, once, after its steps", _time(times["components_seconds"])),
+        ]
     rows = [
         ("base model, parameters", f"{training.base_parameters:,}"),
         ("posterior, parameters", f"{training.posterior_parameters:,}"),
@@ -164,8 +196,9 @@ def _print(
         ("training: together, at its peak", _size(training.peak)),
         ("adaptation: together, at its peak", _size(training.adaptation)),
         ("training: a step", f"{training.step_flops / 1e12:,.2f} TFLOP"),
-        (f"training: a step on one {gpu}, at the speed of plain LoRA", _time(seconds)),
-        (f"adaptation: {steps} steps, and four times that for the task's temperature", _time(5 * steps * seconds)),
+        (f"training: a step on one {gpu}, at the speed of plain LoRA", _time(times["step_seconds"])),
+        (f"adaptation: {work}, and four times that for the task's temperature", _time(times["adaptation_seconds"])),
+        *of_components,
         None,
         ("serving: base weights", _size(serving.weights)),
         ("serving: one draw", _size(serving.adapter)),
@@ -184,6 +217,8 @@ def _print(
 
 def _commands(
     posterior: PosteriorConfig,
+    members: int,
+    components: int,
     draws: int,
     slots: int,
     utilization: float,
@@ -200,6 +235,8 @@ def _commands(
     train = [*alone, "train", "--tasks", "TASKS", *base, "--family", posterior.family, "--dtype", dtype]
     train += ["--targets", ",".join(posterior.targets), "--rank", str(posterior.rank)]
     train += [] if posterior.layers == "all" else ["--layers", posterior.layers]
+    train += ["--members", str(members)] if members > 1 else []
+    train += ["--components", str(components)] if components else []
     train += ["--gradient-checkpointing"] if checkpointing else []
     train += ["--shard-base"] if shards > 1 else []
     serve = ["abmll", "serve", *base, "--posterior", "posterior", "--dtype", dtype, "--draws", str(draws)]

@@ -51,6 +51,11 @@ def choose_tasks(tasks: Sequence[Task], count: int, seed: int) -> list[Task]:
     return spread_over_families(fit, seed)[:count]
 
 
+def settings_of_one(config: AdaptConfig) -> AdaptConfig:
+    """The inner loop of a component: one Gaussian around theta's factors, whose steps grow with its examples."""
+    return config.model_copy(update={"members": 1, "factor_rate": 0.0, "growth": _GROWTH})
+
+
 def with_task_components(
     base: Base,
     attached: Attached,
@@ -67,7 +72,7 @@ def with_task_components(
         attached: The same model, attached.
         theta: The global posterior, ``subspace``, on the model's device; components that it has are replaced.
         tasks: The tasks, with options, perhaps none; of each at most ``MOST_EXAMPLES``, drawn at random, are looked at.
-        config: Inner-loop settings; of them ``growth`` is one half.
+        config: Inner-loop settings; of them ``settings_of_one`` are taken.
         seed: Seed of the examples and of adaptation.
         progress: Shows progress.
 
@@ -77,7 +82,7 @@ def with_task_components(
     alone = theta.with_components(None)
     if not tasks:
         return alone
-    of_one = config.model_copy(update={"members": 1, "factor_rate": 0.0, "growth": _GROWTH})
+    of_one = settings_of_one(config)
     found: list[dict[str, torch.Tensor]] = []
     with progress("components", total=len(tasks)) as bar:
         for number, task in enumerate(tasks, start=1):

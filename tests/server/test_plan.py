@@ -187,6 +187,19 @@ def test_the_command_tells_the_plan_and_what_is_wrong(abmll: CommandLine, tmp_pa
     assert shared["training"]["step_flops"] == told["training"]["step_flops"]  # two rows in each process
     assert shared["commands"][0].startswith("torchrun --nproc-per-node 2 -m server.cli train")
     assert shared["commands"][0].split()[-3:] == ["--shard-base", "--out", "posterior"]
+    cores = (*plan, "--rows", 4, "--family", "subspace", "--steps", 7)
+    plain, mixed = (abmll(*cores, *more, "--json").json for more in ((), ("--members", 4, "--components", 90)))
+    one, times = plain["training"]["step_seconds"], mixed["training"]
+    assert plain["training"]["adaptation_seconds"] == pytest.approx(5 * 7 * one)
+    assert times["adaptation_seconds"] == pytest.approx(4 * 5 * 7 * one)
+    assert times["weighing_seconds"] == pytest.approx(90 * one / 2)
+    assert times["components_seconds"] == pytest.approx(90 * 34 * one)  # 96 examples, of which 4 a step: 7 * sqrt(24)
+    assert "--members 4 --components 90" in mixed["commands"][0]
+    assert "members" not in plain["commands"][0]
+    shown = abmll(*cores, "--components", 90).out
+    assert "adaptation: 90 components weighed by its examples" in shown
+    assert "not kronecker ones; give 1" in abmll(*plan, "--members", 4).refusal
+    assert "not a kronecker one; give 0" in abmll(*plan, "--components", 4).refusal
     apart = abmll(*plan, "--rows", 2, "--tensor-parallel", 2, "--json").json
     assert apart["serving"]["weights"] == -(-told["serving"]["weights"] // 2)
     assert told["serving"]["slots"] / 2 < apart["serving"]["slots"] < told["serving"]["slots"]
