@@ -391,6 +391,14 @@ def test_a_free_text_comes_token_by_token_and_is_then_coloured(visit: Open, keye
     counts = " It counts when global is judged." if calibrated else ""
     expect(page.locator(".noted")).to_have_text(f"Noted: the answer was right.{counts}")
 
+    page.get_by_label("Draws").fill("1")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    expect(page.locator(".detail")).to_contain_text("likely · uncertainty")  # of one draw its parts are not told
+    expect(page.get_by_label("Coloured by").get_by_role("option")).to_have_text(["probability"])
+    page.get_by_text("Every token in a table").click()
+    expect(page.get_by_role("columnheader", name="Epistemic, nats")).to_have_count(0)
+    assert barriers(page) == []
+
 
 def test_a_task_is_taught_tried_rolled_back_and_deleted(visit: Open, keyed: Keyed, tmp_path: Path) -> None:
     said = [("dim the lamp", "lights"), ("play a song", "music"), ("too dark here", "lights"), ("more jazz", "music")]

@@ -81,7 +81,7 @@ export function askView({ session, announce }) {
    * @param {any} answer
    */
   function tell(prompt, answer) {
-    const tokens = answer.tokens?.length ? new Tokens(answer.tokens, answer.finish).root : null;
+    const tokens = answer.tokens?.length ? new Tokens(answer.tokens, answer.finish, answer.draws).root : null;
     result.replaceChildren(reading(prompt, answer, { session, announce, tokens }));
     const said = answer.abstained ? `No answer: ${answer.abstained.reason}` : `Answer: ${answer.answer}`;
     const cut = answer.finish === "length" ? ` ${CUT}` : "";

@@ -36,10 +36,12 @@ export class Tokens {
   /**
    * @param {any[]} tokens
    * @param {string | null} finish What ended the text.
+   * @param {number} draws Of one draw nobody can tell what the model does not know.
    */
-  constructor(tokens, finish) {
+  constructor(tokens, finish, draws) {
     this.tokens = tokens;
     this.finish = finish;
+    this.toldApart = draws > 1;
     this.measure = MEASURES.probability;
     this.detail = h("div", { class: "detail", "aria-live": "polite" });
     this.legend = h("ul", { class: "legend" });
@@ -53,7 +55,9 @@ export class Tokens {
     const choose = h(
       "select",
       {},
-      ...Object.entries(MEASURES).map(([value, { label }]) => h("option", { value }, label)),
+      ...Object.entries(MEASURES)
+        .filter(([value]) => this.toldApart || value !== "epistemic")
+        .map(([value, { label }]) => h("option", { value }, label)),
     );
     choose.addEventListener("change", () => this.colour(choose.value));
     this.root = h(
@@ -137,8 +141,9 @@ export class Tokens {
         "p",
         {},
         h("strong", {}, this.named(index)),
-        ` ${percent(probability)} likely · epistemic ${nats(uncertainty.epistemic)}`,
-        ` · aleatoric ${nats(uncertainty.aleatoric)} nats`,
+        ` ${percent(probability)} likely`,
+        ...(this.toldApart ? [` · epistemic ${nats(uncertainty.epistemic)}`] : []),
+        ` · ${this.toldApart ? "aleatoric" : "uncertainty"} ${nats(uncertainty.aleatoric)} nats`,
       ),
       h(
         "ul",
@@ -155,14 +160,15 @@ export class Tokens {
       `${index + 1}`,
       this.named(index),
       percent(probability),
-      nats(uncertainty.epistemic),
+      ...(this.toldApart ? [nats(uncertainty.epistemic)] : []),
       nats(uncertainty.aleatoric),
       likeliest
         .slice(0, 3)
         .map((/** @type {any} */ other) => `${visible(other.text)} ${percent(other.probability)}`)
         .join(", "),
     ]);
-    const columns = ["Place", "Token", "Probability", "Epistemic, nats", "Aleatoric, nats", "Likeliest there"];
+    const doubts = this.toldApart ? ["Epistemic, nats", "Aleatoric, nats"] : ["Uncertainty, nats"];
+    const columns = ["Place", "Token", "Probability", ...doubts, "Likeliest there"];
     return table("The answer, token by token", columns, rows, "figures");
   }
 }
