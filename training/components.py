@@ -96,8 +96,8 @@ def with_task_components(
                     "or give 0 components",
                     field="components",
                 )
-            found.append(phi)
+            found.append({name: phi[f"{name}.mean.core"] for name in theta.layers})
             bar.update(number, {})
-    cores = {name: torch.stack([own[f"{name}.mean.core"] for own in found]) for name in theta.layers}
+    cores = {name: torch.stack([own[name] for own in found]) for name in theta.layers}
     names, families = tuple(task.name for task in tasks), tuple(task.family for task in tasks)
     return theta.with_components(Components(names, families, cores))
