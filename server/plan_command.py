@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -81,6 +81,7 @@ def plan_command(
     from training.base_model import context_of, weights_dtype
     from training.components import MOST_EXAMPLES, check_components, settings_of_one
     from training.embedded import NAME, resolve
+    from training.evaluation import EvalConfig
     from training.folds import FOLDS
     from training.plan import EPISODE, plan_training, read_config
     from training.settings import checked
@@ -95,6 +96,10 @@ def plan_command(
     inner = checked(AdaptConfig, {"steps": steps, "batch": rows, "members": members})
     check_family(inner, posterior.family)
     check_components(components, posterior.family)
+    pairs = 2 * members
+    draws, calibration_draws = (
+        count if members == 1 else -(-count // pairs) * pairs for count in (draws, EvalConfig().draws)
+    )
     training = plan_training(
         config, posterior, rows=rows, tokens=tokens, episode=episode or EPISODE, dtype=weights_dtype(dtype),
         checkpointing=checkpointing, shards=shards,
@@ -111,17 +116,28 @@ def plan_command(
         parallel=parallel,
     )
     seconds = training.step_flops / (reached * (chosen.flops_float32 if dtype == "float32" else chosen.flops))
-    of_one = settings_of_one(inner)
+    of_one, of_pass = settings_of_one(inner), 3 if checkpointing else 2
     to_one = grown(steps, of_one.growth, MOST_EXAMPLES, rows)
-    # What each fold of the temperature learns from is begun anew; without gradients a pass takes about half of a step.
+    # Each fold of the temperature is begun anew. Without gradients a pass takes about half of a step, or a third where
+    # activations are computed again; and it is not divided among processes.
     times = {
         "step_seconds": seconds,
         "adaptation_seconds": members * (1 + FOLDS) * steps * seconds,
-        "weighing_seconds": components * seconds / 2,
+        "weighing_seconds": components * shards * seconds / of_pass,
         "components_seconds": components * to_one * seconds,
     }
     commands = _commands(
-        posterior, members, components, draws, slots, utilization, dtype, checkpointing, shards, parallel
+        posterior,
+        members,
+        components,
+        calibration_draws,
+        draws,
+        slots,
+        utilization,
+        dtype,
+        checkpointing,
+        shards,
+        parallel,
     )
     if as_json:
         document = {
@@ -135,7 +151,16 @@ def plan_command(
         typer.echo(json.dumps(document, indent=2))
         return
     work = f"{steps} steps" if members == 1 else f"{steps} steps of each of {members} members"
-    _print(name, posterior, training, serving, gpu, times, work, components)
+    durations = [
+        (f"training: a step on one {gpu}, at the speed of plain LoRA", times["step_seconds"]),
+        (f"adaptation: {work}, and four times that for the task's temperature", times["adaptation_seconds"]),
+    ]
+    if components:
+        durations += [
+            (f"adaptation: {components} components weighed by {rows} examples", times["weighing_seconds"]),
+            (f"training: {components} components, once, after its steps", times["components_seconds"]),
+        ]
+    _print(name, posterior, training, serving, gpu, durations)
     if tokens > context_of(config):
         typer.echo(f"{name} reads {context_of(config):,} tokens at most, not {tokens:,}: plan with fewer --tokens")
     if training.peak > chosen.memory:
@@ -159,9 +184,7 @@ def _print(
     training: TrainingPlan,
     serving: ServingPlan,
     gpu: str,
-    times: Mapping[str, float],
-    work: str,
-    components: int,
+    durations: Sequence[tuple[str, float]],
 ) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -178,12 +201,6 @@ def _print(
             ("training: base weights, a share", _size(training.base)),
             ("training: base weights gathered beside it", _size(training.gathered)),
         ]
-    of_components: list[tuple[str, str]] = []
-    if components:
-        of_components = [
-            (f"adaptation: {components} components weighed by its examples", _time(times["weighing_seconds"])),
-            (f"training: {components} components, once, after its steps", _time(times["components_seconds"])),
-        ]
     rows = [
         ("base model, parameters", f"{training.base_parameters:,}"),
         ("posterior, parameters", f"{training.posterior_parameters:,}"),
@@ -196,9 +213,7 @@ def _print(
         ("training: together, at its peak", _size(training.peak)),
         ("adaptation: together, at its peak", _size(training.adaptation)),
         ("training: a step", f"{training.step_flops / 1e12:,.2f} TFLOP"),
-        (f"training: a step on one {gpu}, at the speed of plain LoRA", _time(times["step_seconds"])),
-        (f"adaptation: {work}, and four times that for the task's temperature", _time(times["adaptation_seconds"])),
-        *of_components,
+        *((what, _time(seconds)) for what, seconds in durations),
         None,
         ("serving: base weights", _size(serving.weights)),
         ("serving: one draw", _size(serving.adapter)),
@@ -219,6 +234,7 @@ def _commands(
     posterior: PosteriorConfig,
     members: int,
     components: int,
+    calibration_draws: int,
     draws: int,
     slots: int,
     utilization: float,
@@ -228,6 +244,7 @@ def _commands(
     parallel: int,
 ) -> list[str]:
     from server.settings import Settings
+    from training.evaluation import EvalConfig
 
     base = ["--model", posterior.base_model]
     base += [] if posterior.base_revision is None else ["--revision", posterior.base_revision]
@@ -236,6 +253,7 @@ def _commands(
     train += ["--targets", ",".join(posterior.targets), "--rank", str(posterior.rank)]
     train += [] if posterior.layers == "all" else ["--layers", posterior.layers]
     train += ["--members", str(members)] if members > 1 else []
+    train += ["--calibration-draws", str(calibration_draws)] if calibration_draws != EvalConfig().draws else []
     train += ["--components", str(components)] if components else []
     train += ["--gradient-checkpointing"] if checkpointing else []
     train += ["--shard-base"] if shards > 1 else []

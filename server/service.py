@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import functools
 import logging
 import shutil
 import threading
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from abmll.errors import AbmllError, EngineFailure, StoreFailure, TaskConflict, TaskNotFound
+from abmll.errors import AbmllError, EngineFailure, StoreFailure, TaskConflict
 from abmll.names import GLOBAL
 from abmll.store import Record, StoredPosterior
 from server.admission import Admission
@@ -26,6 +27,7 @@ from server.engine import Engine
 from server.feedback import Feedback
 from server.jobs import JobRegistry
 from server.loading import base_check, load_global, load_tokenizer, make_engine, with_revision
+from server.logs import audit
 from server.metrics import Snapshot
 from server.objects import Objects
 from server.recalibration import refit
@@ -156,8 +158,6 @@ class Service:
         self._writing = in_background(self._write_answers(), "the writing of answers")
         if self.settings.objects is not None:
             self._refreshing = in_background(self._refresh_store(), "the reading of the object storage")
-        if self.settings.versions_kept is not None:
-            self._pruning = in_background(self._prune(self.settings.versions_kept), "the deletion of old versions")
         self._running = in_background(self._run(), "the watch over the engine")
 
     async def _run(self) -> None:
@@ -182,6 +182,8 @@ class Service:
         )
         self.supervisor = self._make_supervisor()
         self.supervisor.start()
+        if self.settings.versions_kept is not None:
+            self._pruning = in_background(self._prune(self.settings.versions_kept), "the deletion of old versions")
         await self._keep_engine(self._answerer)
 
     async def _write_answers(self) -> None:
@@ -224,20 +226,23 @@ class Service:
 
     async def _prune(self, kept: int) -> None:
         """Deletes old versions that do not answer."""
-        failing = False
+        failing: set[str] = set()
         while True:
             try:
-                for task, version in await self._changing(lambda: self.store.superfluous(kept)):
-                    with contextlib.suppress(TaskNotFound, TaskConflict):  # deleted meanwhile; it answers now
-                        await self.delete_version(task, version)
-                        logger.info("version %d of task %s is deleted: --versions-kept is %d", version, task, kept)
-                failing = False
-            except StoreFailure as error:
-                if not failing:
-                    logger.error("old versions are not deleted, trying again: %s", error.message)
-                failing = True
-            except Exception:
-                logger.exception("old versions could not be deleted; trying again")
+                names = await asyncio.to_thread(self.store.names)
+            except StoreFailure:
+                names = [GLOBAL]  # the next round may see them; what uses the store tells of it
+            for task in names[1:]:
+                try:
+                    gone = await self._changing(functools.partial(self.store.prune, task, kept))
+                    for version, digests in gone.items():
+                        audit("delete_version", task=task, version=version, by="--versions-kept")
+                        await self._forget(task, digests, time.monotonic(), version)
+                    failing.discard(task)
+                except Exception as error:
+                    if task not in failing:
+                        logger.error("old versions of task %s are not deleted, trying again: %s", task, error)
+                    failing.add(task)
             await asyncio.sleep(_PRUNE_SECONDS)
 
     def _make_engine(self) -> Engine:

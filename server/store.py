@@ -27,7 +27,7 @@ from abmll.store import Record, StoredPosterior, load_posterior, replace_file, s
 from server.cache import ByteCache, tensor_bytes
 from server.mirror import Mirror
 from server.names import SERVING, version_name, version_number
-from server.objects import Objects
+from server.objects import Listing, Objects
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +183,13 @@ class TaskStore:
         """
         if name == GLOBAL:
             return [Version(self.global_posterior.record.version, self.global_posterior, None)]
-        return [self._load(name, number) for number in self._known(name)]
+        found: list[Version] = []
+        for number in (known := self._known(name)):
+            with suppress(TaskNotFound):  # that version was deleted meanwhile
+                found.append(self._load(name, number))
+        if not found:
+            raise TaskNotFound(f"there is no task {name!r} any more: its versions {known} were deleted", field="task")
+        return found
 
     def answering(self, name: str) -> tuple[list[Version], dict[int, float] | None]:
         """The versions of a task that may answer, and the newest, oldest first; and their shares, see ``serving``.
@@ -393,38 +399,74 @@ class TaskStore:
                     "with PUT /tasks/{name}/serving which answers, or delete the whole task",
                     "version",
                 )
-            if self._mirror is not None and there is not None:
-                self._mirror.remove_version(name, number, there)
-            grave = self._bury(self._folder(name, number), f"version {number} of task {name!r}")
+            grave = self._remove_version(name, number, there)
         gone = self._unload(name, number)
         shutil.rmtree(grave, ignore_errors=True)
         return gone
+
+    def prune(self, name: str, kept: int) -> dict[int, list[str]]:
+        """Removes the versions of a task that are not among its newest and do not answer.
+
+        What cannot be loaded now stays, and where nothing can, all: the disk may come back, or the right base model.
+
+        Args:
+            name: The task.
+            kept: Newest versions that stay.
+
+        Returns:
+            The versions that are gone, each with the digest of its posterior, if it had been loaded.
+
+        Raises:
+            StoreFailure: The disk is full or not writable, or object storage does not take it.
+        """
+        graves: dict[int, Path] = {}
+        if self._superfluous(name, kept):
+            with self._changing():
+                there = None if self._mirror is None else self._mirror.refresh(name)
+                for number in self._superfluous(name, kept):
+                    try:
+                        graves[number] = self._remove_version(name, number, there)
+                    except StoreFailure:
+                        if not graves:
+                            raise
+                        break  # what is gone is told
+        gone = {number: self._unload(name, number) for number in graves}
+        for grave in graves.values():
+            shutil.rmtree(grave, ignore_errors=True)
+        return gone
+
+    def _superfluous(self, name: str, kept: int) -> list[int]:
+        known = self._numbers(name)
+        if len(known) <= kept:
+            return []
+        try:
+            needed = self._needed(name, known)
+            if all(self._load(name, number).stored is None for number in needed):
+                return []
+            others = [number for number in known[:-kept] if number not in needed]
+            return [number for number in others if self._load(name, number).stored is not None]
+        except (TaskNotFound, TaskConflict):  # deleted meanwhile; nobody knows which version answers
+            return []
 
     def _needed(self, name: str, known: Sequence[int]) -> set[int]:
         """The versions of a task that share its questions, and the newest: the next one is numbered after it.
 
         Raises:
+            TaskNotFound: It was deleted meanwhile.
             TaskConflict: Nobody knows which answer.
         """
-        answering, shares = self.answering(name)
+        shares = self._shares(name)
         if shares == {}:
             raise TaskConflict(f"nothing is deleted of task {name!r}: {UNKNOWN_SERVING}", "name")
-        usable = [version.number for version in answering if version.stored is not None]
-        return {*usable, *(shares or ()), known[-1]}
+        if shares is not None:
+            return {*shares, known[-1]}
+        return {*(version.number for version in self.answering(name)[0] if version.stored is not None), known[-1]}
 
-    def superfluous(self, kept: int) -> list[tuple[str, int]]:
-        """Versions, each by task and number, that are not among the ``kept`` newest of their task and do not answer.
-
-        Raises:
-            StoreFailure: The store cannot be read.
-        """
-        found: list[tuple[str, int]] = []
-        for name in self._folders():
-            if len(known := self._numbers(name)) > kept:
-                with suppress(TaskNotFound, TaskConflict):  # deleted meanwhile; nobody knows which version answers
-                    needed = self._needed(name, known)
-                    found += [(name, number) for number in known[:-kept] if number not in needed]
-        return found
+    def _remove_version(self, name: str, number: int, there: Listing | None) -> Path:
+        """Removes a version from object storage, and here out of sight; says where it is to be removed from."""
+        if self._mirror is not None and there is not None:
+            self._mirror.remove_version(name, number, there)
+        return self._bury(self._folder(name, number), f"version {number} of task {name!r}")
 
     def _bury(self, folder: Path, what: str) -> Path:
         """Moves a folder out of sight; says where it is to be removed."""

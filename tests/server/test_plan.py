@@ -197,7 +197,12 @@ def test_the_command_tells_the_plan_and_what_is_wrong(abmll: CommandLine, tmp_pa
     assert "--members 4 --components 90" in mixed["commands"][0]
     assert "members" not in plain["commands"][0]
     shown = abmll(*cores, "--components", 90).out
-    assert "adaptation: 90 components weighed by its examples" in shown
+    assert "adaptation: 90 components weighed by 4 examples" in shown
+    three = abmll(*cores, "--members", 3, "--json").json
+    assert three["serving"]["questions"] == abmll(*cores, "--draws", 12, "--json").json["serving"]["questions"]
+    assert "--members 3 --calibration-draws 12" in three["commands"][0]
+    again = abmll(*cores, "--components", 90, "--gradient-checkpointing", "--json").json["training"]
+    assert again["weighing_seconds"] == pytest.approx(90 * again["step_seconds"] / 3)
     assert "not kronecker ones; give 1" in abmll(*plan, "--members", 4).refusal
     assert "not a kronecker one; give 0" in abmll(*plan, "--components", 4).refusal
     apart = abmll(*plan, "--rows", 2, "--tensor-parallel", 2, "--json").json

@@ -172,24 +172,31 @@ def test_of_old_versions_those_go_that_do_not_answer(
     def add(name: str) -> None:
         store.add(name, global_posterior[1].posterior, None, lambda number: Record(task=name, version=number))
 
-    for name, count in (("few", 2), ("many", 5), ("pinned", 5), ("unknown", 4), ("broken", 4)):
+    def damage(name: str, *numbers: int) -> None:
+        for number in numbers:
+            (store.tasks / f"{name}/v000{number}/posterior.safetensors").write_bytes(b"damaged")
+
+    for name, count in (("few", 2), ("many", 5), ("pinned", 5), ("unknown", 4), ("broken", 4), ("none", 4), ("old", 4)):
         for _ in range(count):
             add(name)
     store.serve("pinned", {1: 1.0, 3: 1.0})
     (store.tasks / "unknown/serving.json").write_text("{")
-    for number in (3, 4):
-        (store.tasks / f"broken/v000{number}/posterior.safetensors").write_bytes(b"damaged")
-    store = TaskStore(tmp_path / "store", global_posterior[1])
-    gone = [("broken", 1), ("many", 1), ("many", 2), ("many", 3), ("pinned", 2)]
-    assert store.superfluous(2) == gone
-    assert store.superfluous(5) == []
+    damage("broken", 3, 4)  # version 2 answers
+    damage("none", 1, 2, 3, 4)
+    damage("old", 1)  # perhaps for now alone
+    (store.tasks / "aloop").symlink_to("aloop")  # cannot be read, and holds up no other
 
     server = start_server(tmp_path / "store", versions_kept=2)
-    left = {"few": [1, 2], "many": [4, 5], "pinned": [1, 3, 4, 5], "unknown": [1, 2, 3, 4], "broken": [2, 3, 4]}
+    left = {"few": [1, 2], "many": [4, 5], "pinned": [1, 3, 4, 5], "unknown": [1, 2, 3, 4], "broken": [2, 3, 4],
+            "none": [1, 2, 3, 4], "old": [1, 3, 4]}  # fmt: skip
 
-    def as_wanted() -> bool:
-        return all([version.number for version in store.versions(name)] == numbers for name, numbers in left.items())
+    def numbers() -> dict[str, list[int]]:
+        return {name: sorted(int(path.name[1:]) for path in (store.tasks / name).glob("v*")) for name in left}
 
-    wait_for(as_wanted)
-    assert store.superfluous(2) == []
+    wait_for(lambda: numbers() == left)
     assert [row["version"] for row in server.http.get("/tasks/many").json()["versions"]] == [4, 5]
+    log = server.log.read_text()
+    assert "delete_version task=pinned version=2 by=--versions-kept" in log
+    again = TaskStore(tmp_path / "store", global_posterior[1])
+    assert {name: again.prune(name, 2) for name in left} == {name: {} for name in left}
+    assert again.prune("many", 1) == {4: []}  # not loaded, but to see that it can be

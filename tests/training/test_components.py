@@ -19,12 +19,14 @@ from abmll.posterior import Components, Posterior, PosteriorConfig, members_of, 
 from abmll.scoring import Question
 from abmll.store import Record, load_posterior, save_posterior
 from tests.training.conftest import TARGETS, rule_task
+from tests.training.test_task_calibration import CALIBRATION
 from training.adaptation import AdaptConfig, adapt, task_posterior
 from training.base_model import BaseModel
 from training.components import MOST_EXAMPLES, check_components, choose_tasks, with_task_components
 from training.episodes import label
 from training.evaluation import EvalConfig, predict_task, support_and_query
 from training.progress import silent
+from training.task_calibration import adapt_and_calibrate
 
 CONFIG = AdaptConfig(steps=4, learning_rate=5e-2, scale_rate=5e-2, beta=1e-2)
 EXAMPLES = rule_task(0).examples
@@ -243,6 +245,8 @@ def test_no_component_is_asked_the_same_question_twice(
     base: BaseModel, attached: Attached, theta: Posterior, components: Components, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     support = label(base, theta.config.template, EXAMPLES)
+    parts = (support[:20], support, support[10:])
+    afresh = [log_likelihood(attached, theta, components, part) for part in parts]
     asked: Counter[tuple[Question, int]] = Counter()
     score = abmll.components.score_draws
 
@@ -255,15 +259,24 @@ def test_no_component_is_asked_the_same_question_twice(
         asked.update((question, number) for question in questions for number in numbers)
         return score(attached, posterior, questions, draws, *rest, **more)
 
-    afresh = [log_likelihood(attached, theta, components, part) for part in (support[:20], support, support[10:])]
     monkeypatch.setattr(abmll.components, "score_draws", counted)
     known: Known = {}
-    parts = (support[:20], support, support[10:])
     again = [log_likelihood(attached, theta, components, part, known=known) for part in parts]
     for one, other in zip(afresh, again, strict=True):
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
     assert len({question for question, _ in asked}) == len({item.question for item in support})
     assert set(asked.values()) == {1}
+
+    # Nor in the folds of a task's temperature.
+    taught, whole = EXAMPLES[:12], theta.with_components(components)
+    for measured in (
+        lambda: adapt_and_calibrate(base, attached, whole, taught, CONFIG, CALIBRATION),
+        lambda: predict_task(base, attached, whole, rule_task(0), 12, CONFIG, EvalConfig(draws=2, queries=4)),
+    ):
+        asked.clear()
+        measured()
+        assert len({question for question, _ in asked}) == 12
+        assert set(asked.values()) == {1}
 
 
 def test_who_waits_is_asked_while_components_are_weighed(

@@ -10,13 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from abmll.components import Known
 from abmll.draw_scores import score_draws
 from abmll.examples import Example
 from abmll.kl import kl
 from abmll.layers import Attached, attach
 from abmll.posterior import Family, Posterior, PosteriorConfig, members_of, mixture
-from abmll.scoring import Question
 from training.adaptation import AdaptConfig, family_settings, task_posterior
 from training.base_model import BaseModel
 from training.benchmark.method import META_RATE, Budget, Learner, Load, Settings
@@ -134,13 +132,11 @@ class _Abmll:
     passes: int
     in_context: bool
     notes: dict[str, float] = field(default_factory=dict)
-    known: Known = field(default_factory=dict[Question, Tensor])
 
     def predict(self, support: Sequence[Example], query: Sequence[Example], seed: int) -> Tensor:
         template = self.theta.config.template
         labelled = label(self.base, template, support)
-        generator = torch.Generator().manual_seed(seed)
-        phi = task_posterior(self.attached, self.theta, labelled, self.inner, generator, known=self.known)
+        phi = task_posterior(self.attached, self.theta, labelled, self.inner, torch.Generator().manual_seed(seed))
         self.notes = {}
         if support and self.theta.components is None:  # else each member has a prior of its own
             # Of a mixture an upper bound: KL is convex.
