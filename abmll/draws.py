@@ -73,10 +73,10 @@ def draw_signs(posterior: Posterior, seed: int, index: int) -> dict[str, Signs]:
     return signs
 
 
-def for_all_members(draws: int, posterior: Posterior) -> int:
+def for_all_members(draws: int, members: int) -> int:
     """Returns so many draws, or a few more: as many pairs of each member of a mixture."""
-    pairs = 2 * posterior.config.members
-    return draws if posterior.config.members == 1 else -(-draws // pairs) * pairs
+    pairs = 2 * members
+    return draws if members == 1 else -(-draws // pairs) * pairs
 
 
 def stack_signs(signs: Sequence[Mapping[str, Signs]]) -> dict[str, Signs]:

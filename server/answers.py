@@ -128,7 +128,7 @@ class Answerer:
         begun, clock = time.monotonic(), start_clock()
         draws = self._check(request)
         stored = await asyncio.to_thread(self.store.choose, request.task, request.version, _lot(request))
-        even = for_all_members(draws, stored.posterior)
+        even = for_all_members(draws, stored.posterior.config.members)
         draws = draws if even > self.settings.max_draws else even
         least = None if isinstance(request, ScoreRequest) else limit(request, calibration_of(stored, request))
         question = await self._tokenize(stored, request)

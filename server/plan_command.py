@@ -74,6 +74,7 @@ def plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON document.")] = False,
 ) -> None:
     """Say what training and serving take, from the model's configuration alone: memory, operations, time."""
+    from abmll.draws import for_all_members
     from abmll.posterior import PosteriorConfig
     from server.gpus import find_gpu
     from server.serving_plan import plan_serving
@@ -96,10 +97,7 @@ def plan_command(
     inner = checked(AdaptConfig, {"steps": steps, "batch": rows, "members": members})
     check_family(inner, posterior.family)
     check_components(components, posterior.family)
-    pairs = 2 * members
-    draws, calibration_draws = (
-        count if members == 1 else -(-count // pairs) * pairs for count in (draws, EvalConfig().draws)
-    )
+    draws, calibration_draws = (for_all_members(count, members) for count in (draws, EvalConfig().draws))
     training = plan_training(
         config, posterior, rows=rows, tokens=tokens, episode=episode or EPISODE, dtype=weights_dtype(dtype),
         checkpointing=checkpointing, shards=shards,

@@ -229,10 +229,10 @@ class Service:
         failing: set[str] = set()
         while True:
             try:
-                names = await asyncio.to_thread(self.store.names)
+                names = (await asyncio.to_thread(self.store.names))[1:]
             except StoreFailure:
-                names = [GLOBAL]  # the next round may see them; what uses the store tells of it
-            for task in names[1:]:
+                names = []  # the next round may see them; what uses the store tells of it
+            for task in names:
                 try:
                     gone = await self._changing(functools.partial(self.store.prune, task, kept))
                     for version, digests in gone.items():

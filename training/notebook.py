@@ -152,7 +152,7 @@ class LoadedPosterior:
         _check_whole(draws, "draws", 1)
         _check_whole(max_tokens, "max_tokens", 1)
         _check_whole(seed, "seed", 0, SEED_LIMIT - 1)
-        draws = for_all_members(draws, self.posterior)
+        draws = for_all_members(draws, self.posterior.config.members)
         if options is None:
             return Predictions(self._texts(asked, draws, seed, max_tokens), self.record.task)
         if isinstance(options, str) or not hasattr(options, "__iter__"):
